@@ -1,0 +1,58 @@
+"""FoloVLLM: an LLM inference engine small enough to read, and the book that explains it.
+
+Reading a config or sampling params must not pay for torch and transformers (several seconds), so the names that
+need them are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.outputs import CompletionOutput, RequestOutput
+from folovllm.request import Request, RequestStatus, Sequence, SequenceData, SequenceStatus
+from folovllm.sampling_params import SamplingParams, SamplingType
+from folovllm.utils import generate_request_id, get_device, get_gpu_memory_info, is_cuda_available, set_random_seed
+
+if TYPE_CHECKING:
+    from folovllm.model_loader import ModelLoader, get_model_and_tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheConfig",
+    "CompletionOutput",
+    "EngineConfig",
+    "ModelConfig",
+    "ModelLoader",
+    "Request",
+    "RequestOutput",
+    "RequestStatus",
+    "SamplingParams",
+    "SamplingType",
+    "SchedulerConfig",
+    "Sequence",
+    "SequenceData",
+    "SequenceStatus",
+    "__version__",
+    "generate_request_id",
+    "get_device",
+    "get_gpu_memory_info",
+    "get_model_and_tokenizer",
+    "is_cuda_available",
+    "set_random_seed",
+]
+
+_LAZY = ("ModelLoader", "get_model_and_tokenizer")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from folovllm import model_loader
+
+        return getattr(model_loader, name)
+    raise AttributeError(f"module 'folovllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

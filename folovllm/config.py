@@ -1,0 +1,201 @@
+"""What the engine is told, before it sees a single request. Chapter 1 is about this module.
+
+Four dataclasses: `ModelConfig` (which checkpoint, in which numbers), `CacheConfig` (the memory for keys and
+values), `SchedulerConfig` (how much work one step may hold) and `EngineConfig` (the three together). Each checks its
+own fields when it is made, so a mistake is reported where it was typed. As in vLLM (``vllm/config/``, 0.33.0), with
+one dataclass a subject; torch is imported only when somebody asks for a `torch.dtype`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
+
+from folovllm.validation import check_bool, check_int, check_number, check_str, require
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {
+    "auto": None,
+    "half": "float16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float": "float32",
+    "float32": "float32",
+}
+"""What ``dtype`` may say, and the name of the `torch.dtype` it means (None: decided when the model is loaded)."""
+
+MAX_SEED = 2**32 - 1
+"""The largest seed that NumPy takes."""
+
+
+def _optional_positive(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    value = check_int(name, value)
+    require(value > 0, f"{name} must be positive or None, got {value}")
+    return value
+
+
+@dataclass
+class ModelConfig:
+    """Which model to load, and how."""
+
+    model: str
+    """Name or path of a Hugging Face model."""
+    tokenizer: str | None = None
+    """Name or path of the tokenizer; None becomes ``model``."""
+    tokenizer_mode: Literal["auto", "slow"] = "auto"
+    """"auto" takes the fast tokenizer, "slow" the one in Python where there is one."""
+    trust_remote_code: bool = False
+    """Whether code that lies inside the checkpoint may run on this machine."""
+    dtype: str | torch.dtype = "auto"
+    """Number format of weights and activations: a name from `DTYPES` or a `torch.dtype`."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens, prompt and output together; None: taken from the model when it is loaded."""
+    seed: int = 0
+    """Seed of every random number generator the engine uses."""
+
+    def __post_init__(self) -> None:
+        self.model = check_str("model", self.model)
+        self.tokenizer = self.model if self.tokenizer is None else check_str("tokenizer", self.tokenizer)
+        require(
+            isinstance(self.tokenizer_mode, str) and self.tokenizer_mode in ("auto", "slow"),
+            f"tokenizer_mode must be 'auto' or 'slow', got {self.tokenizer_mode!r}",
+        )
+        check_bool("trust_remote_code", self.trust_remote_code)
+        self._dtype_name()
+        self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
+        self.seed = check_int("seed", self.seed)
+        require(0 <= self.seed <= MAX_SEED, f"seed must be in [0, {MAX_SEED}], got {self.seed}")
+
+    def _dtype_name(self) -> str | None:
+        """Name of the torch dtype that ``dtype`` means, without importing torch for it."""
+        torch = sys.modules.get("torch")  # nobody can hold a torch.dtype before torch is imported
+        is_torch_dtype = torch is not None and isinstance(self.dtype, torch.dtype)
+        name = str(self.dtype).removeprefix("torch.") if is_torch_dtype else self.dtype
+        if not isinstance(name, str) or name not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or such a torch.dtype, got {self.dtype!r}")
+        return DTYPES[name]
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The `torch.dtype` that ``dtype`` names, or None for "auto"."""
+        name = self._dtype_name()
+        if name is None:
+            return None
+        import torch
+
+        return cast("torch.dtype", getattr(torch, name))
+
+    def resolve_max_model_len(self, model_max_len: int) -> int:
+        """Settles ``max_model_len`` once the checkpoint is known, and gives it back.
+
+        Args:
+            model_max_len: the most tokens the checkpoint was made for.
+
+        Raises:
+            ValueError: if more was asked for than the model has.
+        """
+        if self.max_model_len is None:
+            self.max_model_len = model_max_len
+        require(
+            self.max_model_len <= model_max_len,
+            f"max_model_len must be at most the model's own {model_max_len} tokens, got {self.max_model_len}",
+        )
+        return self.max_model_len
+
+
+@dataclass
+class CacheConfig:
+    """The memory that keys and values of past tokens live in."""
+
+    block_size: int = 16
+    """Tokens in one KV block."""
+    gpu_memory_utilization: float = 0.9
+    """Fraction of the GPU's memory the engine may use in all: weights, activations and cache."""
+    swap_space: float = 4.0
+    """GiB of CPU memory for the blocks of requests that had to make room."""
+    enable_prefix_caching: bool = False
+    """Whether requests that begin alike share blocks (used from Milestone 6)."""
+
+    def __post_init__(self) -> None:
+        self.block_size = check_int("block_size", self.block_size)
+        require(self.block_size > 0, f"block_size must be positive, got {self.block_size}")
+        self.gpu_memory_utilization = check_number("gpu_memory_utilization", self.gpu_memory_utilization)
+        require(
+            0 < self.gpu_memory_utilization <= 1,
+            f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}",
+        )
+        self.swap_space = check_number("swap_space", self.swap_space)
+        require(self.swap_space >= 0, f"swap_space must not be negative, got {self.swap_space}")
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+
+
+@dataclass
+class SchedulerConfig:
+    """How much work one step of the engine may hold."""
+
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step (used from Milestone 2)."""
+    max_num_seqs: int = 256
+    """Most sequences in one step."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens; filled in by `EngineConfig`."""
+    enable_chunked_prefill: bool = False
+    """Whether a long prompt may be spread over several steps (used from Milestone 5)."""
+
+    def __post_init__(self) -> None:
+        self.max_num_batched_tokens = _optional_positive("max_num_batched_tokens", self.max_num_batched_tokens)
+        self.max_num_seqs = check_int("max_num_seqs", self.max_num_seqs)
+        require(self.max_num_seqs > 0, f"max_num_seqs must be positive, got {self.max_num_seqs}")
+        self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
+        check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
+
+
+@dataclass
+class EngineConfig:
+    """Everything the engine is told; only the model has no default."""
+
+    model_config: ModelConfig
+    # A factory, not a default object: two engines must never share one.
+    cache_config: CacheConfig = field(default_factory=CacheConfig)
+    scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("model_config", ModelConfig),
+            ("cache_config", CacheConfig),
+            ("scheduler_config", SchedulerConfig),
+        ):
+            value = getattr(self, name)
+            require(isinstance(value, kind), f"{name} must be a {kind.__name__}, got {value!r}")
+        self._agree_on_max_model_len()
+
+    def _agree_on_max_model_len(self) -> None:
+        """Gives the longest length that only one of model and scheduler knows to the other."""
+        model, scheduler = self.model_config, self.scheduler_config
+        if scheduler.max_model_len is None:
+            scheduler.max_model_len = model.max_model_len
+        if model.max_model_len is None:
+            model.max_model_len = scheduler.max_model_len
+        require(
+            model.max_model_len == scheduler.max_model_len,
+            f"max_model_len must be the same for model and scheduler, got {model.max_model_len} and "
+            f"{scheduler.max_model_len}; set it on the ModelConfig only",
+        )
+
+    def resolve_max_model_len(self, model_max_len: int) -> int:
+        """Settles ``max_model_len`` for model and scheduler once the checkpoint is known, and gives it back.
+
+        Args:
+            model_max_len: the most tokens the checkpoint was made for (``LoadReport.model_max_len``).
+
+        Raises:
+            ValueError: if more was asked for than the model has, or if the two disagree.
+        """
+        self.model_config.resolve_max_model_len(model_max_len)
+        self._agree_on_max_model_len()
+        return cast(int, self.model_config.max_model_len)

@@ -1,0 +1,389 @@
+"""From logits to a token. Chapter 2 is about this module.
+
+One row of logits for each sequence, one `SamplingParams` for each row, greedy and random rows in one call. The
+stages come in vLLM's order (``vllm/v1/sample/sampler.py``, 0.33.0): allowed tokens, bad words, min_tokens, bias,
+penalties, then greedy rows take the largest logit, and the others go on: temperature, min-p, top-k, top-p, draw.
+Every stage is a function of its own: logits in, new logits out, in which what it removed is ``-inf``.
+
+The draw is ours: one uniform number a token, from the request's own generator, and the token that the cumulative
+distribution reaches there. It can be drawn on paper, costs one number a row, and gives the same token on any device
+and in any batch; vLLM races exponential variables instead, which is faster on a GPU and cannot be followed by eye.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from folovllm.outputs import Logprob
+from folovllm.sampling_params import SamplingParams, SamplingType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOP_P_FIRST_TRY = 1024
+"""Tokens sorted at first to find where top_p is reached; sorting the whole vocabulary is rarely needed and slow."""
+
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def make_generator(params: SamplingParams, index: int = 0) -> random.Random:
+    """The random numbers of one sequence: sequence ``index`` of a seeded request has ``seed + index``.
+
+    Without a seed the generator is seeded from Python's global one, which `folovllm.set_random_seed` sets.
+    """
+    return random.Random(random.getrandbits(64) if params.seed is None else params.seed + index)
+
+
+@dataclass
+class SamplingMetadata:
+    """What the sampler knows about each row: one entry a row in every list (vLLM: ``v1/sample/metadata.py``)."""
+
+    params: list[SamplingParams]
+    prompt_token_ids: list[list[int]] = field(default_factory=list)
+    """The repetition penalty looks at these; empty prompts when left out."""
+    output_token_ids: list[list[int]] = field(default_factory=list)
+    """What each row has generated so far. The lists are kept, not copied: append to them and sample again."""
+    generators: list[random.Random] = field(default_factory=list)
+    """Each row's own random numbers; made from ``params`` when left out."""
+
+    def __post_init__(self) -> None:
+        num_rows = len(self.params)
+        self.prompt_token_ids = self.prompt_token_ids or [[] for _ in range(num_rows)]
+        self.output_token_ids = self.output_token_ids or [[] for _ in range(num_rows)]
+        self.generators = self.generators or [make_generator(params) for params in self.params]
+        for name in ("prompt_token_ids", "output_token_ids", "generators"):
+            if (length := len(getattr(self, name))) != num_rows:
+                raise ValueError(f"{name} must have one entry a row ({num_rows}), got {length}")
+
+
+@dataclass
+class SamplerOutput:
+    """What was chosen, row by row."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob] | None]
+    """For rows that asked for it (and those that best_of must rank): token id -> `Logprob`, the chosen token first."""
+
+
+def _per_row(values: Sequence[float], logits: Tensor) -> Tensor:
+    """One float32 a row as a column ``[num_rows, 1]`` beside the logits."""
+    return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+
+
+def _places(token_ids: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column indices ``[num_token_ids]`` of each row's token ids.
+
+    Raises:
+        ValueError: if a token id is outside the vocabulary.
+    """
+    vocab_size = logits.shape[-1]
+    rows = [row for row, ids in enumerate(token_ids) for _ in ids]
+    columns = [token_id for ids in token_ids for token_id in ids]
+    for row, token_id in zip(rows, columns):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"row {row} names token id {token_id}, but the vocabulary has {vocab_size} tokens")
+    return torch.tensor(rows, dtype=torch.long, device=logits.device), torch.tensor(
+        columns, dtype=torch.long, device=logits.device
+    )
+
+
+def apply_allowed_token_ids(logits: Tensor, allowed_token_ids: Sequence[Sequence[int] | None]) -> Tensor:
+    """Keeps only the allowed tokens of each row; None allows all. ``[num_rows, vocab_size]`` in and out."""
+    keep = torch.zeros_like(logits, dtype=torch.bool)
+    keep[[row for row, allowed in enumerate(allowed_token_ids) if allowed is None]] = True
+    keep[_places([allowed or [] for allowed in allowed_token_ids], logits)] = True
+    return logits.masked_fill(~keep, -torch.inf)
+
+
+def ban_tokens(logits: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
+    """Removes the given tokens of each row. ``[num_rows, vocab_size]`` in and out."""
+    banned = torch.zeros_like(logits, dtype=torch.bool)
+    banned[_places(token_ids, logits)] = True
+    return logits.masked_fill(banned, -torch.inf)
+
+
+def find_bad_word_ends(bad_words_token_ids: Sequence[Sequence[int]], output_token_ids: Sequence[int]) -> list[int]:
+    """The tokens that would complete a bad word, given what has been generated."""
+    output = list(output_token_ids)
+    return [
+        word[-1]
+        for word in bad_words_token_ids
+        if len(word) <= len(output) + 1 and output[len(output) - len(word) + 1 :] == list(word[:-1])
+    ]
+
+
+def apply_logit_bias(logits: Tensor, logit_bias: Sequence[dict[int, float] | None]) -> Tensor:
+    """Adds each row's biases to its logits. ``[num_rows, vocab_size]`` in and out."""
+    biases = [bias or {} for bias in logit_bias]
+    rows, columns = _places([list(bias) for bias in biases], logits)
+    values = torch.tensor([value for bias in biases for value in bias.values()], device=logits.device)
+    return logits.index_put((rows, columns), values.to(logits.dtype), accumulate=True)
+
+
+def apply_penalties(
+    logits: Tensor,
+    prompt_token_ids: Sequence[Sequence[int]],
+    output_token_ids: Sequence[Sequence[int]],
+    repetition_penalties: Sequence[float],
+    frequency_penalties: Sequence[float],
+    presence_penalties: Sequence[float],
+) -> Tensor:
+    """Makes tokens that were used less likely. ``[num_rows, vocab_size]`` in and out.
+
+    Repetition looks at prompt and output, and divides positive logits and multiplies negative ones (Keskar et al.
+    2019). Frequency and presence look at the output alone and subtract, once for each use and once for any.
+    """
+    counts = torch.zeros_like(logits)
+    rows, columns = _places(output_token_ids, logits)
+    counts.index_put_((rows, columns), torch.ones(len(rows), device=logits.device), accumulate=True)
+    used = counts > 0
+    used_anywhere = used.clone()
+    used_anywhere[_places(prompt_token_ids, logits)] = True
+
+    repetition = _per_row(repetition_penalties, logits).clamp(min=_TINY)
+    # Above the largest float a logit would be inf, and inf - inf is not a number.
+    scaled = torch.where(logits > 0, (logits / repetition).clamp(max=_HUGE), logits * repetition)
+    logits = torch.where(used_anywhere, scaled, logits)
+    return logits - _per_row(frequency_penalties, logits) * counts - _per_row(presence_penalties, logits) * used
+
+
+def apply_temperature(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Divides each row by its temperature, after moving its largest logit to 0. ``[num_rows, vocab_size]`` in and out.
+
+    The move changes no probability, and keeps tiny temperatures from overflowing.
+    """
+    temperature = _per_row(temperatures, logits).clamp(_TINY, _HUGE)
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+
+
+def apply_min_p(logits: Tensor, min_p: Sequence[float]) -> Tensor:
+    """Keeps tokens at least ``min_p`` times as likely as the likeliest. ``[num_rows, vocab_size]`` in and out."""
+    # p >= min_p * p_max is logit >= logit_max + log(min_p): no softmax needed.
+    threshold = logits.amax(dim=-1, keepdim=True) + _per_row(min_p, logits).log()
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def apply_top_k(logits: Tensor, top_k: Sequence[int]) -> Tensor:
+    """Keeps the ``top_k`` likeliest tokens and those as likely as the last of them; -1 keeps all.
+
+    ``[num_rows, vocab_size]`` in and out.
+    """
+    vocab_size = logits.shape[-1]
+    limits = [k if 0 < k < vocab_size else 0 for k in top_k]  # 0: nothing to remove
+    if not any(limits):
+        return logits
+    k = torch.tensor(limits, device=logits.device).unsqueeze(1)
+    likeliest = logits.topk(max(limits), dim=-1).values
+    threshold = likeliest.gather(1, (k - 1).clamp(min=0)).masked_fill(k == 0, -torch.inf)
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def apply_top_p(logits: Tensor, top_p: Sequence[float]) -> Tensor:
+    """Keeps the likeliest tokens until their probabilities reach ``top_p``, the one that reaches it included.
+
+    Tokens exactly as likely as that one stay too, so what is kept does not depend on how a sort breaks ties.
+    ``[num_rows, vocab_size]`` in and out.
+    """
+    p = _per_row(top_p, logits)
+    everything = p >= 1
+    goal = p.masked_fill(everything, 0)
+    probs = logits.softmax(dim=-1)
+    width, vocab_size = min(TOP_P_FIRST_TRY, logits.shape[-1]), logits.shape[-1]
+    likeliest = probs.topk(width, dim=-1).values
+    reached = likeliest.cumsum(dim=-1) >= goal
+    if width < vocab_size and not reached[:, -1].all():
+        likeliest = probs.sort(dim=-1, descending=True).values
+        reached = likeliest.cumsum(dim=-1) >= goal
+    first_reached = (~reached).sum(dim=-1, keepdim=True).clamp(max=likeliest.shape[-1] - 1)
+    keep = (probs >= likeliest.gather(1, first_reached)) | everything
+    return logits.masked_fill(~keep, -torch.inf)
+
+
+def draw(probs: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """The token where each row's cumulative distribution first exceeds its uniform number.
+
+    Args:
+        probs: ``[num_rows, vocab_size]``; rows need not sum to exactly 1.
+        uniforms: one number in [0, 1) a row.
+
+    Returns:
+        token ids ``[num_rows]``; never one of probability 0.
+    """
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    u = torch.tensor(uniforms, dtype=torch.float64, device=probs.device).unsqueeze(1)
+    # u < 1, but u * total may round up to total, which no token exceeds.
+    goal = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, goal, right=True).squeeze(1)
+
+
+def gather_logprobs(
+    logprobs: Tensor, token_id: int, num_logprobs: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[int, Logprob]:
+    """The log probability of one token and of the ``num_logprobs`` likeliest, in vLLM's format, that token first.
+
+    Args:
+        logprobs: ``[vocab_size]``, raw.
+        tokenizer: fills in ``decoded_token``.
+    """
+    values, token_ids = logprobs.topk(min(num_logprobs, len(logprobs)))
+    rank = int((logprobs > logprobs[token_id]).sum()) + 1
+    found = {token_id: Logprob(float(logprobs[token_id]), rank)}
+    for place, (value, other) in enumerate(zip(values.tolist(), token_ids.tolist()), 1):
+        found.setdefault(other, Logprob(value, place))
+    if tokenizer is not None:
+        for other, logprob in found.items():
+            logprob.decoded_token = tokenizer.decode([other])
+    return found
+
+
+def compute_prompt_logprobs(
+    logits: Tensor,
+    prompt_token_ids: Sequence[int],
+    num_logprobs: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[dict[int, Logprob] | None]:
+    """How likely the model found each token of the prompt; None for the first, which nothing predicts.
+
+    Args:
+        logits: ``[num_prompt_tokens, vocab_size]``, those of the prompt's own forward pass.
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    return [None] + [
+        gather_logprobs(logprobs[i], token_id, num_logprobs, tokenizer)
+        for i, token_id in enumerate(prompt_token_ids[1:])
+    ]
+
+
+class Sampler:
+    """Chooses the next token of every row."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None = None, eos_token_ids: Sequence[int] | None = None
+    ) -> None:
+        """Makes a sampler for one model.
+
+        Args:
+            tokenizer: needed for ``bad_words`` and for the text in `Logprob`.
+            eos_token_ids: the tokens that end a text, which ``min_tokens`` holds back; None: the tokenizer's.
+        """
+        self.tokenizer = tokenizer
+        own_eos = None if tokenizer is None else tokenizer.eos_token_id
+        self.eos_token_ids = list(eos_token_ids or ([] if own_eos is None else [own_eos]))
+        self._bad_words: dict[str, list[list[int]]] = {}
+
+    def __call__(self, logits: Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+        """Chooses one token a row.
+
+        Args:
+            logits: ``[num_rows, vocab_size]``, any float dtype.
+            metadata: one entry a row.
+
+        Raises:
+            ValueError: if a row's params leave no token to choose, name one outside the vocabulary, or if the
+                logits are not numbers.
+        """
+        scores = self.apply_constraints(logits, metadata)
+        token_ids = scores.argmax(dim=-1)
+        rows = [row for row, p in enumerate(metadata.params) if p.sampling_type is SamplingType.RANDOM]
+        if rows:
+            random_scores = scores if len(rows) == len(scores) else scores[rows]
+            probs = truncate(random_scores, [metadata.params[row] for row in rows]).softmax(dim=-1)
+            token_ids[rows] = draw(probs, [metadata.generators[row].random() for row in rows])
+        chosen = token_ids.tolist()
+        return SamplerOutput(chosen, self._logprobs(logits, chosen, metadata.params))
+
+    def compute_probs(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
+        """The distribution each row's token is drawn from, ``[num_rows, vocab_size]``; a greedy row has a single 1."""
+        scores = self.apply_constraints(logits, metadata)
+        probs = truncate(scores, metadata.params).softmax(dim=-1)
+        greedy = [row for row, p in enumerate(metadata.params) if p.sampling_type is SamplingType.GREEDY]
+        probs[greedy] = torch.nn.functional.one_hot(scores[greedy].argmax(dim=-1), scores.shape[-1]).to(probs)
+        return probs
+
+    def apply_constraints(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
+        """What holds for greedy and random rows alike: allowed tokens, bad words, min_tokens, bias, penalties.
+
+        ``[num_rows, vocab_size]`` in and out, float32. A stage that no row asks for is skipped.
+        """
+        params, outputs = metadata.params, metadata.output_token_ids
+        if logits.ndim != 2 or len(logits) != len(params):
+            raise ValueError(
+                f"logits must be [{len(params)}, vocab_size], one row a SamplingParams, got {[*logits.shape]}"
+            )
+        logits = logits.float()
+        if any(p.allowed_token_ids is not None for p in params):
+            logits = apply_allowed_token_ids(logits, [p.allowed_token_ids for p in params])
+        if any(banned := [self._banned(p, output) for p, output in zip(params, outputs)]):
+            logits = ban_tokens(logits, banned)
+        if any(p.logit_bias for p in params):
+            logits = apply_logit_bias(logits, [p.logit_bias for p in params])
+        if any((p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1, 0, 0) for p in params):
+            logits = apply_penalties(
+                logits,
+                metadata.prompt_token_ids,
+                outputs,
+                [p.repetition_penalty for p in params],
+                [p.frequency_penalty for p in params],
+                [p.presence_penalty for p in params],
+            )
+        for row, largest in enumerate(logits.amax(dim=-1).tolist()):
+            if largest == -torch.inf:
+                raise ValueError(f"row {row} has no token left: allowed_token_ids, bad_words and min_tokens remove all")
+            if largest != largest or largest == torch.inf:
+                raise ValueError(f"row {row} has a logit of {largest}: the forward pass went wrong, or logit_bias did")
+        return logits
+
+    def _banned(self, params: SamplingParams, output_token_ids: Sequence[int]) -> list[int]:
+        """The tokens that this row must not choose now."""
+        banned: list[int] = []
+        if params.bad_words:
+            words = [token_ids for word in params.bad_words for token_ids in self._tokenize_bad_word(word)]
+            banned += find_bad_word_ends(words, output_token_ids)
+        if len(output_token_ids) < params.min_tokens:
+            banned += [*self.eos_token_ids, *(params.stop_token_ids or [])]
+        return banned
+
+    def _tokenize_bad_word(self, word: str) -> list[list[int]]:
+        """The ways a word is written in tokens: at the start of a text, and after a space."""
+        if self.tokenizer is None:
+            raise ValueError(f"bad_words needs a tokenizer to find the tokens of {word!r}; make it Sampler(tokenizer)")
+        if word not in self._bad_words:
+            spellings = {word, " " + word.lstrip()}
+            self._bad_words[word] = [
+                self.tokenizer.encode(text, add_special_tokens=False) for text in sorted(spellings)
+            ]
+        return self._bad_words[word]
+
+    def _logprobs(
+        self, logits: Tensor, token_ids: list[int], all_params: list[SamplingParams]
+    ) -> list[dict[int, Logprob] | None]:
+        """What each row wants to know about its token, from the raw logits."""
+        found: list[dict[int, Logprob] | None] = []
+        for row, (token_id, params) in enumerate(zip(token_ids, all_params)):
+            if params.logprobs is None and params.best_of == params.n:
+                found.append(None)
+            else:
+                raw = logits[row].float().log_softmax(dim=-1)
+                found.append(gather_logprobs(raw, token_id, params.logprobs or 0, self.tokenizer))
+        return found
+
+
+def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """What holds for random rows: temperature, min-p, top-k, top-p. ``[num_rows, vocab_size]`` in and out.
+
+    A greedy row's temperature counts as 1 here.
+    """
+    logits = apply_temperature(logits, [p.temperature or 1.0 for p in params])
+    if any(p.min_p > 0 for p in params):
+        logits = apply_min_p(logits, [p.min_p for p in params])
+    logits = apply_top_k(logits, [p.top_k for p in params])
+    if any(p.top_p < 1 for p in params):
+        logits = apply_top_p(logits, [p.top_p for p in params])
+    return logits
