@@ -1,0 +1,172 @@
+"""Trains the embedded model: ``python -m folovllm.tales.train``.
+
+The same seed on the same machine gives the same weights, also when the run is interrupted and started again: the
+documents of a step depend on the seed and the step alone, and the state saved every `SAVE_EVERY` steps
+(weights and both optimizers, as safetensors) is all that the next step needs.
+
+Muon (Jordan et al. 2024, ``torch.optim.Muon``) trains the weight matrices of the layers, AdamW the embedding and the
+norms. At this size Muon needs about a third of AdamW's steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from folovllm.tales import EMBEDDED_MODEL
+from folovllm.tales.grammar import END_OF_TEXT, IM_END, sample
+from folovllm.tales.tokenizer import train_tokenizer
+
+STEPS, DOCUMENTS_PER_STEP, DOCUMENTS_PER_PASS = 3000, 32, 8
+MUON_LR, ADAMW_LR, WARMUP_STEPS = 0.02, 3e-3, 50
+SAVE_EVERY = 100
+
+
+def model_config(vocab_size: int) -> Qwen3Config:
+    """The embedded model's shape: Qwen3, four layers of width 128, about a million parameters."""
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=384,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        attention_bias=False,
+    )
+
+
+def batches(tokenizer: Any, seed: int, step: int) -> Iterator[Tensor]:
+    """The documents of one step as padded token ids ``[num_documents, num_tokens]``, those of like length together."""
+    rng = random.Random(f"{seed}-{step}")
+    documents = sorted((tokenizer.encode(sample(rng).text) for _ in range(DOCUMENTS_PER_STEP)), key=len)
+    for i in range(0, len(documents), DOCUMENTS_PER_PASS):
+        chunk = documents[i : i + DOCUMENTS_PER_PASS]
+        width = max(map(len, chunk))
+        # -1 marks padding. It stands on the right, where a causal model cannot see it from any real token.
+        yield torch.tensor([ids + [-1] * (width - len(ids)) for ids in chunk])
+
+
+def negative_log_likelihood(model: Qwen3ForCausalLM, batch: Tensor) -> Tensor:
+    """``-log p`` of every token but the first, in nats: ``[num_documents, num_tokens - 1]``, 0 at padding."""
+    logits = model(input_ids=batch.clamp_min(0), use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2).float(), batch[:, 1:], ignore_index=-1, reduction="none"
+    )
+
+
+def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    return min((step + 1) / WARMUP_STEPS, (num_steps - step) / num_steps)
+
+
+def save_state(path: Path, step: int, model: Qwen3ForCausalLM, opts: list[torch.optim.Optimizer]) -> None:
+    """Writes all that the next step needs, in one file that appears whole or not at all."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for i, opt in enumerate(opts):
+        for j, state in opt.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in state.items()}
+    unfinished = path.with_suffix(".unfinished")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata={"step": str(step)})
+    unfinished.replace(path)
+
+
+def load_state(path: Path, model: Qwen3ForCausalLM, opts: list[torch.optim.Optimizer]) -> int:
+    """Restores what `save_state` wrote and gives back the next step."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step = int(file.metadata()["step"])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f"model.{name}"])
+    for i, opt in enumerate(opts):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer" and rest.startswith(f"{i}."):
+                _, j, key = rest.split(".")
+                state.setdefault(int(j), {})[key] = tensor
+        opt.load_state_dict({**opt.state_dict(), "state": state})
+    return step
+
+
+def train(directory: Path, seed: int = 0, num_steps: int = STEPS) -> None:
+    """Trains tokenizer and model into ``directory``, going on where an interrupted run stopped."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state_file = directory / "training_state.safetensors"
+    if not (directory / "tokenizer.json").exists():
+        train_tokenizer(directory, seed=seed)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    # The order in which sums are taken, and so the weights, depends on the number of threads: one gives the same
+    # weights however busy the machine is, and at this size a second would save little.
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(model_config(len(tokenizer)))
+    opts = optimizers(model)
+    rates = [group["lr"] for opt in opts for group in opt.param_groups]
+    first = load_state(state_file, model, opts) if state_file.exists() else 0
+
+    progress = tqdm(range(first, num_steps), initial=first, total=num_steps, unit="step")
+    for step in progress:
+        passes = list(batches(tokenizer, seed, step))
+        num_tokens = sum(int((batch[:, 1:] >= 0).sum()) for batch in passes)
+        loss = 0.0
+        for batch in passes:
+            part = negative_log_likelihood(model, batch).sum() / num_tokens
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt, rate in zip(opts, rates):
+            opt.param_groups[0]["lr"] = rate * learning_rate_factor(step, num_steps)
+            opt.step()
+            opt.zero_grad()
+        progress.set_postfix_str(f"{loss:.4f} nats a token")
+        if (step + 1) % SAVE_EVERY == 0:
+            save_state(state_file, step + 1, model, opts)
+
+    end_ids = tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT])
+    model.config.eos_token_id, model.config.pad_token_id = end_ids[0], end_ids[1]
+    model.generation_config = GenerationConfig(
+        eos_token_id=end_ids, pad_token_id=end_ids[1], do_sample=True, temperature=1.0
+    )
+    model.save_pretrained(directory)
+    state_file.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m folovllm.tales.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+    train(args.out, args.seed, args.steps)
+    print(json.dumps({"saved": str(args.out), "steps": args.steps, "seed": args.seed}))
+
+
+if __name__ == "__main__":
+    main()
