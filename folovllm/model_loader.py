@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,12 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, dict[str, Any]
             raise _damaged(path, f"it has {size:,} bytes and says that its header alone has {length:,}")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
-            raise _damaged(path, "its header is not JSON") from None
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
+            [math.prod(map(int, entry["shape"])) for entry in tensors.values()]
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+            raise _damaged(path, "its header is none") from None
+    expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise _damaged(path, f"it has {size:,} bytes where its header promises {expected:,}")
     return tensors
@@ -105,7 +107,7 @@ def get_model_max_len(hf_config: Any) -> int:
     """The most tokens a checkpoint was made for, wherever its architecture keeps that number; else 2048."""
     text_config = hf_config.get_text_config()
     found = (getattr(text_config, key, None) for key in _LENGTH_KEYS)
-    return next((value for value in found if isinstance(value, int)), DEFAULT_MAX_MODEL_LEN)
+    return next((value for value in found if isinstance(value, int) and value > 0), DEFAULT_MAX_MODEL_LEN)
 
 
 def kv_cache_bytes_per_token(hf_config: Any, dtype: torch.dtype) -> int:
@@ -184,6 +186,8 @@ class ModelLoader:
             )
         except Exception as error:
             raise ModelLoadError(f"no tokenizer could be read from {folder} ({_first_line(error)})") from None
+        if not tokenizer.encode("a", add_special_tokens=False):
+            raise ModelLoadError(f"no tokenizer could be read from {folder}: there is no vocabulary in it")
         if config.tokenizer_mode == "slow" and tokenizer.is_fast:
             logger.warning("tokenizer_mode is 'slow', but %s has only the fast tokenizer, which was loaded", folder)
         if tokenizer.pad_token_id is None:
@@ -202,8 +206,20 @@ class ModelLoader:
         """
         model = self.load_model(device)
         tokenizer = self.load_tokenizer()
-        if (tokenizer.pad_token_id or 0) >= model.get_input_embeddings().num_embeddings:
+        old = model.get_input_embeddings().num_embeddings
+        if (tokenizer.pad_token_id or 0) >= old:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model.eval()
+            with torch.no_grad():
+                for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                    layer.weight[old:] = 0
+            parameters = list(model.parameters())
+            assert self.report is not None  # load_model has left one
+            self.report = replace(
+                self.report,
+                num_parameters=sum(p.numel() for p in parameters),
+                num_bytes=sum(p.nbytes for p in parameters),
+            )
         return model, tokenizer
 
     def _pick_dtype(self, hf_config: Any, device: torch.device) -> torch.dtype:
@@ -230,10 +246,14 @@ def _first_line(error: BaseException) -> str:
 
 def _find_folder(name: str) -> Path:
     """The checkpoint's folder, fetched from the hub if ``name`` is not one already."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_dir, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelLoadError(f"{name!r} is no name of a folder or model ({_first_line(error)})") from None
+    if is_dir:
         return folder
-    if folder.exists():
+    if exists:
         raise ModelLoadError(f"{name} is a file; give the folder of a checkpoint, which holds its config.json")
     if folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2:
         raise ModelLoadError(
@@ -280,6 +300,8 @@ def _find_weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("a file name is no string")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelLoadError(
                 f"{index} is not a checkpoint's index ({_first_line(error)}); copy or download it again"
@@ -300,7 +322,8 @@ def _find_weight_files(folder: Path) -> list[Path]:
             "code; take a safetensors version of the checkpoint, or convert it where you trust it"
         )
     raise ModelLoadError(
-        f"{folder} has no model.safetensors (or model.safetensors.index.json); copy or download the weights"
+        f"{folder} has no model.safetensors (or model.safetensors.index.json); copy or download the weights "
+        "(a pickle checkpoint, *.bin, is refused, because reading one can run any code)"
     )
 
 
@@ -349,7 +372,10 @@ def _load_weights(folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote
 @contextlib.contextmanager
 def _transformers_progress_bar(shown: bool) -> Iterator[None]:
     """Lets transformers show its progress bar, or not; its warnings are kept back, since we turn them into errors."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+
     was_shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    hub_disabled = are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     if not shown:
         transformers_logging.disable_progress_bar()
@@ -359,3 +385,5 @@ def _transformers_progress_bar(shown: bool) -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if was_shown:
             transformers_logging.enable_progress_bar()
+        if hub_disabled:
+            disable_progress_bars()

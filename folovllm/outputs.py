@@ -59,8 +59,11 @@ class CompletionOutput:
     def from_sequence(cls, index: int, seq: Sequence, tokenizer: PreTrainedTokenizerBase) -> CompletionOutput:
         """The present state of a sequence, as its user sees it."""
         params = seq.sampling_params
+        # A token that ended the answer is one of its tokens and no part of its text.
+        ended_by_token = seq.status is SequenceStatus.FINISHED_STOPPED and not isinstance(seq.stop_reason, str)
+        hidden = 1 if ended_by_token and not params.include_stop_str_in_output else 0
         text = tokenizer.decode(
-            seq.data.output_token_ids,
+            seq.data.output_token_ids[: seq.get_output_len() - hidden],
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
@@ -99,7 +102,8 @@ class RequestOutput:
             logprob = seq.data.cumulative_logprob
             return -math.inf if logprob is None else logprob
 
-        best = sorted(request.get_seqs(), key=likelihood, reverse=True)[: request.sampling_params.n]
+        seqs = [seq for seq in request.get_seqs() if seq.status is not SequenceStatus.FINISHED_IGNORED]
+        best = sorted(seqs, key=likelihood, reverse=True)[: request.sampling_params.n]
         return cls(
             request_id=request.request_id,
             prompt=request.prompt,

@@ -185,6 +185,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
 
     def __post_init__(self) -> None:
+        self.prompt_token_ids = SequenceData(self.prompt_token_ids).prompt_token_ids
         if self.sequences:
             return
         for i in range(self.sampling_params.best_of or self.sampling_params.n):

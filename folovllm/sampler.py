@@ -114,7 +114,7 @@ def find_bad_word_ends(bad_words_token_ids: Sequence[Sequence[int]], output_toke
     return [
         word[-1]
         for word in bad_words_token_ids
-        if len(word) <= len(output) + 1 and output[len(output) - len(word) + 1 :] == list(word[:-1])
+        if 0 < len(word) <= len(output) + 1 and output[len(output) - len(word) + 1 :] == list(word[:-1])
     ]
 
 
@@ -218,9 +218,7 @@ def draw(probs: Tensor, uniforms: Sequence[float]) -> Tensor:
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     u = torch.tensor(uniforms, dtype=torch.float64, device=probs.device).unsqueeze(1)
-    # u < 1, but u * total may round up to total, which no token exceeds.
-    goal = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, goal, right=True).squeeze(1)
+    return torch.searchsorted(cumulative, u * total, right=True).squeeze(1)
 
 
 def gather_logprobs(
@@ -235,8 +233,8 @@ def gather_logprobs(
     values, token_ids = logprobs.topk(min(num_logprobs, len(logprobs)))
     rank = int((logprobs > logprobs[token_id]).sum()) + 1
     found = {token_id: Logprob(float(logprobs[token_id]), rank)}
-    for place, (value, other) in enumerate(zip(values.tolist(), token_ids.tolist()), 1):
-        found.setdefault(other, Logprob(value, place))
+    for value, other in zip(values.tolist(), token_ids.tolist()):
+        found.setdefault(other, Logprob(value, int((logprobs > value).sum()) + 1))
     if tokenizer is not None:
         for other, logprob in found.items():
             logprob.decoded_token = tokenizer.decode([other])
@@ -275,7 +273,7 @@ class Sampler:
         """
         self.tokenizer = tokenizer
         own_eos = None if tokenizer is None else tokenizer.eos_token_id
-        self.eos_token_ids = list(eos_token_ids or ([] if own_eos is None else [own_eos]))
+        self.eos_token_ids = list(eos_token_ids if eos_token_ids is not None else [] if own_eos is None else [own_eos])
         self._bad_words: dict[str, list[list[int]]] = {}
 
     def __call__(self, logits: Tensor, metadata: SamplingMetadata) -> SamplerOutput:
@@ -327,7 +325,7 @@ class Sampler:
         if any((p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1, 0, 0) for p in params):
             logits = apply_penalties(
                 logits,
-                metadata.prompt_token_ids,
+                [ids if p.repetition_penalty != 1 else [] for p, ids in zip(params, metadata.prompt_token_ids)],
                 outputs,
                 [p.repetition_penalty for p in params],
                 [p.frequency_penalty for p in params],
@@ -355,10 +353,12 @@ class Sampler:
         if self.tokenizer is None:
             raise ValueError(f"bad_words needs a tokenizer to find the tokens of {word!r}; make it Sampler(tokenizer)")
         if word not in self._bad_words:
-            spellings = {word, " " + word.lstrip()}
-            self._bad_words[word] = [
-                self.tokenizer.encode(text, add_special_tokens=False) for text in sorted(spellings)
-            ]
+            bare = word.lstrip()
+            spellings = {word, bare, " " + bare} if bare else {word}
+            encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in sorted(spellings)]
+            if not any(encoded):
+                raise ValueError(f"bad_words must be spelled in at least one token, got {word!r}")
+            self._bad_words[word] = [token_ids for token_ids in encoded if token_ids]
         return self._bad_words[word]
 
     def _logprobs(

@@ -156,10 +156,11 @@ class SamplingParams:
                 isinstance(self.logit_bias, dict),
                 f"logit_bias must be a dict of token id to bias, got {self.logit_bias!r}",
             )
-            check_token_ids("logit_bias", list(self.logit_bias))
+            token_ids = check_token_ids("logit_bias", list(self.logit_bias))
+            biases = [check_number(f"logit_bias[{i}]", bias) for i, bias in zip(token_ids, self.logit_bias.values())]
+            self.logit_bias = dict(zip(token_ids, biases))
             for token_id, bias in self.logit_bias.items():
-                ok = abs(check_number(f"logit_bias[{token_id}]", bias)) <= MAX_LOGIT_BIAS
-                require(ok, f"logit_bias[{token_id}] must be in [-100, 100], got {bias}")
+                require(abs(bias) <= MAX_LOGIT_BIAS, f"logit_bias[{token_id}] must be in [-100, 100], got {bias}")
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = check_token_ids("allowed_token_ids", self.allowed_token_ids)
             require(

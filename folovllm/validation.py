@@ -21,40 +21,50 @@ def require(ok: bool, message: str) -> None:
 def check_int(name: str, value: Any) -> int:
     """An integer (Python's or NumPy's) as an ``int``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+        raise ValueError(f"{name} must be an integer, got {show(value)}")
+    if abs(int(value)).bit_length() > 64:
+        raise ValueError(f"{name} must be an integer of at most 64 bits, got one of {int(value).bit_length()} bits")
     return int(value)
+
+
+def show(value: Any) -> str:
+    """``repr``, also for an integer that Python finds too long to print."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
 
 
 def check_number(name: str, value: Any) -> float:
     """A finite number as a ``float``; NaN, infinities, bools and strings are refused."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name} must be a number, got {show(value)}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    require(math.isfinite(number), f"{name} must be a finite number, got {value!r}")
+    require(math.isfinite(number), f"{name} must be a finite number, got {show(value)}")
     return number
 
 
 def check_bool(name: str, value: Any) -> bool:
     """True or False, and nothing that merely behaves like one."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {show(value)}")
     return value
 
 
 def check_str(name: str, value: Any) -> str:
     """A string with at least one character."""
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a non-empty string, got {value!r}")
+        raise ValueError(f"{name} must be a non-empty string, got {show(value)}")
     return value
 
 
 def check_token_ids(name: str, value: Any) -> list[int]:
     """A list or tuple of non-negative integers as a list of its own."""
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} must be a list of token ids, got {value!r}")
+        raise ValueError(f"{name} must be a list of token ids, got {show(value)}")
     token_ids = [check_int(f"{name}[{i}]", token_id) for i, token_id in enumerate(value)]
     for i, token_id in enumerate(token_ids):
         require(token_id >= 0, f"{name}[{i}] must be a token id (0 or more), got {token_id}")

@@ -6,6 +6,7 @@ An attempt may be anything, also unfinished or broken: what it raises becomes pa
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,16 +40,39 @@ def exercise(praise: str) -> Callable[[Callable[[Any], None]], Callable[[Any], V
         @functools.wraps(check)
         def run(attempt: Any) -> Verdict:
             try:
-                check(attempt)
+                check(attempt if isinstance(attempt, type) else _guarded(attempt))
             except NotYet as error:
-                return Verdict(False, str(error))
-            except Exception as error:
-                return Verdict(False, f"your code raised {type(error).__name__}: {error}")
+                return Verdict(False, _one_line(str(error)))
+            except Exception as error:  # in the check, which could not work with what the attempt gave
+                return Verdict(False, f"what your code gives is not of the kind that was asked for ({_name(error)}).")
             return Verdict(True, praise)
 
         return run
 
     return decorate
+
+
+def _guarded(attempt: Any) -> Callable[..., Any]:
+    """The attempt, whose errors and forgotten ``return`` become sentences."""
+
+    def call(*args: Any) -> Any:
+        try:
+            found = attempt(*args)
+        except Exception as error:
+            raise NotYet(f"your code raised {_name(error)}.") from None
+        expect(found is not None, "your code gives back None: is there a return?")
+        return found
+
+    return call
+
+
+def _name(error: Exception) -> str:
+    message = _one_line(str(error), 200).rstrip(".")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _one_line(text: str, width: int = 290) -> str:
+    return textwrap.shorten(text, width, placeholder=" …")
 
 
 # Chapter 1
@@ -75,6 +99,7 @@ def check_budget(attempt: type) -> None:
     expect(getattr(first, "requests", None) == [], "requests should be an empty list when nobody says otherwise.")
     first.requests.append("r1")
     expect(second.requests == [], "a request added to one budget appears in the other: they share one list.")
+    expect(attempt(num_tokens=1).num_tokens == 1, "a budget of 1 token is small, and right.")
     for wrong in (0, -5):
         try:
             attempt(num_tokens=wrong)
@@ -152,6 +177,8 @@ def check_top_p(attempt: Callable[[list[float], float], list[int]]) -> None:
         list(attempt(probs, 0.4)) == [1],
         f"at p = 0.4 the likeliest token alone crosses, yours keeps {list(attempt(probs, 0.4))}.",
     )
+    met = list(attempt(probs, 0.5))
+    expect(met == [1], f"at p = 0.5 token 1 reaches the line exactly, and nobody else is needed; yours keeps {met}.")
     expect(sorted(attempt(probs, 1.0)) == [0, 1, 2, 3], "at p = 1 every token stays.")
 
 
@@ -184,7 +211,7 @@ def check_finish_status(attempt: Callable[[Any, int], Any]) -> None:
 
     def status(output: list[int], **fields: Any) -> Any:
         params = SamplingParams(**{"max_tokens": 4, "stop_token_ids": [7], **fields})
-        return attempt(Sequence("s", "r", SequenceData([1], output), params), 2)
+        return attempt(Sequence("s", "r", SequenceData([2], output), params), 2)
 
     running, stopped, capped = (
         SequenceStatus.RUNNING,
@@ -192,12 +219,17 @@ def check_finish_status(attempt: Callable[[Any, int], Any]) -> None:
         SequenceStatus.FINISHED_LENGTH_CAPPED,
     )
     expect(status([5]) is running, f"one ordinary token of four: it runs on, yours says {status([5])}.")
+    expect(status([5, 5, 5]) is running, f"three ordinary tokens of four: it runs on, yours says {status([5, 5, 5])}.")
     expect(status([5, 2]) is stopped, f"the end token stops it, yours says {status([5, 2])}.")
     expect(status([5, 7]) is stopped, f"a token of stop_token_ids stops it too, yours says {status([5, 7])}.")
     expect(status([5, 5, 5, 5]) is capped, "four ordinary tokens of four: the length cap ends it.")
     expect(status([5, 5, 5, 2]) is stopped, "the last allowed token is the end token: it stopped, it was not cut.")
     early = status([5, 2], min_tokens=3)
     expect(early is running, f"an end token before min_tokens does not end the text, yours says {early}.")
+    early = status([5, 7], min_tokens=3)
+    expect(early is running, f"nor does a token of stop_token_ids before min_tokens, yours says {early}.")
+    past = status([5, 2, 5], min_tokens=3)
+    expect(past is running, f"only the last token counts, an earlier end token was passed over; yours says {past}.")
     expect(status([5, 5, 2], min_tokens=3) is stopped, "at min_tokens an end token counts again.")
 
 
@@ -208,6 +240,7 @@ def check_blocks_of_forks(attempt: Callable[[int, int, int, int], int]) -> None:
         ((32, 16, 16, 1), 3, "a single sequence shares nothing"),
         ((32, 16, 16, 4), 6, "two shared blocks and one of its own for each of four"),
         ((40, 8, 16, 4), 6, "two shared blocks; the third is half prompt, and copied by all who write into it"),
+        ((40, 16, 16, 4), 10, "the output begins in a copied block, so 16 more tokens touch two blocks"),
         ((40, 0, 16, 4), 3, "nobody has written yet, so even the partly full block is shared"),
     ):
         got = attempt(*args)
@@ -246,14 +279,12 @@ def check_count_weights(attempt: Callable[[str], int]) -> None:
 @exercise("a key and a value, for each layer and each KV head.")
 def check_kv_bytes(attempt: Callable[[int, int, int, int, int], int]) -> None:
     """``attempt(num_layers, num_heads, num_kv_heads, head_dim, bytes_per_number)``: bytes a token keeps."""
-    got = attempt(32, 32, 8, 128, 2)
-    expect(got != 2 * 32 * 32 * 128 * 2, "that counts the query heads: only the KV heads are kept.")
-    expect(got not in (32 * 32 * 128 * 2, 32 * 8 * 128 * 2), "there are two vectors for each token, a key and a value.")
-    expect(got == 131072, f"Llama 3 8B in bfloat16 keeps 131,072 bytes a token, yours says {got:,}.")
-    expect(
-        attempt(4, 4, 2, 32, 4) == 2048,
-        f"the embedded model in float32 keeps 2,048, yours says {attempt(4, 4, 2, 32, 4):,}.",
-    )
+    got = attempt(32, 32, 8, 128, 4)
+    expect(got != 2 * 32 * 32 * 128 * 4, "that counts the query heads: only the KV heads are kept.")
+    expect(got not in (32 * 32 * 128 * 4, 32 * 8 * 128 * 4), "there are two vectors for each token, a key and a value.")
+    expect(got == 262144, f"Llama 3 8B in float32 keeps 262,144 bytes a token, yours says {got}.")
+    got = attempt(4, 4, 2, 32, 2)
+    expect(got == 1024, f"the embedded model in bfloat16 keeps 1,024 bytes a token, yours says {got}.")
 
 
 @exercise("the last place of every row is a real token, and the mask hides the rest.")
@@ -268,7 +299,8 @@ def check_pad_batch(attempt: Callable[[list[list[int]], int], tuple[list[list[in
     )
     expect(rows == [[0, 0, 5], [6, 7, 8]], f"the rows should be [[0, 0, 5], [6, 7, 8]], yours are {rows}.")
     expect(mask == [[0, 0, 1], [1, 1, 1]], f"the mask should be [[0, 0, 1], [1, 1, 1]], yours is {mask}.")
-    rows, mask = attempt([[0], [6, 7]], 0)
+    rows, mask = attempt([[9], [6, 7]], 9)
+    expect([list(row) for row in rows] == [[9, 9], [6, 7]], "with pad_id=9 the padding should be 9.")
     expect(
         [list(row) for row in mask] == [[0, 1], [1, 1]],
         "a real token may be equal to the pad token: make the mask from lengths.",
@@ -286,8 +318,8 @@ def check_tokens_computed(attempt: Callable[[int, int, bool], int]) -> None:
         how = "with" if cached else "without"
         expect(
             got == right,
-            f"a prompt of {prompt_len} and {output_len} new tokens {how} a cache: {right} computed, yours says {got}. "
-            "The last new token is never read.",
+            f"a prompt of {prompt_len} and {output_len} new tokens {how} a cache: {right} computed, yours says {got} "
+            "(the last new token is never read).",
         )
     expect(attempt(1000, 1000, True) == 1999, "a prompt of 1,000 and 1,000 new tokens with a cache compute 1,999.")
     expect(attempt(1000, 1000, False) == 1_499_500, "and without a cache 1,499,500.")
@@ -327,5 +359,5 @@ def check_generate(attempt: Callable[[Any, list[int], int], list[int]]) -> None:
     expect(got == right, f"the tokens should be {right}, yours are {got}: is the cache handed on to every pass?")
     expect(
         model.num_computed <= 8,
-        f"the right tokens, but {model.num_computed} computed instead of 7: after the first pass feed only the new one.",
+        f"the right tokens, but {model.num_computed} computed instead of 7: after the first pass feed only the new.",
     )

@@ -7,6 +7,7 @@ and the colours of Okabe and Ito (2008), which readers with any kind of colour v
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#999999"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW)
 LIGHT = "#D9D9D9"
+DARK_RED = "#B55000"
+"""`RED` for letters: on white it has a contrast of 5.1, where `RED` has 3.9."""
 
 STYLE: dict[str, Any] = {
     "figure.figsize": (6.4, 3.6),
@@ -52,7 +55,11 @@ def _figure(height: float = 3.6, rows: int = 1, **kwargs: Any) -> Iterator[Any]:
 def _label(tokenizer: Any, token_id: int) -> str:
     """A token as readers see it: spaces as ``␣``, new lines as ``⏎``; its id where the font may lack the letters."""
     text = tokenizer.decode([token_id])
-    return text.replace(" ", "␣").replace("\n", "⏎") if text.isascii() and text.strip() else f"#{token_id}"
+    shown = text.replace(" ", "␣").replace("\n", "⏎")
+    if not text.isascii() or not text.strip() or not shown.isprintable():
+        return f"#{token_id}"
+    # Dollars would begin a formula.
+    return shown.replace("$", r"\$")
 
 
 def _values(values: Any) -> np.ndarray:
@@ -89,7 +96,7 @@ def plot_path(*here: str, told_by: str | None = None) -> Axes:
                 ax.annotate("", (x - 0.57, y), (x - 0.43, y), arrowprops=arrow)
         ax.annotate("", (3.15, -0.75), (3.15, -0.25), arrowprops=arrow)
         ax.annotate("", (2.75, -0.25), (2.1, -0.75), arrowprops={**arrow, "color": RED})
-        ax.text(2.3, -0.5, "each new token goes back in", ha="right", va="center", color=RED, size=11)
+        ax.text(2.3, -0.5, "each new token goes back in", ha="right", va="center", color=DARK_RED, size=11)
         ax.set(xlim=(-0.5, 3.5), ylim=(-1.3, 0.95 if told_by else 0.35))
         if told_by:
             banner = {"facecolor": BLUE, "edgecolor": BLUE, "boxstyle": "round,pad=0.4"}
@@ -127,7 +134,17 @@ def plot_temperatures(probs: Mapping[float, Tensor], tokenizer: Any, top: int = 
         ax.barh(range(len(probs)), 1 - left, left=left, color=LIGHT, label="all others", edgecolor="white")
         ax.set(yticks=range(len(probs)), yticklabels=[f"T = {t:g}" for t in probs], xlim=(0, 1), xlabel="probability")
         ax.invert_yaxis()
-        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=4, fontsize=10.5, columnspacing=1, handlelength=1)
+        # Given by name, since a label of its own that begins with an underscore would be left out.
+        ax.legend(
+            ax.containers,
+            [*names, "all others"],
+            loc="lower center",
+            bbox_to_anchor=(0.45, 1),
+            ncols=4,
+            fontsize=10.5,
+            columnspacing=1,
+            handlelength=1,
+        )
     return ax
 
 
@@ -168,10 +185,10 @@ def plot_inverse_cdf(probs: Tensor, uniform: float, tokenizer: Any) -> Axes:
         colors = [ORANGE if place == hit else BLUE for place in places]
         ax.bar(places, own, bottom=cumulative - own, color=colors, width=0.96, label="its own probability")
         ax.annotate("", (hit, uniform), (-0.6, uniform), arrowprops={"arrowstyle": "->", "color": RED, "lw": 2})
-        ax.text(-0.55, uniform + 0.02, f"u = {uniform:.3f}", color=RED, weight="bold")
+        ax.text(-0.55, uniform + 0.02, f"u = {uniform:.3f}", color=DARK_RED, weight="bold")
         ax.set(ylabel="cumulative probability", xlim=(-0.6, len(labels) - 0.4))
         ax.set_xticks(places, labels, rotation=60, ha="right", rotation_mode="anchor")
-        ax.get_xticklabels()[hit].set(color=RED, weight="bold")
+        ax.get_xticklabels()[hit].set(color=DARK_RED, weight="bold")
     return ax
 
 
@@ -217,7 +234,13 @@ def plot_memory_split(
         for place, count in enumerate(tokens):
             says = f"{count:,}\ntokens" if count else "does\nnot fit"
             ax.text(
-                place, total_gib * 1.02, says, ha="center", va="bottom", fontsize=10.5, color=BLUE if count else RED
+                place,
+                total_gib * 1.02,
+                says,
+                ha="center",
+                va="bottom",
+                fontsize=10.5,
+                color=BLUE if count else DARK_RED,
             )
         ax.set(xlabel="gpu_memory_utilization", ylabel="GiB", ylim=(0, total_gib * 1.2))
         ax.set_xticks(places, [f"{u:g}" for u in utilizations])
@@ -301,9 +324,11 @@ def plot_timeline(statuses: Mapping[str, Sequence[str]]) -> Axes:
     """The status of each sequence at each step, as coloured bars along time: ``{seq_id: [status, …]}``."""
     with _figure(1.5 + 0.42 * len(statuses)) as ax:
         for row, history in enumerate(statuses.values()):
-            for status in dict.fromkeys(history):
-                steps = [step for step, value in enumerate(history) if value == status]
-                ax.barh(row, len(steps), left=steps[0], color=STATUS_COLORS[status], edgecolor="white", height=0.7)
+            start = 0
+            for status, stretch in itertools.groupby(history):
+                length = len(list(stretch))
+                ax.barh(row, length, left=start, color=STATUS_COLORS[status], edgecolor="white", height=0.7)
+                start += length
         present = [s for s in STATUS_COLORS if any(s in history for history in statuses.values())]
         for status in present:
             ax.barh(0, 0, color=STATUS_COLORS[status], label=status.replace("finished_", "").replace("_", " "))
@@ -423,8 +448,20 @@ def plot_kv_capacity(
         values = [bytes_per_token[name] / 2**10 for name in names]
         ax.barh(range(len(names)), values, color=BLUE)
         for row, name in enumerate(names):
-            says = f" {fit[name]:,} sequences fit" if fit[name] else " weights do not fit"
-            ax.text(values[row], row, says, va="center", fontsize=11, color="#333333" if fit[name] else RED)
+            loaded = weights[name] <= 0.9 * gpu_gib * GIB
+            says = (
+                f" {fit[name]:,} sequences fit"
+                if fit[name]
+                else f" {'no sequence fits' if loaded else 'weights do not fit'}"
+            )
+            ax.text(
+                values[row],
+                row,
+                says,
+                va="center",
+                fontsize=11,
+                color="#333333" if says.endswith("sequences fit") else DARK_RED,
+            )
         ax.set(yticks=range(len(names)), yticklabels=names, xlabel="KV cache, KiB a token", xlim=(0, max(values) * 1.6))
         ax.invert_yaxis()
     return ax
@@ -436,7 +473,14 @@ def plot_tokens_computed(without_cache: Sequence[int], with_cache: Sequence[int]
         for name, counts, color in (("without a cache", without_cache, RED), ("with a cache", with_cache, BLUE)):
             totals = np.cumsum(counts)
             ax.plot(range(1, len(counts) + 1), totals, color=color, lw=2.5)
-            ax.text(len(counts), totals[-1], f" {name}:\n {totals[-1]:,}", color=color, va="center", fontsize=11)
+            ax.text(
+                len(counts),
+                totals[-1],
+                f" {name}:\n {totals[-1]:,}",
+                color=DARK_RED if color == RED else color,
+                va="center",
+                fontsize=11,
+            )
         ax.set(xlabel="tokens generated", ylabel="tokens computed, added up", xlim=(0, len(without_cache) * 1.4))
     return ax
 

@@ -127,15 +127,15 @@ TALE_EN: list[Part] = [
     Choice("plot", {"lost": 3, "found": 2}, " "), " a", _en("color"), _en("thing"),
     Branch("plot", {
         "lost": [
-            ". {name} looked", _en("where"), ", but the {thing} was not there. Then {name} met a",
+            ". {name} looked", _en("where"), ", but the {thing} was not there. {name} forgot {hobby}. Then {name} met a",
             _en("friend"), " named", _en("friend_name"), '. "Why are you', _en("mood"),
-            '?" asked {friend_name}. "I lost my {color} {thing}," said {name}. {friend_name}', _en("help"),
+            '?" asked the {friend}. "I lost my {color} {thing}," said {name}. {friend_name}', _en("help"),
             " and found the {thing}", _en("spot"), ". {name} thanked {friend_name}, and",
         ],
         "found": [
-            _en("where"), ". Whose {thing} was it? Then {name} met a",
+            _en("where"), ". Whose {thing} was it? {name} forgot {hobby}. Then {name} met a",
             _en("friend"), " named", _en("friend_name"), '. "Why are you', _en("mood"),
-            '?" asked {name}. "I lost my {color} {thing}," said {friend_name}. {name}', _en("help"),
+            '?" asked {name}. "I lost my {color} {thing}," said the {friend}. {name}', _en("help"),
             " and gave the {thing} to {friend_name}. {friend_name} thanked {name}, and",
         ],
     }),
@@ -149,15 +149,15 @@ TALE_ZH: list[Part] = [
     Choice("plot", {"丢了": 3, "捡到": 2}), "一个", _zh("color"), "的", _zh("thing"),
     Branch("plot", {
         "丢了": [
-            "。{name}去", _zh("where"), "找，可是{thing}不在那里。这时{name}遇见了",
+            "。{name}去", _zh("where"), "找，可是{thing}不在那里。{name}忘了{hobby}。这时{name}遇见了",
             _zh("friend"), "，它叫", _zh("friend_name"), "。“你为什么", _zh("mood"),
-            "？”{friend_name}问。“我丢了{color}的{thing}。”{name}说。{friend_name}", _zh("help"),
+            "？”{friend}问。“我丢了{color}的{thing}。”{name}说。{friend_name}", _zh("help"),
             "，在", _zh("spot"), "找到了{thing}。{name}谢谢{friend_name}，从此",
         ],
         "捡到": [
-            "，就在", _zh("where"), "。这是谁的{thing}呢？这时{name}遇见了",
+            "，就在", _zh("where"), "。这是谁的{thing}呢？{name}忘了{hobby}。这时{name}遇见了",
             _zh("friend"), "，它叫", _zh("friend_name"), "。“你为什么", _zh("mood"),
-            "？”{name}问。“我丢了{color}的{thing}。”{friend_name}说。{name}", _zh("help"),
+            "？”{name}问。“我丢了{color}的{thing}。”{friend}说。{name}", _zh("help"),
             "，把{thing}还给{friend_name}。{friend_name}谢谢{name}，从此",
         ],
     }),
@@ -273,9 +273,11 @@ def sample(rng: random.Random, **given: str) -> Document:
         return value
 
     slots = dict(given)
-    text, recalls = "", []
+    text, recalls, unwritten = "", [], set(given)
     for piece, slot in _walk(ROOT, slots, pick):
-        if slot is not None:
+        if slot in unwritten:
+            unwritten.discard(slot)
+        elif slot is not None:
             recalls.append((len(text), len(text) + len(piece), slot))
         text += piece
     return Document(text, slots, logprob, recalls)
@@ -295,9 +297,12 @@ def continuations(prefix: str) -> dict[str, float]:
         ValueError: if no document of the grammar begins with ``prefix``.
     """
     position = 0
+    fixed = ""
     slots: dict[str, str] = {}
 
     def pick(choice: Choice, slots: dict[str, str]) -> str:
+        if fixed:
+            raise _PrefixEnds({fixed: 1.0})
         rest = prefix[position:]
         texts = {value: (choice.lead + value).format(**slots) for value in choice.probs}
         for value, text in texts.items():
@@ -308,12 +313,17 @@ def continuations(prefix: str) -> dict[str, float]:
     try:
         for piece, _ in _walk(ROOT, slots, pick):
             rest = prefix[position:]
-            if not rest.startswith(piece):
-                options = {piece[len(rest) :]: 1.0} if piece.startswith(rest) else {}
-                raise _PrefixEnds(options)
-            position += len(piece)
+            if not fixed and rest.startswith(piece):
+                position += len(piece)
+            elif piece.startswith(rest):
+                fixed += piece[len(rest) :]
+                position = len(prefix)
+            else:
+                raise _PrefixEnds({})
         if position < len(prefix):
             raise _PrefixEnds({})
+        if fixed:
+            raise _PrefixEnds({fixed: 1.0})
     except _PrefixEnds as end:
         (options,) = end.args
         if not options:

@@ -28,7 +28,7 @@ from folovllm.tales import EMBEDDED_MODEL
 from folovllm.tales.grammar import END_OF_TEXT, IM_END, sample
 from folovllm.tales.tokenizer import train_tokenizer
 
-STEPS, DOCUMENTS_PER_STEP, DOCUMENTS_PER_PASS = 3000, 32, 8
+STEPS, DOCUMENTS_PER_STEP, DOCUMENTS_PER_PASS = 1200, 32, 8
 MUON_LR, ADAMW_LR, WARMUP_STEPS = 0.02, 3e-3, 50
 SAVE_EVERY = 100
 

@@ -1,0 +1,267 @@
+"""The built site: nothing comes from another host, no link is dead, and every page is legible on any screen."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+from headless import PHONE, chromium_page, find_chromium
+from site_pages import ROOT, SITE, pages_of_the_book, require_site
+
+import folovllm
+
+LINKED_HOSTS = {
+    "aclanthology.org",
+    "arxiv.org",
+    "docs.pytest.org",
+    "docs.python.org",
+    "docs.vllm.ai",
+    "doi.org",
+    "github.com",
+    "huggingface.co",
+    "jfly.uni-koeln.de",
+    "jupyterbook.org",
+    "kellerjordan.github.io",
+    "nbval.readthedocs.io",
+    "openreview.net",
+    "pip.pypa.io",
+    "pytorch.org",
+    "www.python.org",
+}
+"""Where a link that a reader clicks may lead."""
+
+LARGEST_PAGE = 1_500_000
+"""Bytes of a page and all it loads, its maths script left out."""
+
+CHAPTERS = [name for name in pages_of_the_book() if name.startswith("notebooks/")]
+
+LOADED = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "audio": "src",
+    "embed": "src",
+    "object": "data",
+}
+"""The elements that make a browser ask for a file, and where they name it; ``link`` is a case of its own."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _site() -> None:
+    require_site()
+
+
+class Nesting(HTMLParser):
+    """Finds end tags that end something else; a parser that mends what it reads, as a browser's does, hides them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+        else:
+            self.wrong.append(f"line {self.getpos()[0]}: </{tag}> inside <{self.open[-1] if self.open else 'nothing'}>")
+
+
+@functools.cache
+def parse(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+def html_files() -> list[Path]:
+    """Every page, those that Sphinx makes by itself included; the theme leaves templates in ``_static``."""
+    return sorted(path for path in SITE.rglob("*.html") if SITE / "_static" not in path.parents)
+
+
+def resources(path: Path) -> Iterator[str]:
+    """Addresses of everything a browser loads to show a page."""
+    soup = parse(path)
+    for tag, attribute in LOADED.items():
+        yield from (element[attribute] for element in soup.find_all(tag) if element.get(attribute))
+    for link in soup.find_all("link"):
+        if {"stylesheet", "icon", "preload"} & set(link.get("rel", [])):
+            yield link["href"]
+
+
+def local_file(page: Path, address: str) -> Path:
+    """The file that an address on a page means."""
+    path = unquote(urlsplit(address).path)
+    return (page.parent / path).resolve() if path else page
+
+
+def test_nothing_is_loaded_from_another_host():
+    wrong = [
+        f"{path.relative_to(SITE)} loads {address}"
+        for path in html_files()
+        for address in resources(path)
+        if urlsplit(address).scheme not in ("", "data") or address.startswith("//")
+    ]
+    outside = re.compile(r"""(?:url\(\s*["']?|@import\s*["'])(?:https?:)?//""")
+    wrong += [
+        f"{path.relative_to(SITE)} names another host"
+        for path in SITE.rglob("*.css")
+        if outside.search(path.read_text(encoding="utf-8"))
+    ]
+    # A script in the page may fetch what no attribute names, as thebe's and mermaid's would.
+    wrong += [
+        f"{path.relative_to(SITE)} names another host in a script: {script.string.strip()[:100]}"
+        for path in html_files()
+        for script in parse(path).find_all("script")
+        if "://" in (script.string or "") and script.get("type") != "application/json"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_links_to_other_hosts_are_known():
+    wrong = {
+        f"{path.relative_to(SITE)} links to {link['href']}"
+        for path in html_files()
+        for link in parse(path).find_all("a", href=True)
+        if urlsplit(link["href"]).scheme and urlsplit(link["href"]).hostname not in LINKED_HOSTS
+    }
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_no_link_or_anchor_is_dead():
+    @functools.cache
+    def anchors(path: Path) -> set[str]:
+        return {
+            value for element in parse(path).find_all(True) for key in ("id", "name") if (value := element.get(key))
+        }
+
+    wrong = set()
+    for path in html_files():
+        links = [link["href"] for link in parse(path).find_all("a", href=True)]
+        for address in {*links, *resources(path)}:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = local_file(path, address)
+            if not target.is_file():
+                wrong.add(f"{path.relative_to(SITE)} names {address}, which is not there")
+            elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in anchors(target):
+                wrong.add(f"{path.relative_to(SITE)} names {address}, a page without that anchor")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_no_page_is_heavy():
+    for path in html_files():
+        loaded = {local_file(path, address) for address in resources(path) if not address.startswith("data:")}
+        size = path.stat().st_size + sum(file.stat().st_size for file in loaded if "mathjax" not in file.parts)
+        assert size <= LARGEST_PAGE, f"{path.relative_to(SITE)} and what it loads take {size:,} bytes"
+
+
+def test_no_page_names_the_machine_it_was_built_on():
+    for path in html_files():
+        text = path.read_text(encoding="utf-8")
+        for folder in {str(ROOT), sys.prefix, str(Path(folovllm.__file__).parent)}:
+            assert folder not in text, f"{path.relative_to(SITE)} names {folder}"
+        traceback = re.search(r"File (?:/|[A-Z]:\\)\S+", text)  # of the machine that ran the notebook
+        assert not traceback, f"{path.relative_to(SITE)} shows {traceback.group()}"
+
+
+@pytest.mark.parametrize("name", pages_of_the_book())
+def test_page_is_whole(name):
+    path = SITE / f"{name}.html"
+    nesting = Nesting()
+    nesting.feed(path.read_text(encoding="utf-8"))
+    # A heading inside raw HTML does this: Sphinx begins a section there, and the page falls apart.
+    assert not nesting.wrong, f"{name}: elements overlap, {nesting.wrong[0]}"
+    soup = parse(path)
+    assert soup.title and soup.title.get_text(strip=True), f"{name} has no title"
+    article = soup.find("article")
+    assert len(article.find_all("h1")) == 1, f"{name} must have exactly one heading of the first level"
+    leftovers = re.findall(r"\{(?:py:\w+|term|ref|numref|doc|eval-rst)\}\S*", article.get_text())
+    assert not leftovers, f"{name} shows roles that were not understood: {leftovers}"
+    errors = article.select(".problematic, .system-message")
+    assert not errors, f"{name} shows an error of the build: {errors[0].get_text()[:200]}"
+
+
+def test_every_page_is_in_the_contents():
+    contents = parse(SITE / "book" / "welcome.html").find(class_="bd-sidebar-primary")
+    listed = {local_file(SITE / "book" / "welcome.html", a["href"]) for a in contents.find_all("a", href=True)}
+    made_by_sphinx = {
+        SITE / "index.html",
+        SITE / "genindex.html",
+        SITE / "search.html",
+        *SITE.glob("_modules/**/*.html"),
+    }
+    missing = sorted(str(path.relative_to(SITE)) for path in {*html_files()} - listed - made_by_sphinx)
+    assert not missing, f"no entry of the contents leads to {missing}"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapter_has_one_number(name):
+    """The notebook's own, and the one that the site counts (see book/_ext/chapter_numbers.py)."""
+    notebook = json.loads((ROOT / f"{name}.ipynb").read_text(encoding="utf-8"))
+    title = "".join(notebook["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
+    heading = parse(SITE / f"{name}.html").find("article").h1.find_all(string=True, recursive=True)
+    shown = "".join(heading).strip().removesuffix("#")
+    assert title.startswith(f"{CHAPTERS.index(name) + 1}. "), f"{name}.ipynb must begin with its number, not {title!r}"
+    assert shown == title, f"the site calls {name} {shown!r}, the notebook {title!r}"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_picture_of_a_chapter_is_described(name):
+    for picture in parse(SITE / f"{name}.html").find("article").find_all("img"):
+        alt = picture.get("alt", "")
+        # Without mystnb.image.alt in the cell's metadata it is the file's name, which is a hash.
+        assert len(alt) >= 20 and " " in alt, f"{name}: {picture['src']} is described by {alt!r} only"
+
+
+FIND_FAINT_TEXT = (Path(__file__).parent / "faint_text.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed")
+def test_pages_in_a_browser():
+    """What a browser does with every page: it asks no host, has no sideways scroll on a phone and no faint text."""
+    wrong = []
+    with chromium_page(find_chromium()) as page:
+        page.set_width(PHONE)
+        for name in [*pages_of_the_book(), "search", "genindex"]:
+            for dark in (False, True):
+                page.set_dark(dark)
+                if not dark:
+                    page.open(SITE / f"{name}.html")
+                    width = page.evaluate("document.documentElement.scrollWidth")
+                    if width > PHONE:
+                        wrong.append(f"{name} is {width} pixels wide on a phone of {PHONE}")
+                for faint in json.loads(page.evaluate(FIND_FAINT_TEXT)):
+                    wrong.append(f"{name}, {'dark' if dark else 'light'}: {faint}")
+        requests = page.requests
+    wrong += [f"asked for {address}" for address in requests if urlsplit(address).scheme not in ("file", "data")]
+    assert len(requests) > len(pages_of_the_book()), "the browser loaded nothing"
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_site_is_newer_than_its_sources():
+    """Without this, every other test here could be about last week's pages."""
+    built = (SITE / "objects.inv").stat().st_mtime
+    sources = [
+        ROOT / "_config.yml",
+        ROOT / "_toc.yml",
+        *(ROOT / "book").rglob("*.md"),
+        *(ROOT / "notebooks").glob("*.ipynb"),
+    ]
+    stale = [str(path.relative_to(ROOT)) for path in sources if path.stat().st_mtime > built]
+    assert not stale, f"build the site again, these are newer: {stale}"
