@@ -126,7 +126,7 @@ short tales that the grammar in `folovllm/tales/grammar.py` writes, in English a
 page of the book runs anywhere, and because the true probability of each of its tokens is known. It knows nothing
 else: outside the tales its answers mean nothing.
 
-- **Made by** `python -m folovllm.tales.train`: Muon and AdamW, 1,200 steps of 32 documents, seed 0; about 20 minutes
+- **Made by** `python -m folovllm.tales.train`: Muon and AdamW, 1,600 steps of 32 documents, seed 0; about 25 minutes
   on one CPU core.
 - **Trained on** documents of up to 290 tokens. `max_position_embeddings` is 2,048, but nothing longer was ever seen.
 - **Measured by** `python -m folovllm.tales.evaluate` on {num_documents} held-out documents of each kind:

@@ -123,18 +123,18 @@ def _zh(slot: str) -> Choice:
 
 TALE_EN: list[Part] = [
     ", in the", _en("place"), ", there lived a", _en("trait"), _en("hero"),
-    " named", _en("name"), ". {name} loved", _en("hobby"), ". One", _en("time"), ", {name}",
+    " named", _en("name"), ". {name} loved", _en("hobby"), ". One", _en("time"), " in the {place}, {name}",
     Choice("plot", {"lost": 3, "found": 2}, " "), " a", _en("color"), _en("thing"),
     Branch("plot", {
         "lost": [
-            ". {name} looked", _en("where"), ", but the {thing} was not there. {name} forgot {hobby}. Then {name} met a",
-            _en("friend"), " named", _en("friend_name"), '. "Why are you', _en("mood"),
+            ". {name} looked", _en("where"), ", but the {thing} was not there. {name} forgot {hobby}. Then {name} met",
+            _en("friend_name"), " the", _en("friend"), '. "Why are you', _en("mood"),
             '?" asked the {friend}. "I lost my {color} {thing}," said {name}. {friend_name}', _en("help"),
             " and found the {thing}", _en("spot"), ". {name} thanked {friend_name}, and",
         ],
         "found": [
-            _en("where"), ". Whose {thing} was it? {name} forgot {hobby}. Then {name} met a",
-            _en("friend"), " named", _en("friend_name"), '. "Why are you', _en("mood"),
+            _en("where"), ". Whose {thing} was it? {name} forgot {hobby}. Then {name} met",
+            _en("friend_name"), " the", _en("friend"), '. "Why are you', _en("mood"),
             '?" asked {name}. "I lost my {color} {thing}," said the {friend}. {name}', _en("help"),
             " and gave the {thing} to {friend_name}. {friend_name} thanked {name}, and",
         ],
@@ -145,7 +145,7 @@ TALE_EN: list[Part] = [
 
 TALE_ZH: list[Part] = [
     "，在", _zh("place"), "里，住着一只", _zh("trait"), "的", _zh("hero"),
-    "，名叫", _zh("name"), "。{name}喜欢", _zh("hobby"), "。一天", _zh("time"), "，{name}",
+    "，名叫", _zh("name"), "。{name}喜欢", _zh("hobby"), "。一天", _zh("time"), "，{name}在{place}里",
     Choice("plot", {"丢了": 3, "捡到": 2}), "一个", _zh("color"), "的", _zh("thing"),
     Branch("plot", {
         "丢了": [

@@ -13,6 +13,7 @@ from folovllm import ModelConfig, ModelLoader, SamplingParams
 from folovllm.model_loader import get_model_max_len
 from folovllm.sampler import Sampler, SamplingMetadata
 from folovllm.tales import EMBEDDED_MODEL
+from folovllm.tales.evaluate import evaluate
 from folovllm.tales.grammar import CARD_SLOTS, continuations
 from folovllm.tales.tokenizer import VOCAB_LIMIT, next_token_probs
 
@@ -200,6 +201,14 @@ class TestTales:
         for token, p in next_token_probs(prompt, tokenizer).items():
             true[token] = p
         assert (probs - true).abs().sum() / 2 < 0.1  # total variation distance
+
+    def test_it_is_as_good_as_its_card_says(self, model, tokenizer):
+        """The card's figures come from 500 documents of each kind; these are the first 50 of them."""
+        found = evaluate(model, tokenizer, num_documents=50)
+        assert set(found.cross_entropy_ratio) == {"english", "chinese", "chat"}
+        assert max(found.cross_entropy_ratio.values()) <= 1.05
+        assert found.name_accuracy >= 0.99
+        assert found.answer_accuracy >= 0.98 and found.card_accuracy >= 0.98
 
     @needs_gpu
     def test_the_same_tale_on_a_gpu(self, model, tokenizer):
