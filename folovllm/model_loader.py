@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from folovllm.config import ModelConfig
@@ -152,7 +159,8 @@ class ModelLoader:
         _check_room(folder, num_bytes, target)
         with _transformers_progress_bar(num_bytes >= PROGRESS_BAR_BYTES):
             model = _load_weights(folder, hf_config, dtype, self.model_config.trust_remote_code)
-        model = model.to(target).eval()  # type: ignore[arg-type]
+        if model.device != target:  # a walk over all modules, a millisecond for a small model
+            model = model.to(target)  # type: ignore[arg-type]
         parameters = list(model.parameters())
         self.report = LoadReport(
             model=self.model_config.model,
@@ -285,6 +293,8 @@ def _load_hf_config(folder: Path, trust_remote_code: bool) -> Any:
             f'{path} names no architecture; add its model class, as in "architectures": ["Qwen3ForCausalLM"]'
         )
     try:
+        if raw.get("model_type") in CONFIG_MAPPING and "auto_map" not in raw:
+            return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)  # AutoConfig would look for and read the file again
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelLoadError(
