@@ -1,7 +1,8 @@
 """Runs the notebooks and stores their outputs: ``python tests/book/refresh.py [notebook …]``.
 
 Run twice, the second time changes no byte: what varies from run to run (times, the kernel's own description) is not
-stored. The sources of the cells are left as they are.
+stored, and a cell that is not compared because it measures the machine keeps what it showed. To measure again, clear
+that cell's output or change its source. The sources of the cells are left as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def refresh(path: Path) -> bool:
     """Runs one notebook and stores its outputs; says whether the file changed."""
     before = path.read_text(encoding="utf-8")
     notebook = nbformat.reads(before, as_version=4)
+    measured = {cell.id: (cell.source, cell.outputs) for cell in notebook.cells if is_measured(cell)}
     NotebookClient(
         notebook, timeout=120, kernel_name="python3", record_timing=False, resources={"metadata": {"path": path.parent}}
     ).execute()
@@ -33,9 +35,24 @@ def refresh(path: Path) -> bool:
         cell.metadata.pop("execution", None)
         merge_streams(cell)
         shorten_tracebacks(cell)
+        source, outputs = measured.get(cell.id, (None, []))
+        if source == cell.source:
+            cell.outputs = [renumbered(output, cell.execution_count) for output in outputs]
     after = nbformat.writes(notebook, indent=1) + "\n"
     path.write_text(after, encoding="utf-8")
     return after != before
+
+
+def is_measured(cell: nbformat.NotebookNode) -> bool:
+    """Whether a cell shows what is different each time, and has shown it already."""
+    return "nbval-ignore-output" in cell.metadata.get("tags", []) and bool(cell.get("outputs"))
+
+
+def renumbered(output: nbformat.NotebookNode, execution_count: int) -> nbformat.NotebookNode:
+    """An output of an earlier run, with the cell's number in this one."""
+    if "execution_count" in output:
+        output.execution_count = execution_count
+    return output
 
 
 def shorten_tracebacks(cell: nbformat.NotebookNode) -> None:
