@@ -6,6 +6,7 @@ need them are imported when they are first used.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -15,14 +16,18 @@ from folovllm.sampling_params import SamplingParams, SamplingType
 from folovllm.utils import generate_request_id, get_device, get_gpu_memory_info, is_cuda_available, set_random_seed
 
 if TYPE_CHECKING:
+    from folovllm.engine import LLMEngine
+    from folovllm.llm import LLM
     from folovllm.model_loader import ModelLoader, get_model_and_tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "CacheConfig",
     "CompletionOutput",
     "EngineConfig",
+    "LLMEngine",
     "ModelConfig",
     "ModelLoader",
     "Request",
@@ -43,14 +48,12 @@ __all__ = [
     "set_random_seed",
 ]
 
-_LAZY = ("ModelLoader", "get_model_and_tokenizer")
+_LAZY = {"LLM": "llm", "LLMEngine": "engine", "ModelLoader": "model_loader", "get_model_and_tokenizer": "model_loader"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from folovllm import model_loader
-
-        return getattr(model_loader, name)
+        return getattr(importlib.import_module(f"folovllm.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'folovllm' has no attribute {name!r}")
 
 

@@ -119,7 +119,9 @@ class CacheConfig:
     swap_space: float = 4.0
     """GiB of CPU memory for the blocks of requests that had to make room."""
     enable_prefix_caching: bool = False
-    """Whether requests that begin alike share blocks (used from Milestone 6)."""
+    """Whether requests that begin alike share blocks."""
+    num_blocks: int | None = None
+    """KV blocks to make; None: what ``gpu_memory_utilization`` leaves on a GPU, a stated default on a CPU."""
 
     def __post_init__(self) -> None:
         self.block_size = check_int("block_size", self.block_size)
@@ -132,6 +134,7 @@ class CacheConfig:
         self.swap_space = check_number("swap_space", self.swap_space)
         require(self.swap_space >= 0, f"swap_space must not be negative, got {self.swap_space}")
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        self.num_blocks = _optional_positive("num_blocks", self.num_blocks)
 
 
 @dataclass
@@ -139,13 +142,17 @@ class SchedulerConfig:
     """How much work one step of the engine may hold."""
 
     max_num_batched_tokens: int | None = None
-    """Most tokens in one step (used from Milestone 2)."""
+    """Most tokens in one step; None: settled by the engine."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
     max_model_len: int | None = None
     """Longest sequence in tokens; filled in by `EngineConfig`."""
     enable_chunked_prefill: bool = False
-    """Whether a long prompt may be spread over several steps (used from Milestone 5)."""
+    """Whether a long prompt may be spread over several steps."""
+    policy: Literal["continuous", "static"] = "continuous"
+    """"continuous" lets a waiting request in as soon as there is room, "static" when all others are done."""
+    preemption_mode: Literal["recompute", "swap"] = "recompute"
+    """What becomes of the blocks of a sequence that must make room: computed again later, or kept in CPU memory."""
 
     def __post_init__(self) -> None:
         self.max_num_batched_tokens = _optional_positive("max_num_batched_tokens", self.max_num_batched_tokens)
@@ -153,6 +160,12 @@ class SchedulerConfig:
         require(self.max_num_seqs > 0, f"max_num_seqs must be positive, got {self.max_num_seqs}")
         self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
         check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
+        for name, allowed in (("policy", ("continuous", "static")), ("preemption_mode", ("recompute", "swap"))):
+            value = getattr(self, name)
+            require(
+                isinstance(value, str) and value in allowed,
+                f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}",
+            )
 
 
 @dataclass

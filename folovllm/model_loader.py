@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -77,6 +78,32 @@ class LoadReport:
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
 
     __repr__ = __str__  # what a notebook shows
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole and fits its device, and none of whose weights has been read."""
+
+    folder: Path
+    hf_config: Any
+    """transformers' config of the model."""
+    weight_files: list[Path]
+    num_bytes: int
+    """Bytes of all its tensors in ``dtype``."""
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    """Longest sequence in tokens that will be served."""
+    model_max_len: int
+    """Longest sequence in tokens that it was made for."""
+
+
+def iterate_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """The name and tensor of every weight, one file after the other, on the CPU."""
+    for path in checkpoint.weight_files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                yield name, file.get_tensor(name)
 
 
 def read_safetensors_header(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -147,20 +174,12 @@ class ModelLoader:
             RuntimeError: if the device is not there.
             ValueError: if ``max_model_len`` is above what the model was made for.
         """
-        target = get_device(device)
-        folder = _find_folder(self.model_config.model)
-        hf_config = _load_hf_config(folder, self.model_config.trust_remote_code)
-        model_max_len = get_model_max_len(hf_config)
-        max_model_len = self.model_config.resolve_max_model_len(model_max_len)
-        dtype = self._pick_dtype(hf_config, target)
-        headers = [read_safetensors_header(path) for path in _find_weight_files(folder)]
-        num_elements = sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
-        num_bytes = num_elements * dtype.itemsize
-        _check_room(folder, num_bytes, target)
-        with _transformers_progress_bar(num_bytes >= PROGRESS_BAR_BYTES):
-            model = _load_weights(folder, hf_config, dtype, self.model_config.trust_remote_code)
-        if model.device != target:  # a walk over all modules, a millisecond for a small model
-            model = model.to(target)  # type: ignore[arg-type]
+        checkpoint = self.open(device)
+        code = self.model_config.trust_remote_code
+        with _transformers_progress_bar(checkpoint.num_bytes >= PROGRESS_BAR_BYTES):
+            model = _load_weights(checkpoint.folder, checkpoint.hf_config, checkpoint.dtype, code)
+        if model.device != checkpoint.device:  # a walk over all modules, a millisecond for a small model
+            model = model.to(checkpoint.device)  # type: ignore[arg-type]
         parameters = list(model.parameters())
         self.report = LoadReport(
             model=self.model_config.model,
@@ -169,11 +188,29 @@ class ModelLoader:
             device=model.device,
             num_parameters=sum(p.numel() for p in parameters),
             num_bytes=sum(p.nbytes for p in parameters),
-            max_model_len=max_model_len,
-            model_max_len=model_max_len,
+            max_model_len=checkpoint.max_model_len,
+            model_max_len=checkpoint.model_max_len,
         )
         logger.info("loaded\n%s", self.report)
         return model
+
+    def open(self, device: str | torch.device | None = None) -> Checkpoint:
+        """Finds the checkpoint and everything that can be wrong with it, before a weight is read.
+
+        Settles ``model_config.max_model_len`` when it was None. Arguments and errors are those of `load_model`.
+        """
+        target = get_device(device)
+        folder = _find_folder(self.model_config.model)
+        hf_config = _load_hf_config(folder, self.model_config.trust_remote_code)
+        model_max_len = get_model_max_len(hf_config)
+        max_model_len = self.model_config.resolve_max_model_len(model_max_len)
+        dtype = self._pick_dtype(hf_config, target)
+        files = _find_weight_files(folder)
+        headers = [read_safetensors_header(path) for path in files]
+        num_elements = sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
+        num_bytes = num_elements * dtype.itemsize
+        _check_room(folder, num_bytes, target)
+        return Checkpoint(folder, hf_config, files, num_bytes, dtype, target, max_model_len, model_max_len)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, padding on the left, with a pad token.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from folovllm.request import Request, Sequence, SequenceStatus
 
@@ -58,15 +58,16 @@ class CompletionOutput:
     @classmethod
     def from_sequence(cls, index: int, seq: Sequence, tokenizer: PreTrainedTokenizerBase) -> CompletionOutput:
         """The present state of a sequence, as its user sees it."""
-        params = seq.sampling_params
-        # A token that ended the answer is one of its tokens and no part of its text.
-        ended_by_token = seq.status is SequenceStatus.FINISHED_STOPPED and not isinstance(seq.stop_reason, str)
-        hidden = 1 if ended_by_token and not params.include_stop_str_in_output else 0
-        text = tokenizer.decode(
-            seq.data.output_token_ids[: seq.get_output_len() - hidden],
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-        )
+        params, text = seq.sampling_params, seq.output_text
+        if text is None:
+            # A token that ended the answer is one of its tokens and no part of its text.
+            ended_by_token = seq.status is SequenceStatus.FINISHED_STOPPED and not isinstance(seq.stop_reason, str)
+            hidden = 1 if ended_by_token and not params.include_stop_str_in_output else 0
+            text = tokenizer.decode(
+                seq.data.output_token_ids[: seq.get_output_len() - hidden],
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
         return cls(
             index=index,
             text=text,
@@ -76,6 +77,22 @@ class CompletionOutput:
             finish_reason=FINISH_REASONS.get(seq.status),
             stop_reason=seq.stop_reason,
         )
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened to a request, and what it cost. Times are seconds since the epoch."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_computed_tokens: int = 0
+    """Tokens that went through the model, those that a preemption made it compute again included."""
+    num_cached_tokens: int = 0
+    """Tokens whose keys and values were found in the prefix cache."""
+    num_shared_tokens: int = 0
+    """Tokens of the prompt that later answers took over from the first one."""
+    num_preemptions: int = 0
 
 
 @dataclass(repr=False)
@@ -88,11 +105,19 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     """Whether every answer is complete."""
-    metrics: Any = None
-    """Times and counts of the request, where the engine keeps them."""
+    metrics: RequestMetrics | None = None
+    """Times and counts of the request, where an engine keeps them."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt what ``SamplingParams.prompt_logprobs`` asked for; None for the first token."""
 
     @classmethod
-    def from_request(cls, request: Request, tokenizer: PreTrainedTokenizerBase) -> RequestOutput:
+    def from_request(
+        cls,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: RequestMetrics | None = None,
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None,
+    ) -> RequestOutput:
         """The ``n`` likeliest of the ``best_of`` sequences, by cumulative log probability.
 
         A sequence whose log probability was never reported comes after those whose was.
@@ -110,6 +135,8 @@ class RequestOutput:
             prompt_token_ids=request.prompt_token_ids,
             outputs=[CompletionOutput.from_sequence(i, seq, tokenizer) for i, seq in enumerate(best)],
             finished=request.is_finished(),
+            metrics=metrics,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def __repr__(self) -> str:

@@ -87,9 +87,15 @@ class SequenceData:
         """Tokens generated so far."""
         return len(self.output_token_ids)
 
-    def get_token_ids(self) -> list[int]:
-        """Prompt and output in one new list."""
-        return self.prompt_token_ids + self.output_token_ids
+    def get_token_ids(self, start: int = 0, end: int | None = None) -> list[int]:
+        """Prompt and output in one new list, or the part of it from ``start`` to before ``end``."""
+        prompt_len = len(self.prompt_token_ids)
+        end = self.get_len() if end is None else end
+        # Only what is asked for is copied: an engine asks for a few tokens of a long text in every step.
+        return (
+            self.prompt_token_ids[start:end]
+            + self.output_token_ids[max(start - prompt_len, 0) : max(end - prompt_len, 0)]
+        )
 
     def get_last_token_id(self) -> int:
         """The newest token: the one the model reads next. The prompt's last while nothing has been generated."""
@@ -117,6 +123,10 @@ class Sequence:
     """Per output token what ``SamplingParams.logprobs`` asked for; empty when it asked for nothing."""
     stop_reason: int | str | None = None
     """The stop token or stop text that ended it."""
+    num_computed_tokens: int = 0
+    """How many of its tokens, from the first, have their keys and values in ``block_ids``."""
+    output_text: str | None = None
+    """The output's text as far as an engine has it; None where nobody keeps one."""
 
     def get_len(self) -> int:
         """Tokens in prompt and output together."""
@@ -162,6 +172,8 @@ class Sequence:
             list(self.block_ids),
             list(self.logprobs),
             self.stop_reason,
+            self.num_computed_tokens,
+            self.output_text,
         )
 
 

@@ -22,6 +22,16 @@ MODULES = {
     "02_sampling": ("folovllm.sampling_params", "folovllm.sampler"),
     "03_requests_and_sequences": ("folovllm.request", "folovllm.outputs"),
     "04_loading": ("folovllm.model_loader", "folovllm.utils.common"),
+    "06_the_engine": (
+        "folovllm.llm",
+        "folovllm.engine",
+        "folovllm.scheduler",
+        "folovllm.kv_cache",
+        "folovllm.model_runner",
+        "folovllm.attention",
+        "folovllm.decoder",
+        "folovllm.detokenizer",
+    ),
 }
 """The modules that a chapter is about: it links their pages and sources, and lists all of their public code."""
 

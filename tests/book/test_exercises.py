@@ -308,7 +308,55 @@ def newest(prompt: list[int], output: list[int]) -> list[int]:
     return output[-1:]
 
 
+def share_out(num_left: list[int], budget: int, chunked: bool) -> list[int]:
+    given = []
+    for left in num_left:
+        tokens = min(left, budget) if chunked or left <= budget else 0
+        budget = budget - tokens if tokens == left else 0
+        given.append(tokens)
+    return given
+
+
+def overtaking(num_left: list[int], budget: int, chunked: bool) -> list[int]:
+    given = []
+    for left in num_left:
+        given.append(min(left, budget) if chunked or left <= budget else 0)
+        budget -= given[-1]
+    return given
+
+
+def cached(limit: Callable[[list[int]], int]) -> Callable[[list[int], list[int], int], int]:
+    def cached_tokens(cached: list[int], prompt: list[int], block_size: int) -> int:
+        saved = 0
+        for end in range(block_size, limit(prompt) + 1, block_size):
+            if end > len(cached) or prompt[:end] != cached[:end]:
+                break
+            saved = end
+        return saved
+
+    return cached_tokens
+
+
 WRONG: dict[str, dict[str, Any]] = {
+    "check_schedule": {
+        "everybody gets all": lambda num_left, budget, chunked: num_left,
+        "always in chunks": lambda num_left, budget, chunked: share_out(num_left, budget, True),
+        "never in chunks": lambda num_left, budget, chunked: share_out(num_left, budget, False),
+        "the short overtake the long": overtaking,
+    },
+    "check_cached_tokens": {
+        "nothing": lambda cached, prompt, block_size: 0,
+        "the whole prompt": cached(len),
+        "blocks wherever they are": lambda cached, prompt, block_size: (
+            block_size
+            * sum(
+                prompt[i : i + block_size] == cached[i : i + block_size] for i in range(0, len(prompt) - 1, block_size)
+            )
+        ),
+        "tokens, not blocks": lambda cached, prompt, block_size: next(
+            (i for i, (a, b) in enumerate(zip(cached, prompt)) if a != b), len(prompt) - 1
+        ),
+    },
     "check_num_blocks": {
         "rounds down": lambda n, size: n // size,
         "always one more": lambda n, size: n // size + 1,
@@ -501,6 +549,8 @@ RIGHT: dict[str, dict[str, Any]] = {
     "check_generate": {
         "tensors": generate(newest, give=lambda prompt, output: torch.tensor(output)),
     },
+    "check_schedule": {"a tuple": lambda *args: tuple(share_out(*args))},
+    "check_cached_tokens": {"not beyond the last": cached(lambda prompt: len(prompt) - 1)},
 }
 """Attempts that are right, and not written as the solution is."""
 

@@ -69,6 +69,14 @@ LARGE = model_of(
 )
 """2**28 weights of embedding, 2**29 of attention, 2**30 of MLP."""
 
+
+def step(num_prefill_tokens: int, num_decode_tokens: int, num_seqs: int) -> Any:
+    """What an engine says about a step, as far as the figures look at it."""
+    return types.SimpleNamespace(
+        num_prefill_tokens=num_prefill_tokens, num_decode_tokens=num_decode_tokens, num_seqs=num_seqs
+    )
+
+
 PROBS = torch.tensor([0.1, 0.4, 0.0, 0.2, 0.3])
 
 FIGURES: dict[str, Callable[[], Axes | np.ndarray]] = {
@@ -103,6 +111,10 @@ FIGURES: dict[str, Callable[[], Axes | np.ndarray]] = {
     ),
     "plot_tokens_computed": lambda: plotting.plot_tokens_computed([5, 6, 7], [5, 1, 1]),
     "plot_step_times": lambda: plotting.plot_step_times([0.06, 0.05, 0.07], [0.04, 0.01, 0.03, 0.02]),
+    "plot_steps": lambda: plotting.plot_steps([step(7, 0, 2), step(0, 2, 2), step(3, 1, 2)]),
+    "plot_running": lambda: plotting.plot_running({"a": [step(7, 0, 2), step(0, 2, 1)], "b": [step(0, 0, 3)]}),
+    "plot_block_tables": lambda: plotting.plot_block_tables([{"A": [0], "B": [1]}, {"A": [0, 2], "B": [0]}], 4),
+    "plot_reserved": lambda: plotting.plot_reserved([[3, 5], [9]], {"contiguous": 16, "blocks of 4": 4}),
     "plot_along_text": lambda: plotting.plot_along_text({"m": [1.0, 0.5, 1.0], "g": [1.0, 0.6, 0.9]}, "p", choices=[1]),
 }
 """A small example of each figure; the tests below know its numbers."""
@@ -410,6 +422,31 @@ def test_numbers_of_step_times() -> None:
     assert line(ax, "with a cache") == ([1, 2, 3, 4], [2, 0.5, 1.5, 1])
     assert line(ax, "prefill") == ([1], [2])
     assert ax.get_ylim()[0] == 0
+
+
+def test_numbers_of_steps() -> None:
+    ax = drawn("plot_steps")
+    assert heights(ax, "decode") == [0, 2, 1] and heights(ax, "prefill") == [7, 0, 3]
+    assert bottoms(ax, "prefill") == [0, 2, 1]
+
+
+def test_numbers_of_running() -> None:
+    ax = drawn("plot_running")
+    assert line(ax, "a") == ([0, 1, 2], [2, 1, 0]) and line(ax, "b") == ([0, 1], [3, 0])
+
+
+def test_numbers_of_block_tables() -> None:
+    ax = drawn("plot_block_tables")
+    assert texts(ax) == ["A", "B", "A+B", "A"]
+    colors = [to_hex(bar.get_facecolor()).upper() for bar in bars(ax)]
+    assert colors == [PALETTE[0], PALETTE[1], "#FFFFFF", "#FFFFFF", PALETTE[0], "#FFFFFF", PALETTE[0], "#FFFFFF"]
+
+
+def test_numbers_of_reserved() -> None:
+    ax = drawn("plot_reserved")
+    assert line(ax, "contiguous") == ([0, 1], [32, 16]) and line(ax, "blocks of 4") == ([0, 1], [12, 12])
+    (area,) = ax.collections
+    assert max(y for _, y in area.get_paths()[0].vertices) == 9
 
 
 def test_numbers_of_along_text() -> None:

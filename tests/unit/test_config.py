@@ -143,6 +143,7 @@ class TestCacheConfig:
             "gpu_memory_utilization": 0.9,
             "swap_space": 4.0,
             "enable_prefix_caching": False,
+            "num_blocks": None,
         }
 
     @pytest.mark.parametrize(
@@ -202,7 +203,16 @@ class TestSchedulerConfig:
             "max_num_seqs": 256,
             "max_model_len": None,
             "enable_chunked_prefill": False,
+            "policy": "continuous",
+            "preemption_mode": "recompute",
         }
+
+    @pytest.mark.parametrize("field, good", [("policy", "static"), ("preemption_mode", "swap")])
+    def test_choices(self, field, good):
+        assert getattr(SchedulerConfig(**{field: good}), field) == good
+        for value in ("", "Static", None, 1, [good]):
+            message = error_of(SchedulerConfig, **{field: value})
+            assert message.startswith(f"{field} must be ") and message.endswith(f"got {value!r}")
 
     @pytest.mark.parametrize("field", ["max_num_batched_tokens", "max_num_seqs", "max_model_len"])
     def test_counts_are_positive_integers(self, field):

@@ -26,6 +26,8 @@ CONTRACT = {
     "SequenceStatus",
     "RequestOutput",
     "CompletionOutput",
+    "LLM",
+    "LLMEngine",
     "ModelLoader",
     "get_model_and_tokenizer",
     "generate_request_id",
@@ -34,7 +36,7 @@ CONTRACT = {
     "is_cuda_available",
     "get_gpu_memory_info",
 }
-LAZY = {"ModelLoader", "get_model_and_tokenizer"}
+LAZY = {"LLM", "LLMEngine", "ModelLoader", "get_model_and_tokenizer"}
 HEAVY = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "psutil", "tqdm"]
 
 

@@ -142,6 +142,7 @@ class TestRequestOutput:
             "outputs": MISSING,
             "finished": MISSING,
             "metrics": None,
+            "prompt_logprobs": None,
         }
 
     @pytest.mark.parametrize("length", [0, 1, 49, 50])

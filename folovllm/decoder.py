@@ -1,0 +1,260 @@
+"""The forward pass: tokens in, logits out, for Qwen3, Qwen2 and Llama. Chapter 6 is about this module.
+
+The three are one network with three switches (a bias in the projections, a norm on queries and keys, a scaling of the
+rotary frequencies), so they are one class. It computes a flat batch: the tokens of all sequences of a step in one row,
+without padding. Only attention needs to know whose token is whose, and attention is somebody else's
+(`folovllm.attention`). Queries, keys and values are one matrix product, and so are the MLP's gate and up. As in vLLM
+(``vllm/model_executor/models/qwen3.py``, ``llama.py``, 0.33.0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from folovllm.model_loader import Checkpoint, ModelLoadError, iterate_weights
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+"""The model classes of a checkpoint's config that this module can run."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, queries ``[num_tokens, num_heads, head_dim]``, keys and values ``[num_tokens, num_kv_heads, head_dim]`` ->
+outputs ``[num_tokens, num_heads * head_dim]``."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder, in the engine's own words."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any]
+    """``rope_type`` and its numbers; "default", "linear" and "llama3" are known."""
+    max_position_embeddings: int
+    qkv_bias: bool
+    """Whether the projections to queries, keys and values have a bias (Qwen2)."""
+    output_bias: bool
+    """Whether attention's output projection has one."""
+    qk_norm: bool
+    """Whether each query and key head is normalized before it is rotated (Qwen3)."""
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, hf_config: Any) -> DecoderConfig:
+        """Reads transformers' config of a checkpoint.
+
+        Raises:
+            ModelLoadError: if it names an architecture, an activation or a RoPE that this module does not have.
+        """
+        architecture = (hf_config.architectures or ["none"])[0]
+        if architecture not in ARCHITECTURES:
+            raise ModelLoadError(f"the engine has no architecture {architecture}; it has {', '.join(ARCHITECTURES)}")
+        rope = dict(getattr(hf_config, "rope_parameters", None) or {})
+        rope_type = rope.setdefault("rope_type", "default")
+        if rope_type not in ("default", "linear", "llama3"):
+            raise ModelLoadError(f"the engine has no RoPE of type {rope_type!r}; it has default, linear and llama3")
+        unknown = {
+            "hidden_act": hf_config.hidden_act != "silu",
+            "mlp_bias": getattr(hf_config, "mlp_bias", False),
+            "use_sliding_window": getattr(hf_config, "use_sliding_window", False),
+        }
+        for name, is_unknown in unknown.items():
+            if is_unknown:
+                raise ModelLoadError(f"the engine cannot run {name}={getattr(hf_config, name)!r} of {architecture}")
+        bias = architecture != "Qwen2ForCausalLM" and getattr(hf_config, "attention_bias", False)
+        num_heads = hf_config.num_attention_heads
+        return cls(
+            vocab_size=hf_config.vocab_size,
+            hidden_size=hf_config.hidden_size,
+            intermediate_size=hf_config.intermediate_size,
+            num_layers=hf_config.num_hidden_layers,
+            num_heads=num_heads,
+            num_kv_heads=hf_config.num_key_value_heads or num_heads,
+            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads,
+            rms_norm_eps=hf_config.rms_norm_eps,
+            rope_theta=rope.get("rope_theta", 10_000.0),
+            rope_scaling=rope,
+            max_position_embeddings=hf_config.max_position_embeddings,
+            qkv_bias=bias or architecture == "Qwen2ForCausalLM",
+            output_bias=bias,
+            qk_norm=architecture == "Qwen3ForCausalLM",
+            tie_word_embeddings=hf_config.tie_word_embeddings,
+        )
+
+
+def rotary_frequencies(config: DecoderConfig) -> Tensor:
+    """How far each pair of a head's numbers turns from one position to the next, in radians: ``[head_dim / 2]``.
+
+    Su et al. 2021; with "llama3" the slow ones are slowed further, so that a model reads more than it was trained on.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponent
+    rope = config.rope_scaling
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the trained context
+        share = ((turns - low) / (high - low)).clamp(0, 1)  # 0: a slow one, 1: a fast one, which stays as it is
+        return share * frequencies + (1 - share) * frequencies / rope["factor"]
+    return frequencies
+
+
+class DecoderLayer(nn.Module):
+    """One layer: attention, then the MLP, each added to the stream that passes through."""
+
+    def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.index, self.eps = index, config.rms_norm_eps
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_size, self.kv_size = q_size, kv_size
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.input_norm, self.post_attention_norm = weight(hidden), weight(hidden)
+        self.qkv_weight = weight(q_size + 2 * kv_size, hidden)
+        self.qkv_bias = weight(q_size + 2 * kv_size) if config.qkv_bias else None
+        self.qk_norm = weight(config.num_heads + config.num_kv_heads, config.head_dim) if config.qk_norm else None
+        self.o_weight = weight(hidden, q_size)
+        self.o_bias = weight(hidden) if config.output_bias else None
+        self.gate_up_weight = weight(2 * inner, hidden)
+        self.down_weight = weight(hidden, inner)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """``x`` and the result ``[num_tokens, hidden_size]``; ``cos``, ``sin`` ``[num_tokens, 1, head_dim]``."""
+        normed = F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps)
+        x = x + F.linear(self._attention(normed, cos, sin, attend), self.o_weight, self.o_bias)
+        normed = F.rms_norm(x, x.shape[-1:], self.post_attention_norm, self.eps)
+        gate, up = F.linear(normed, self.gate_up_weight).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, self.down_weight)
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        qkv = F.linear(x, self.qkv_weight, self.qkv_bias).view(len(x), -1, self.head_dim)
+        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.qk_norm is not None:
+            qk = F.rms_norm(qk, qk.shape[-1:], None, self.eps) * self.qk_norm
+        # A pair is a number of the first half and one of the second; sin carries the sign of the first.
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
+        return attend(self.index, q, k, v)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer over flat batches."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, self.device) for i in range(config.num_layers))
+        self.norm = nn.Parameter(torch.empty(shape[1:], dtype=dtype, device=device), requires_grad=False)
+        self.head = (
+            self.embedding
+            if config.tie_word_embeddings
+            else nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        )
+        angles = torch.outer(torch.arange(config.max_position_embeddings).float(), rotary_frequencies(config))
+        self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
+        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The last hidden state of every token.
+
+        Args:
+            input_ids: ``[num_tokens]``, the new tokens of all sequences of the step, one after the other.
+            positions: ``[num_tokens]``, the place of each in its own sequence.
+            attend: what lets a token look at those before it.
+
+        Returns:
+            ``[num_tokens, hidden_size]``.
+        """
+        x = F.embedding(input_ids, self.embedding)
+        cos, sin = self.cos[positions], self.sin[positions]
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """``[num_rows, hidden_size]`` to ``[num_rows, vocab_size]``."""
+        return F.linear(hidden, self.head)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies a checkpoint's tensors, by their names in transformers, into the fused ones here.
+
+        Raises:
+            ModelLoadError: if one is missing, unknown, or of another shape than the config says.
+        """
+        places = self._places()
+        for name, tensor in weights:
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            if name not in places:
+                raise ModelLoadError(f"the checkpoint has a weight {name}, which {type(self).__name__} does not know")
+            place = places.pop(name)
+            # One norm serves all heads of a layer; here each head has its copy.
+            shape = place.shape[1:] if name.endswith(("q_norm.weight", "k_norm.weight")) else place.shape
+            if tensor.shape != shape:
+                raise ModelLoadError(
+                    f"the checkpoint's {name} has shape {[*tensor.shape]}, but its config says {[*shape]}"
+                )
+            place.copy_(tensor)
+        if places:
+            names = ", ".join(sorted(places)[:3])
+            raise ModelLoadError(f"{len(places)} of the model's weights ({names}) are missing in the checkpoint")
+
+    def _places(self) -> dict[str, Tensor]:
+        """Where each tensor of a checkpoint goes: name -> a view of our weights."""
+        places = {"model.embed_tokens.weight": self.embedding.data, "model.norm.weight": self.norm.data}
+        if not self.config.tie_word_embeddings:
+            places["lm_head.weight"] = self.head.data
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            sizes = [layer.q_size, layer.kv_size, layer.kv_size]
+            found: dict[str, Tensor] = {
+                "input_layernorm.weight": layer.input_norm.data,
+                "post_attention_layernorm.weight": layer.post_attention_norm.data,
+                "self_attn.o_proj.weight": layer.o_weight.data,
+                "mlp.down_proj.weight": layer.down_weight.data,
+            }
+            found |= zip([f"self_attn.{p}_proj.weight" for p in "qkv"], layer.qkv_weight.data.split(sizes), strict=True)
+            found |= zip(
+                ["mlp.gate_proj.weight", "mlp.up_proj.weight"], layer.gate_up_weight.data.chunk(2), strict=True
+            )
+            if layer.qkv_bias is not None:
+                found |= zip([f"self_attn.{p}_proj.bias" for p in "qkv"], layer.qkv_bias.data.split(sizes), strict=True)
+            if layer.o_bias is not None:
+                found["self_attn.o_proj.bias"] = layer.o_bias.data
+            if layer.qk_norm is not None:
+                q_norm, k_norm = layer.qk_norm.data.split([layer.num_heads, layer.num_kv_heads])
+                found |= {"self_attn.q_norm.weight": q_norm, "self_attn.k_norm.weight": k_norm}
+            places |= {f"model.layers.{i}.{name}": place for name, place in found.items()}
+        return places
+
+
+def load_decoder(checkpoint: Checkpoint) -> Decoder:
+    """The decoder of an opened checkpoint, with its weights, on its device.
+
+    Raises:
+        ModelLoadError: if the engine has no such architecture, or config and weights do not belong together.
+    """
+    config = DecoderConfig.from_hf(checkpoint.hf_config)
+    decoder = Decoder(config, checkpoint.dtype, checkpoint.device)
+    decoder.load_weights(iterate_weights(checkpoint))
+    return decoder.eval()

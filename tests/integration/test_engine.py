@@ -1,0 +1,470 @@
+"""The engine: the same tokens whatever the settings, every block back at the end, and errors that hurt nobody else."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.utils import logging as transformers_logging
+
+from folovllm import ModelConfig, SamplingParams
+from folovllm.engine import LLMEngine
+from folovllm.llm import LLM, make_engine_config
+from folovllm.tales import EMBEDDED_MODEL
+
+MAX_MODEL_LEN, MAX_TOKENS = 64, 20
+PROMPT_LENS = (1, 3, 15, 16, 17, 31, 33, 40)
+VOCAB_SIZE = 1294
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small Qwen3 with random weights and the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        eos_token_id=1,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.4 if weight.ndim > 1 else 1.0)
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((EMBEDDED_MODEL / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Some begin alike, at lengths around a block of 16."""
+    rng = random.Random(0)
+    common = [rng.randrange(2, VOCAB_SIZE) for _ in range(64)]
+    return [common[:n] for n in PROMPT_LENS] + [[rng.randrange(2, VOCAB_SIZE) for _ in range(n)] for n in PROMPT_LENS]
+
+
+@pytest.fixture(scope="module")
+def greedy_tokens(checkpoint, prompts):
+    """What transformers generates for each prompt alone."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [
+            model.generate(
+                torch.tensor([p]), do_sample=False, max_new_tokens=MAX_TOKENS, eos_token_id=None, pad_token_id=0
+            )[0, len(p) :].tolist()
+            for p in prompts
+        ]
+
+
+def make_engine(checkpoint, **kwargs) -> LLMEngine:
+    return LLMEngine(make_engine_config(str(checkpoint), **{"max_model_len": MAX_MODEL_LEN, **kwargs}), "cpu")
+
+
+SEEDED = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True, "max_tokens": MAX_TOKENS, "seed": 5}
+GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_tokens": MAX_TOKENS}
+
+
+@pytest.fixture(scope="module")
+def seeded_tokens(checkpoint, prompts):
+    """What the engine draws for each prompt alone, four answers each."""
+    engine = make_engine(checkpoint)
+    return [[a.token_ids for a in run_one(engine, p, SamplingParams(**SEEDED, n=4)).outputs] for p in prompts]
+
+
+def run_one(engine, prompt, params):
+    engine.add_request("only", prompt, params)
+    return run_all(engine)["only"]
+
+
+def run_all(engine, max_steps=5000):
+    finished = {}
+    for _ in range(max_steps):
+        if not engine.has_unfinished_requests():
+            break
+        for output in engine.step():
+            finished[output.request_id] = output
+    else:
+        raise AssertionError("the engine does not come to an end")
+    engine.check_integrity()
+    pool = engine.cache.pool
+    assert pool.num_free == pool.num_blocks and not any(pool.ref_counts)
+    assert engine.cache.swap_pool.num_free == engine.cache.swap_pool.num_blocks
+    return finished
+
+
+@dataclass
+class Arrival:
+    """One request of a random run."""
+
+    prompt: int
+    step: int
+    max_tokens: int
+    n: int
+    seeded: bool
+    abort_after: int | None
+
+
+ARRIVALS = st.builds(
+    Arrival,
+    prompt=st.integers(0, 2 * len(PROMPT_LENS) - 1),
+    step=st.integers(0, 12),
+    max_tokens=st.integers(1, MAX_TOKENS),
+    n=st.integers(1, 4),
+    seeded=st.booleans(),
+    abort_after=st.one_of(st.none(), st.none(), st.integers(0, 15)),
+)
+
+
+@st.composite
+def engine_settings(draw):
+    block_size = draw(st.sampled_from([1, 4, 16, MAX_MODEL_LEN]))
+    fits_one = -(-(max(PROMPT_LENS) + MAX_TOKENS) // block_size)
+    chunked = draw(st.booleans())
+    return {
+        "block_size": block_size,
+        "num_blocks": fits_one + draw(st.integers(0, 2 * fits_one)),
+        "enable_chunked_prefill": chunked,
+        "max_num_batched_tokens": draw(st.integers(1, 80) if chunked else st.integers(MAX_MODEL_LEN, 200)),
+        "enable_prefix_caching": draw(st.booleans()),
+        "max_num_seqs": draw(st.integers(1, 8)),
+        "policy": draw(st.sampled_from(["continuous", "continuous", "static"])),
+        "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
+        "swap_space": draw(st.sampled_from([0.0, 1e-4, 0.01])),
+    }
+
+
+def check_writes(engine):
+    """Wraps the runner: no block that a step writes stands in two tables (invariant 3)."""
+    run = engine.runner.run
+
+    def checked(work):
+        for seq, num_new in zip(work.seqs, work.num_new_tokens):
+            first, last = seq.num_computed_tokens, seq.num_computed_tokens + num_new - 1
+            for i in range(first // engine.cache.block_size, last // engine.cache.block_size + 1):
+                assert engine.cache.pool.ref_counts[seq.block_ids[i]] == 1
+        return run(work)
+
+    engine.runner.run = checked
+
+
+class TestInvariants:
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(kwargs=engine_settings(), arrivals=st.lists(ARRIVALS, min_size=1, max_size=8))
+    def test_the_same_tokens_whatever_the_settings(
+        self, checkpoint, prompts, greedy_tokens, seeded_tokens, kwargs, arrivals
+    ):
+        engine = make_engine(checkpoint, **kwargs)
+        check_writes(engine)
+        finished = {}
+        for step in itertools.count():
+            for i, a in enumerate(arrivals):
+                if a.step == step:
+                    base = SEEDED if a.seeded else GREEDY
+                    params = SamplingParams(**{**base, "max_tokens": a.max_tokens, "n": a.n})
+                    engine.add_request(str(i), prompts[a.prompt], params)
+                if a.abort_after is not None and a.step + a.abort_after == step:
+                    engine.abort_request(str(i))
+            for output in engine.step():
+                finished[int(output.request_id)] = output
+            engine.check_integrity()
+            if step > 30 and not engine.has_unfinished_requests():
+                break
+            assert step < 20_000
+        finished |= {int(key): value for key, value in run_all(engine).items()}
+        for i, a in enumerate(arrivals):
+            output = finished[i]
+            assert output.finished and len(output.outputs) == a.n
+            total = 0
+            for k, answer in enumerate(output.outputs):
+                want = seeded_tokens[a.prompt][k] if a.seeded else greedy_tokens[a.prompt]
+                num = len(answer.token_ids)
+                assert answer.token_ids == want[:num]
+                total += len(prompts[a.prompt]) + num - 1
+                if answer.finish_reason == "length":
+                    assert num == a.max_tokens
+                else:
+                    assert answer.finish_reason == "abort" and a.abort_after is not None
+            m = output.metrics
+            done = m.num_computed_tokens + m.num_cached_tokens + m.num_shared_tokens
+            if all(answer.finish_reason == "length" for answer in output.outputs):
+                assert done == total if m.num_preemptions == 0 else done >= total
+
+    def test_20000_random_steps_leave_no_block_in_use(self, checkpoint):
+        """No model here, random tokens: the books of scheduler and cache alone."""
+        engine = make_engine(
+            checkpoint,
+            num_blocks=40,
+            block_size=4,
+            enable_prefix_caching=True,
+            enable_chunked_prefill=True,
+            max_num_batched_tokens=40,
+            max_num_seqs=8,
+            preemption_mode="swap",
+            swap_space=1e-4,
+        )
+        rng = random.Random(1)
+        engine.runner.run = lambda work: torch.zeros(sum(work.num_new_tokens), 1)
+        engine.runner.compute_logits = lambda hidden, rows: torch.randn(len(rows), VOCAB_SIZE)
+        alive, preempted = set(), 0
+        for step in range(20_000):
+            if rng.random() < 0.3 and len(alive) < 30:
+                params = SamplingParams(
+                    temperature=0, ignore_eos=True, max_tokens=rng.randint(1, 30), n=rng.randint(1, 4)
+                )
+                engine.add_request(str(step), [rng.randrange(2, 5) for _ in range(rng.randint(1, 33))], params)
+                alive.add(str(step))
+            if alive and rng.random() < 0.05:
+                engine.abort_request(rng.choice(sorted(alive)))
+            alive -= {output.request_id for output in engine.step() if output.finished}
+            preempted += engine.steps[-1].num_preempted if engine.steps else 0
+            if step % 1000 == 0:
+                engine.check_integrity()
+        run_all(engine)
+        assert preempted > 1000 and any(s.num_swapped for s in engine.steps)
+        assert any(s.num_cached_tokens for s in engine.steps)
+
+    def test_the_integrity_check_notices_a_lost_block(self, checkpoint):
+        engine = make_engine(checkpoint, num_blocks=8)
+        engine.cache.pool.allocate()
+        with pytest.raises(RuntimeError, match="block 0 has reference count 1, stands in 0 tables"):
+            engine.check_integrity()
+
+
+class TestSharing:
+    def test_a_prompt_is_computed_once_for_all_its_answers(self, checkpoint, prompts):
+        engine = make_engine(checkpoint)
+        output = run_one(engine, prompts[6], SamplingParams(**SEEDED, n=4))
+        assert output.metrics.num_computed_tokens == 33 + 4 * (MAX_TOKENS - 1)
+        assert output.metrics.num_shared_tokens == 3 * 33
+        assert len({tuple(answer.token_ids) for answer in output.outputs}) == 4
+
+    def test_the_second_of_two_requests_finds_the_first_ones_blocks(self, checkpoint, prompts, greedy_tokens):
+        engine = make_engine(checkpoint, enable_prefix_caching=True)
+        for cached in (0, 32):
+            output = run_one(engine, prompts[6], SamplingParams(**GREEDY))
+            assert output.metrics.num_cached_tokens == cached
+            assert output.outputs[0].token_ids == greedy_tokens[6]
+
+    def test_a_prompt_that_ends_with_a_block_recomputes_that_block(self, checkpoint, prompts):
+        engine = make_engine(checkpoint, enable_prefix_caching=True)
+        run_one(engine, prompts[3], SamplingParams(**GREEDY))
+        assert run_one(engine, prompts[3], SamplingParams(**GREEDY)).metrics.num_cached_tokens == 0  # 16 tokens
+
+    def test_best_of_gives_back_the_likeliest(self, checkpoint, prompts):
+        engine = make_engine(checkpoint)
+        every = run_one(engine, prompts[2], SamplingParams(**SEEDED, n=4, logprobs=0)).outputs
+        best = run_one(engine, prompts[2], SamplingParams(**SEEDED, n=1, best_of=4)).outputs
+        assert best[0].token_ids == max(every, key=lambda answer: answer.cumulative_logprob).token_ids
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(str(EMBEDDED_MODEL), device="cpu", max_model_len=300)
+
+
+class TestParams:
+    """Each field, end to end, on the embedded model, which has something to say."""
+
+    def tell(self, llm, prompt="Once upon a time", **kwargs):
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 150, **kwargs})
+        return llm.generate(prompt, params, use_tqdm=False)[0]
+
+    def test_it_stops_at_the_end_token_which_is_no_text(self, llm):
+        answer = self.tell(llm).outputs[0]
+        assert answer.finish_reason == "stop" and answer.stop_reason is None
+        assert answer.token_ids[-1] in llm.engine.eos_token_ids and answer.text.endswith(".")
+
+    def test_ignore_eos_and_max_tokens(self, llm):
+        answer = self.tell(llm, ignore_eos=True, max_tokens=140).outputs[0]
+        assert answer.finish_reason == "length" and len(answer.token_ids) == 140
+
+    def test_max_tokens_none_runs_to_max_model_len(self, llm):
+        output = self.tell(llm, ignore_eos=True, max_tokens=None)
+        assert output.outputs[0].finish_reason == "length"
+        assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 300
+
+    @pytest.mark.parametrize("include", [False, True])
+    def test_a_stop_string_across_tokens(self, llm, include):
+        answer = self.tell(llm, stop=["ox named M", "never"], include_stop_str_in_output=include).outputs[0]
+        assert answer.finish_reason == "stop" and answer.stop_reason == "ox named M"
+        assert answer.text.endswith("ox named M" if include else "little f")
+
+    def test_the_stop_string_that_is_complete_first_wins(self, llm):
+        assert self.tell(llm, stop=[" named Mira", "fox"]).outputs[0].stop_reason == "fox"
+
+    def test_a_stop_token(self, llm):
+        (fox,) = llm.engine.tokenizer.encode(" fox")
+        answer = self.tell(llm, stop_token_ids=[fox]).outputs[0]
+        assert (answer.stop_reason, answer.token_ids[-1]) == (fox, fox) and answer.text.endswith("little")
+
+    def test_min_tokens_delays_every_end(self, llm):
+        free = self.tell(llm).outputs[0]
+        assert len(self.tell(llm, min_tokens=len(free.token_ids) + 5).outputs[0].token_ids) >= len(free.token_ids) + 5
+        delayed = self.tell(llm, stop=["Mira"], min_tokens=40).outputs[0]
+        assert len(delayed.token_ids) >= 40 and delayed.text.count("Mira") > 1
+
+    def test_logprobs_are_those_of_the_sampler(self, llm):
+        output = self.tell(llm, logprobs=2, prompt_logprobs=1, max_tokens=5)
+        answer = output.outputs[0]
+        assert [next(iter(found)) for found in answer.logprobs] == answer.token_ids
+        assert all(len(found) == 2 for found in answer.logprobs)
+        assert answer.cumulative_logprob == pytest.approx(
+            sum(f[t].logprob for f, t in zip(answer.logprobs, answer.token_ids))
+        )
+        assert output.prompt_logprobs[0] is None
+        assert [next(iter(found)) for found in output.prompt_logprobs[1:]] == output.prompt_token_ids[1:]
+
+    def test_prompt_logprobs_are_the_same_in_chunks(self, llm):
+        chunked = LLM(str(EMBEDDED_MODEL), device="cpu", enable_chunked_prefill=True, max_num_batched_tokens=3)
+        text = "Once upon a time, in the forest, there lived a brave"
+        whole, parts = (self.tell(x, text, prompt_logprobs=0, max_tokens=1).prompt_logprobs for x in (llm, chunked))
+        for a, b in zip(whole[1:], parts[1:]):
+            assert [x.logprob for x in a.values()] == pytest.approx([x.logprob for x in b.values()], abs=1e-4)
+
+    def test_bias_bad_words_and_allowed_tokens(self, llm):
+        tokenizer = llm.engine.tokenizer
+        prompt = "Once upon a time, in the"
+        (castle,), (forest,) = tokenizer.encode(" castle"), tokenizer.encode(" forest")
+        first = {
+            "plain": self.tell(llm, prompt, max_tokens=1),
+            "bias": self.tell(llm, prompt, max_tokens=1, logit_bias={castle: 50}),
+            "bad": self.tell(llm, prompt, max_tokens=1, bad_words=["forest"]),
+            "allowed": self.tell(llm, prompt, max_tokens=1, allowed_token_ids=[castle]),
+        }
+        found = {name: output.outputs[0].token_ids[0] for name, output in first.items()}
+        assert found["plain"] == forest and found["bias"] == found["allowed"] == castle
+        assert found["bad"] not in (forest, castle)
+
+    def test_penalties_change_the_tale(self, llm):
+        plain = self.tell(llm).outputs[0].token_ids
+        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+            assert self.tell(llm, **{name: 2.0}).outputs[0].token_ids != plain
+
+    def test_no_params_are_the_checkpoints_own(self, llm):
+        assert llm.engine.default_params == SamplingParams(temperature=1.0)
+        assert len(llm.generate("Long ago", use_tqdm=False)[0].outputs[0].token_ids) == 16
+
+    def test_special_tokens_are_text_when_asked_for(self, llm):
+        answer = self.tell(llm, skip_special_tokens=False, include_stop_str_in_output=True).outputs[0]
+        assert answer.text.endswith("<|endoftext|>")
+
+
+class TestText:
+    def test_a_stream_is_the_text_in_pieces(self):
+        llm = LLM(str(EMBEDDED_MODEL), device="cpu")
+        params = SamplingParams(temperature=0, max_tokens=150, stop=["朋友"])
+        pieces = list(llm.stream("从前", params))
+        assert "".join(pieces) == llm.generate("从前", params, use_tqdm=False)[0].outputs[0].text
+        assert len(pieces) > 20 and not any("\ufffd" in piece for piece in pieces)
+
+    def test_a_stream_that_is_left_early_leaves_nothing(self):
+        llm = LLM(str(EMBEDDED_MODEL), device="cpu")
+        for _ in llm.stream("Once", SamplingParams(max_tokens=50)):
+            break
+        assert not llm.engine.has_unfinished_requests()
+        llm.engine.check_integrity()
+
+
+class TestBadInput:
+    CASES = (
+        ("empty", [], {}, "at least one token"),
+        ("too long", [5] * MAX_MODEL_LEN, {}, "prompt has 64 tokens, and max_model_len is 64"),
+        ("unknown token", [VOCAB_SIZE], {}, f"token id {VOCAB_SIZE}, but the vocabulary has {VOCAB_SIZE}"),
+        ("negative token", [-1], {}, "-1"),
+        ("too large for the cache", [5] * 20, {"max_tokens": 40}, "4 blocks, and the cache has 3"),
+        ("duplicate", [5], {}, "'good' is taken"),
+    )
+
+    @pytest.mark.parametrize("name, prompt, kwargs, message", CASES, ids=[case[0] for case in CASES])
+    def test_one_sentence_for_one_caller_and_the_others_finish(
+        self, checkpoint, prompts, greedy_tokens, name, prompt, kwargs, message
+    ):
+        engine = make_engine(checkpoint, num_blocks=3)
+        engine.add_request("good", prompts[1], SamplingParams(**GREEDY))
+        engine.step()
+        with pytest.raises(ValueError, match=message):
+            engine.add_request("good" if name == "duplicate" else "bad", prompt, SamplingParams(**kwargs))
+        assert run_all(engine)["good"].outputs[0].token_ids == greedy_tokens[1]
+
+    def test_a_bad_prompt_in_a_list_takes_nothing_with_it(self, checkpoint):
+        llm = LLM(str(checkpoint), device="cpu", max_model_len=MAX_MODEL_LEN)
+        with pytest.raises(ValueError, match="at least one token"):
+            llm.generate([[5, 6], []], use_tqdm=False)
+        assert not llm.engine.has_unfinished_requests()
+        assert len(llm.generate([[5, 6]], use_tqdm=False)) == 1
+
+    def test_an_unknown_argument_names_the_nearest(self, checkpoint):
+        with pytest.raises(ValueError, match="no argument 'blocksize'; the nearest is 'block_size'"):
+            LLM(str(checkpoint), blocksize=4)
+
+    def test_a_budget_below_max_model_len_needs_chunks(self, checkpoint):
+        with pytest.raises(ValueError, match="enable_chunked_prefill=True"):
+            make_engine(checkpoint, max_num_batched_tokens=8)
+
+
+class TestFailure:
+    @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
+    def test_a_forward_pass_that_raises_ends_those_who_ran_and_nobody_else(
+        self, checkpoint, prompts, greedy_tokens, error, preemption_mode
+    ):
+        engine = make_engine(checkpoint, max_num_seqs=2, num_blocks=12, block_size=4, preemption_mode=preemption_mode)
+        for i in range(4):
+            engine.add_request(str(i), prompts[i], SamplingParams(**GREEDY))
+        run, calls = engine.runner.run, itertools.count()
+
+        def failing(work):
+            if next(calls) == 6:
+                raise error
+            return run(work)
+
+        engine.runner.run = failing
+        finished = {}
+        with pytest.raises(type(error)):
+            while True:
+                finished |= {output.request_id: output for output in engine.step()}
+        running = [key for key, output in finished.items() if not output.finished]
+        finished |= run_all(engine)
+        reasons = {key: output.outputs[0].finish_reason for key, output in finished.items()}
+        assert len(reasons) == 4 and "abort" in reasons.values() and "length" in reasons.values()
+        for key, output in finished.items():
+            answer = output.outputs[0]
+            assert answer.token_ids == greedy_tokens[int(key)][: len(answer.token_ids)]
+            if answer.finish_reason == "abort":
+                assert key in running and answer.stop_reason == f"{type(error).__name__}: {error}"
+
+    def test_abort_of_an_unknown_request_is_nothing(self, checkpoint):
+        make_engine(checkpoint).abort_request("nobody")
+
+
+def test_chat_applies_the_template():
+    llm = LLM(str(EMBEDDED_MODEL), device="cpu")
+    ask = [{"role": "user", "content": "Tell a tale about a turtle in the castle."}]
+    greedy = SamplingParams(temperature=0, max_tokens=150)
+    (output,) = llm.chat(ask, greedy, use_tqdm=False)
+    assert "turtle" in output.outputs[0].text and "castle" in output.outputs[0].text
+    assert output.prompt.endswith("<|im_start|>assistant\n")
+    assert [o.outputs[0].text for o in llm.chat([ask, ask], greedy, use_tqdm=False)] == [output.outputs[0].text] * 2
+
+
+def test_a_model_config_knows_nothing_of_the_engine(checkpoint):
+    """The configs that `LLM` makes are those one can make by hand."""
+    config = make_engine_config(str(checkpoint), block_size=4, max_model_len=32, max_num_seqs=3)
+    assert (config.cache_config.block_size, config.scheduler_config.max_num_seqs) == (4, 3)
+    assert config.scheduler_config.max_model_len == config.model_config.max_model_len == 32
+    assert config.model_config == ModelConfig(str(checkpoint), max_model_len=32)
