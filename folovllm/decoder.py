@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from folovllm.layers import Linear, RMSNorm
 from folovllm.model_loader import Checkpoint, ModelLoadError, iterate_weights
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 """The model classes of a checkpoint's config that this module can run."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer, queries ``[num_tokens, num_heads, head_dim]``, keys and values ``[num_tokens, num_kv_heads, head_dim]`` ->
-outputs ``[num_tokens, num_heads * head_dim]``."""
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+"""Layer, queries ``[num_tokens, num_heads, head_dim]``, keys and then values ``[num_tokens, 2 * num_kv_heads,
+head_dim]`` -> outputs ``[num_tokens, num_heads * head_dim]``."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.index, self.eps = index, config.rms_norm_eps
+        self.index, eps = index, config.rms_norm_eps
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_size, self.kv_size = q_size, kv_size
@@ -127,32 +128,28 @@ class DecoderLayer(nn.Module):
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.input_norm, self.post_attention_norm = weight(hidden), weight(hidden)
-        self.qkv_weight = weight(q_size + 2 * kv_size, hidden)
-        self.qkv_bias = weight(q_size + 2 * kv_size) if config.qkv_bias else None
-        self.qk_norm = weight(config.num_heads + config.num_kv_heads, config.head_dim) if config.qk_norm else None
-        self.o_weight = weight(hidden, q_size)
-        self.o_bias = weight(hidden) if config.output_bias else None
-        self.gate_up_weight = weight(2 * inner, hidden)
-        self.down_weight = weight(hidden, inner)
+        self.input_norm, self.post_attention_norm = RMSNorm(weight(hidden), eps), RMSNorm(weight(hidden), eps)
+        qkv_size = q_size + 2 * kv_size
+        self.qkv = Linear(weight(qkv_size, hidden), weight(qkv_size) if config.qkv_bias else None)
+        qk_shape = config.num_heads + config.num_kv_heads, config.head_dim
+        self.qk_norm = RMSNorm(weight(*qk_shape), eps) if config.qk_norm else None
+        self.o = Linear(weight(hidden, q_size), weight(hidden) if config.output_bias else None)
+        self.gate_up = Linear(weight(2 * inner, hidden))
+        self.down = Linear(weight(hidden, inner))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """``x`` and the result ``[num_tokens, hidden_size]``; ``cos``, ``sin`` ``[num_tokens, 1, head_dim]``."""
-        normed = F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps)
-        x = x + F.linear(self._attention(normed, cos, sin, attend), self.o_weight, self.o_bias)
-        normed = F.rms_norm(x, x.shape[-1:], self.post_attention_norm, self.eps)
-        gate, up = F.linear(normed, self.gate_up_weight).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, self.down_weight)
+        x = x + self.o(self._attention(self.input_norm(x), cos, sin, attend))
+        gate, up = self.gate_up(self.post_attention_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate).mul_(up))
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv = F.linear(x, self.qkv_weight, self.qkv_bias).view(len(x), -1, self.head_dim)
-        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.qk_norm is not None:
-            qk = F.rms_norm(qk, qk.shape[-1:], None, self.eps) * self.qk_norm
+        qkv: Tensor = self.qkv(x).view(len(x), -1, self.head_dim)
+        rotated = qkv[:, : self.num_heads + self.num_kv_heads]
+        qk = rotated if self.qk_norm is None else self.qk_norm(rotated)
         # A pair is a number of the first half and one of the second; sin carries the sign of the first.
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)
-        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
-        return attend(self.index, q, k, v)
+        torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin, out=rotated)
+        return attend(self.index, qkv[:, : self.num_heads], qkv[:, self.num_heads :])
 
 
 class Decoder(nn.Module):
@@ -164,12 +161,10 @@ class Decoder(nn.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, self.device) for i in range(config.num_layers))
-        self.norm = nn.Parameter(torch.empty(shape[1:], dtype=dtype, device=device), requires_grad=False)
-        self.head = (
-            self.embedding
-            if config.tie_word_embeddings
-            else nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-        )
+        norm = nn.Parameter(torch.empty(shape[1:], dtype=dtype, device=device), requires_grad=False)
+        self.norm = RMSNorm(norm, config.rms_norm_eps)
+        own = None if config.tie_word_embeddings else torch.empty(shape, dtype=dtype, device=device)
+        self.head = Linear(self.embedding if own is None else nn.Parameter(own, requires_grad=False))
         angles = torch.outer(torch.arange(config.max_position_embeddings).float(), rotary_frequencies(config))
         self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
@@ -189,11 +184,19 @@ class Decoder(nn.Module):
         cos, sin = self.cos[positions], self.sin[positions]
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
-        return F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
+        hidden: Tensor = self.norm(x)
+        return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """``[num_rows, hidden_size]`` to ``[num_rows, vocab_size]``."""
-        return F.linear(hidden, self.head)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+    def pack(self) -> None:
+        """Packs all weights that are only multiplied with; see `folovllm.layers`. No weights can be loaded after it."""
+        for module in self.modules():
+            if isinstance(module, Linear) and module.weight is not self.embedding:
+                module.pack()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies a checkpoint's tensors, by their names in transformers, into the fused ones here.
@@ -221,28 +224,28 @@ class Decoder(nn.Module):
 
     def _places(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint goes: name -> a view of our weights."""
-        places = {"model.embed_tokens.weight": self.embedding.data, "model.norm.weight": self.norm.data}
+        places = {"model.embed_tokens.weight": self.embedding.data, "model.norm.weight": self.norm.weight.data}
         if not self.config.tie_word_embeddings:
-            places["lm_head.weight"] = self.head.data
+            places["lm_head.weight"] = self.head.weight.data
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             sizes = [layer.q_size, layer.kv_size, layer.kv_size]
             found: dict[str, Tensor] = {
-                "input_layernorm.weight": layer.input_norm.data,
-                "post_attention_layernorm.weight": layer.post_attention_norm.data,
-                "self_attn.o_proj.weight": layer.o_weight.data,
-                "mlp.down_proj.weight": layer.down_weight.data,
+                "input_layernorm.weight": layer.input_norm.weight.data,
+                "post_attention_layernorm.weight": layer.post_attention_norm.weight.data,
+                "self_attn.o_proj.weight": layer.o.weight.data,
+                "mlp.down_proj.weight": layer.down.weight.data,
             }
-            found |= zip([f"self_attn.{p}_proj.weight" for p in "qkv"], layer.qkv_weight.data.split(sizes), strict=True)
+            found |= zip([f"self_attn.{p}_proj.weight" for p in "qkv"], layer.qkv.weight.data.split(sizes), strict=True)
             found |= zip(
-                ["mlp.gate_proj.weight", "mlp.up_proj.weight"], layer.gate_up_weight.data.chunk(2), strict=True
+                ["mlp.gate_proj.weight", "mlp.up_proj.weight"], layer.gate_up.weight.data.chunk(2), strict=True
             )
-            if layer.qkv_bias is not None:
-                found |= zip([f"self_attn.{p}_proj.bias" for p in "qkv"], layer.qkv_bias.data.split(sizes), strict=True)
-            if layer.o_bias is not None:
-                found["self_attn.o_proj.bias"] = layer.o_bias.data
+            if layer.qkv.bias is not None:
+                found |= zip([f"self_attn.{p}_proj.bias" for p in "qkv"], layer.qkv.bias.data.split(sizes), strict=True)
+            if layer.o.bias is not None:
+                found["self_attn.o_proj.bias"] = layer.o.bias.data
             if layer.qk_norm is not None:
-                q_norm, k_norm = layer.qk_norm.data.split([layer.num_heads, layer.num_kv_heads])
+                q_norm, k_norm = layer.qk_norm.weight.data.split([layer.num_heads, layer.num_kv_heads])
                 found |= {"self_attn.q_norm.weight": q_norm, "self_attn.k_norm.weight": k_norm}
             places |= {f"model.layers.{i}.{name}": place for name, place in found.items()}
         return places
@@ -257,4 +260,5 @@ def load_decoder(checkpoint: Checkpoint) -> Decoder:
     config = DecoderConfig.from_hf(checkpoint.hf_config)
     decoder = Decoder(config, checkpoint.dtype, checkpoint.device)
     decoder.load_weights(iterate_weights(checkpoint))
+    decoder.pack()
     return decoder.eval()

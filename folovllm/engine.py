@@ -440,7 +440,7 @@ class LLMEngine:
         token_ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
         with torch.inference_mode():
             heads = self.decoder.config.num_heads * self.decoder.config.head_dim
-            hidden = self.decoder(token_ids, token_ids, lambda layer, q, k, v: q.reshape(num_tokens, heads))
+            hidden = self.decoder(token_ids, token_ids, lambda layer, q, kv: q.reshape(num_tokens, heads))
             rows = min(num_tokens, self.config.scheduler_config.max_num_seqs)
             self.decoder.compute_logits(hidden[:rows]).float().softmax(dim=-1)
         activations = torch.cuda.max_memory_allocated(device) - before

@@ -29,8 +29,9 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 class BlockPool:
     """Blocks by number, how many tables each stands in, and the contents that are worth finding again.
 
-    A block that nobody uses keeps its contents, and is handed out again when it has waited longest (least recently
-    used). Every operation takes constant time.
+    A block that nobody uses keeps its contents. Those that can be found again by their name are handed out last, the
+    one that has waited longest first (least recently used); before them the others, the newest first, since its memory
+    is the warmest. Every operation takes constant time.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -62,10 +63,12 @@ class BlockPool:
         self.ref_counts[block_id] += 1
 
     def release(self, block_id: int) -> None:
-        """Takes the block out of one table; out of its last one, it joins the end of the queue."""
+        """Takes the block out of one table; out of its last one, it joins the queue."""
         self.ref_counts[block_id] -= 1
         if self.ref_counts[block_id] == 0:
             self._free[block_id] = None
+            if self._hashes[block_id] is None:
+                self._free.move_to_end(block_id, last=False)
 
     def remember(self, block_id: int, name: bytes) -> None:
         """Lets a full block be found by its name, unless another block has the same contents already."""

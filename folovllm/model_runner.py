@@ -61,28 +61,27 @@ class ModelRunner:
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """Logits ``[len(rows), vocab_size]`` after the tokens at these places of the batch."""
-        return self.decoder.compute_logits(hidden[torch.tensor(rows, device=hidden.device)])
+        if rows != list(range(len(hidden))):  # all of them, where all sequences decode
+            hidden = hidden[torch.tensor(rows, device=hidden.device)]
+        return self.decoder.compute_logits(hidden)
 
     def prepare(self, work: SchedulerOutput) -> tuple[Tensor, Tensor, AttentionMetadata]:
         """The flat tensors of a step: input ids, positions (both ``[num_tokens]``), and attention's metadata."""
         input_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts, seq_lens = [0], []
         for seq, num_new in zip(work.seqs, work.num_new_tokens):
-            start, end, table = seq.num_computed_tokens, seq.num_computed_tokens + num_new, seq.block_ids
-            input_ids += seq.data.get_token_ids(start, end)
-            positions += range(start, end)
-            slots += [table[i // self.block_size] * self.block_size + i % self.block_size for i in range(start, end)]
-            starts.append(len(input_ids))
-            seq_lens.append(end)
+            input_ids += seq.data.get_token_ids(seq.num_computed_tokens, seq.num_computed_tokens + num_new)
+        computed = np.array([seq.num_computed_tokens for seq in work.seqs])
+        num_new_tokens = np.array(work.num_new_tokens)
+        starts = np.concatenate([[0], num_new_tokens.cumsum()])
+        rows = np.repeat(np.arange(len(work.seqs)), num_new_tokens)
+        positions = np.arange(len(input_ids)) - starts[rows] + computed[rows]
         width = max(len(seq.block_ids) for seq in work.seqs)
-        tables = [seq.block_ids + [0] * (width - len(seq.block_ids)) for seq in work.seqs]
-        device = self.decoder.device
-        metadata = AttentionMetadata(
-            starts, seq_lens, torch.tensor(slots, device=device), torch.tensor(tables, device=device)
+        tables = np.array([seq.block_ids + [0] * (width - len(seq.block_ids)) for seq in work.seqs])
+        slots = tables[rows, positions // self.block_size] * self.block_size + positions % self.block_size
+        ids_, positions_, slots_, tables_ = (
+            torch.from_numpy(array).to(self.decoder.device) for array in (np.array(input_ids), positions, slots, tables)
         )
-        return torch.tensor(input_ids, device=device), torch.tensor(positions, device=device), metadata
+        return ids_, positions_, AttentionMetadata(starts, computed + num_new_tokens, slots_, tables_)
 
     def _move_blocks(self, work: SchedulerOutput) -> None:
         """Copies blocks out of the way, back, and apart, in this order: each frees what the next one fills."""

@@ -497,6 +497,18 @@ def plot_step_times(without_cache: Sequence[float], with_cache: Sequence[float])
     return ax
 
 
+def plot_product_times(rows: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> Axes:
+    """Time of a product with a weight against the rows of the other side, one line for each way to compute it."""
+    with _figure(3.6) as ax:
+        for (name, times), color in zip(seconds.items(), PALETTE):
+            ax.plot(rows, 1000 * np.array(times), "o-", color=color, label=name)
+        ax.set(xlabel="rows", ylabel="time (ms)", ylim=(0, None))
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(rows, [str(n) for n in rows])
+        ax.legend(loc="upper left")
+    return ax
+
+
 def plot_along_text(values: Mapping[str, Sequence[float]], ylabel: str, choices: Sequence[int] = ()) -> Axes:
     """Numbers along a text, one a token; ``choices`` marks the tokens at which the grammar had a choice."""
     with _figure(3.2) as ax:

@@ -30,6 +30,7 @@ MODULES = {
         "folovllm.model_runner",
         "folovllm.attention",
         "folovllm.decoder",
+        "folovllm.layers",
         "folovllm.detokenizer",
     ),
 }

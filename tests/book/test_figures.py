@@ -110,6 +110,7 @@ FIGURES: dict[str, Callable[[], Axes | np.ndarray]] = {
         {"A": 2**17, "B": 2**18}, {"A": 8 * GIB, "B": 99 * GIB}, 10, 1024
     ),
     "plot_tokens_computed": lambda: plotting.plot_tokens_computed([5, 6, 7], [5, 1, 1]),
+    "plot_product_times": lambda: plotting.plot_product_times([1, 4], {"a": [0.002, 0.005], "b": [0.001, 0.003]}),
     "plot_step_times": lambda: plotting.plot_step_times([0.06, 0.05, 0.07], [0.04, 0.01, 0.03, 0.02]),
     "plot_steps": lambda: plotting.plot_steps([step(7, 0, 2), step(0, 2, 2), step(3, 1, 2)]),
     "plot_running": lambda: plotting.plot_running({"a": [step(7, 0, 2), step(0, 2, 1)], "b": [step(0, 0, 3)]}),
@@ -413,6 +414,11 @@ def test_numbers_of_tokens_computed() -> None:
     assert (list(first.get_xdata()), list(first.get_ydata())) == ([1, 2, 3], [5, 11, 18])
     assert list(second.get_ydata()) == [5, 6, 7]
     assert texts(ax) == ["without a cache: 18", "with a cache: 7"]
+
+
+def test_numbers_of_product_times() -> None:
+    ax = drawn("plot_product_times")
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 2], [4, 5]], [[1, 1], [4, 3]]]
 
 
 def test_numbers_of_step_times() -> None:

@@ -57,9 +57,9 @@ def load(folder):
     return load_decoder(ModelLoader(ModelConfig(str(folder), dtype="float32")).open("cpu"))
 
 
-def attend(layer, q, k, v):
+def attend(layer, q, kv):
     """Causal attention of one sequence, without a cache."""
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    q, (k, v) = q.transpose(0, 1), kv.transpose(0, 1).chunk(2)
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1).flatten(1)
 
 

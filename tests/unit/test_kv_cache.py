@@ -29,12 +29,22 @@ class TestHash:
 
 
 class TestBlockPool:
-    def test_the_block_that_was_freed_first_is_used_first(self):
+    def test_of_blocks_worth_finding_the_one_freed_first_is_used_first(self):
         pool = BlockPool(3)
         assert [pool.allocate() for _ in range(3)] == [0, 1, 2] and pool.num_free == 0
         for block_id in (1, 0, 2):
+            pool.remember(block_id, bytes([block_id]))
             pool.release(block_id)
         assert [pool.allocate() for _ in range(3)] == [1, 0, 2]
+
+    def test_blocks_with_nothing_to_find_are_used_before_all_others(self):
+        pool = BlockPool(4)
+        for _ in range(4):
+            pool.allocate()
+        pool.remember(1, b"name")
+        for block_id in (1, 0, 2):
+            pool.release(block_id)
+        assert [pool.allocate() for _ in range(3)] == [2, 0, 1]
 
     def test_a_free_block_is_found_until_it_is_handed_out(self):
         pool = BlockPool(2)
@@ -130,9 +140,9 @@ class TestManager:
         computed(cache, seq)
         assert cache.swap_out(seq) == [(0, 0), (1, 1)] and seq.block_ids == [] and cache.pool.num_free == 4
         other = computed(cache, make("b", 6, start=9))
-        assert cache.swap_out(other) is None and other.block_ids == [2, 3]
+        assert cache.swap_out(other) is None and other.block_ids == [1, 2]
         assert cache.swap_in(seq, 9) is None and cache.swap_pool.num_free == 0
-        assert cache.swap_in(seq, 7) == [(0, 1), (1, 0)] and seq.block_ids == [1, 0]
+        assert cache.swap_in(seq, 7) == [(0, 3), (1, 0)] and seq.block_ids == [3, 0]
         assert cache.swap_pool.num_free == 2 and cache.pool.num_free == 0
         cache.remember(seq)
         cache.check_integrity([seq, other])
