@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from folovllm.layers import Linear, RMSNorm
@@ -114,18 +114,17 @@ def rotary_frequencies(config: DecoderConfig) -> Tensor:
     return frequencies
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer:
     """One layer: attention, then the MLP, each added to the stream that passes through."""
 
     def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
         self.index, eps = index, config.rms_norm_eps
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_size, self.kv_size = q_size, kv_size
 
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        def weight(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
         hidden, inner = config.hidden_size, config.intermediate_size
         self.input_norm, self.post_attention_norm = RMSNorm(weight(hidden), eps), RMSNorm(weight(hidden), eps)
@@ -137,7 +136,21 @@ class DecoderLayer(nn.Module):
         self.gate_up = Linear(weight(2 * inner, hidden))
         self.down = Linear(weight(hidden, inner))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def pack(self) -> None:
+        """Makes its weights ready for use."""
+        for part in (
+            self.input_norm,
+            self.qkv,
+            self.qk_norm,
+            self.o,
+            self.post_attention_norm,
+            self.gate_up,
+            self.down,
+        ):
+            if part is not None:
+                part.pack()
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """``x`` and the result ``[num_tokens, hidden_size]``; ``cos``, ``sin`` ``[num_tokens, 1, head_dim]``."""
         x = x + self.o(self._attention(self.input_norm(x), cos, sin, attend))
         gate, up = self.gate_up(self.post_attention_norm(x)).chunk(2, dim=-1)
@@ -152,24 +165,21 @@ class DecoderLayer(nn.Module):
         return attend(self.index, qkv[:, : self.num_heads], qkv[:, self.num_heads :])
 
 
-class Decoder(nn.Module):
+class Decoder:
     """A decoder-only transformer over flat batches."""
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        super().__init__()
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, self.device) for i in range(config.num_layers))
-        norm = nn.Parameter(torch.empty(shape[1:], dtype=dtype, device=device), requires_grad=False)
-        self.norm = RMSNorm(norm, config.rms_norm_eps)
-        own = None if config.tie_word_embeddings else torch.empty(shape, dtype=dtype, device=device)
-        self.head = Linear(self.embedding if own is None else nn.Parameter(own, requires_grad=False))
+        self.embedding = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = [DecoderLayer(config, i, dtype, self.device) for i in range(config.num_layers)]
+        self.norm = RMSNorm(torch.empty(shape[1:], dtype=dtype, device=device), config.rms_norm_eps)
+        self.head = Linear(self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding))
         angles = torch.outer(torch.arange(config.max_position_embeddings).float(), rotary_frequencies(config))
         self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The last hidden state of every token.
 
         Args:
@@ -184,19 +194,19 @@ class Decoder(nn.Module):
         cos, sin = self.cos[positions], self.sin[positions]
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
-        hidden: Tensor = self.norm(x)
-        return hidden
+        return self.norm(x)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """``[num_rows, hidden_size]`` to ``[num_rows, vocab_size]``."""
-        logits: Tensor = self.head(hidden)
-        return logits
+        return self.head(hidden)
 
     def pack(self) -> None:
-        """Packs all weights that are only multiplied with; see `folovllm.layers`. No weights can be loaded after it."""
-        for module in self.modules():
-            if isinstance(module, Linear) and module.weight is not self.embedding:
-                module.pack()
+        """Makes all weights ready for use; see `folovllm.layers`. None can be loaded after it."""
+        for layer in self.layers:
+            layer.pack()
+        self.norm.pack()
+        if not self.config.tie_word_embeddings:  # the embedding's rows are looked up as well
+            self.head.pack()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies a checkpoint's tensors, by their names in transformers, into the fused ones here.
@@ -224,28 +234,25 @@ class Decoder(nn.Module):
 
     def _places(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint goes: name -> a view of our weights."""
-        places = {"model.embed_tokens.weight": self.embedding.data, "model.norm.weight": self.norm.weight.data}
+        places = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
         if not self.config.tie_word_embeddings:
-            places["lm_head.weight"] = self.head.weight.data
+            places["lm_head.weight"] = self.head.weight
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
             sizes = [layer.q_size, layer.kv_size, layer.kv_size]
             found: dict[str, Tensor] = {
-                "input_layernorm.weight": layer.input_norm.weight.data,
-                "post_attention_layernorm.weight": layer.post_attention_norm.weight.data,
-                "self_attn.o_proj.weight": layer.o.weight.data,
-                "mlp.down_proj.weight": layer.down.weight.data,
+                "input_layernorm.weight": layer.input_norm.weight,
+                "post_attention_layernorm.weight": layer.post_attention_norm.weight,
+                "self_attn.o_proj.weight": layer.o.weight,
+                "mlp.down_proj.weight": layer.down.weight,
             }
-            found |= zip([f"self_attn.{p}_proj.weight" for p in "qkv"], layer.qkv.weight.data.split(sizes), strict=True)
-            found |= zip(
-                ["mlp.gate_proj.weight", "mlp.up_proj.weight"], layer.gate_up.weight.data.chunk(2), strict=True
-            )
+            found |= zip([f"self_attn.{p}_proj.weight" for p in "qkv"], layer.qkv.weight.split(sizes), strict=True)
+            found |= zip(["mlp.gate_proj.weight", "mlp.up_proj.weight"], layer.gate_up.weight.chunk(2), strict=True)
             if layer.qkv.bias is not None:
-                found |= zip([f"self_attn.{p}_proj.bias" for p in "qkv"], layer.qkv.bias.data.split(sizes), strict=True)
+                found |= zip([f"self_attn.{p}_proj.bias" for p in "qkv"], layer.qkv.bias.split(sizes), strict=True)
             if layer.o.bias is not None:
-                found["self_attn.o_proj.bias"] = layer.o.bias.data
+                found["self_attn.o_proj.bias"] = layer.o.bias
             if layer.qk_norm is not None:
-                q_norm, k_norm = layer.qk_norm.weight.data.split([layer.num_heads, layer.num_kv_heads])
+                q_norm, k_norm = layer.qk_norm.weight.split([layer.num_heads, layer.num_kv_heads])
                 found |= {"self_attn.q_norm.weight": q_norm, "self_attn.k_norm.weight": k_norm}
             places |= {f"model.layers.{i}.{name}": place for name, place in found.items()}
         return places
@@ -261,4 +268,4 @@ def load_decoder(checkpoint: Checkpoint) -> Decoder:
     decoder = Decoder(config, checkpoint.dtype, checkpoint.device)
     decoder.load_weights(iterate_weights(checkpoint))
     decoder.pack()
-    return decoder.eval()
+    return decoder

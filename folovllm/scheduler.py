@@ -144,7 +144,7 @@ class Scheduler:
         if pairs is not None:
             output.swap_out += pairs
             seq.status = SequenceStatus.SWAPPED
-            self.swapped.append(seq)
+            self.swapped.appendleft(seq)  # as in the queue: who came first returns first
         else:
             self.cache.release(seq)
             self._put_back(seq)

@@ -366,7 +366,7 @@ def check_generate(attempt: Callable[[Any, list[int], int], list[int]]) -> None:
 # Chapter 6
 
 
-@exercise("running sequences come first, and a prompt that does not fit waits or is cut.")
+@exercise("who comes first is served first, and a prompt that does not fit waits or is cut.")
 def check_schedule(attempt: Callable[[list[int], int, bool], list[int]]) -> None:
     """``attempt(num_left, budget, chunked)``: how many tokens each sequence computes now, first come first served."""
     cases = (
