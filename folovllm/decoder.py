@@ -205,8 +205,7 @@ class Decoder:
         for layer in self.layers:
             layer.pack()
         self.norm.pack()
-        if not self.config.tie_word_embeddings:  # the embedding's rows are looked up as well
-            self.head.pack()
+        self.head.pack()  # of a tied one that is a copy: the embedding's rows are looked up, too
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies a checkpoint's tensors, by their names in transformers, into the fused ones here.

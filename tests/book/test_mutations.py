@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 from book_helpers import NOTEBOOKS, ROOT, read
 
-COPIED = ("folovllm", "notebooks", "tests/unit", "tests/book", "tests/conftest.py", "pyproject.toml")
+COPIED = (
+    "folovllm",
+    "notebooks",
+    "tests/unit",
+    "tests/integration",
+    "tests/book",
+    "tests/conftest.py",
+    "pyproject.toml",
+)
 
 
 def page(name: str, source: str) -> str:
@@ -64,6 +72,27 @@ MUTATIONS = [
         ".masked_fill(k == 0, -torch.inf)\n    return logits.masked_fill(logits < threshold",
         ".masked_fill(k == 0, -torch.inf)\n    return logits.masked_fill(logits <= threshold",
         "tests/unit/test_sampler.py::TestTopK",
+    ),
+    Mutation(
+        "a reference count",
+        "folovllm/kv_cache.py",
+        "pool.ref_counts[table[first_written]] > 1",
+        "pool.ref_counts[table[first_written]] > 2",
+        "tests/unit/test_kv_cache.py::TestManager::test_a_fork_shares_and_the_first_who_writes_copies",
+    ),
+    Mutation(
+        "an order",
+        "folovllm/scheduler.py",
+        "self.swapped.appendleft(seq)",
+        "self.swapped.append(seq)",
+        "tests/unit/test_scheduler.py::test_the_last_makes_room_and_the_first_comes_back_first[swap-swapped]",
+    ),
+    Mutation(
+        "a mask",
+        "folovllm/attention.py",
+        "np.arange(num_blocks * width) >= np.tile",
+        "np.arange(num_blocks * width) > np.tile",
+        "tests/integration/test_engine.py::TestSharing::test_the_second_of_two_requests_finds_the_first_ones_blocks",
     ),
     Mutation(
         "a digit in a stored output",

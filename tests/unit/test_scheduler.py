@@ -64,14 +64,14 @@ def test_the_static_policy_admits_nobody_until_all_are_done():
 
 
 @pytest.mark.parametrize("mode, queue", [("recompute", "waiting"), ("swap", "swapped")])
-def test_the_last_one_makes_room_and_comes_back_first(mode, queue):
+def test_the_last_makes_room_and_the_first_comes_back_first(mode, queue):
     scheduler = make([4, 4, 4], num_blocks=3, num_swap_blocks=3, preemption_mode=mode)
     assert step(scheduler) == {"0": 4, "1": 4, "2": 4}
     work = scheduler.schedule()  # 0 needs a second block: 2 makes room; then 1 does, and has to go itself
     assert [seq.seq_id for seq in work.seqs] == ["0"] and [seq.seq_id for seq in work.preempted] == ["2", "1"]
     assert len(work.swap_out) == (2 if mode == "swap" else 0)
     waiting = getattr(scheduler, queue)
-    assert {seq.seq_id for seq in waiting} == {"1", "2"} and all(not seq.block_ids for seq in waiting)
+    assert [seq.seq_id for seq in waiting] == ["1", "2"] and all(not seq.block_ids for seq in waiting)
     assert all(seq.num_computed_tokens == (4 if mode == "swap" else 0) for seq in waiting)
 
 
