@@ -211,6 +211,33 @@ def part_d(folder: Path) -> None:
     print_table(["prompt", "longest gap", "of whole", "target", ""], rows)
 
 
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that the device's memory moves, read and written, in a copy of 1 GiB."""
+    source = torch.zeros(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def bytes_to_read(llm: LLM, lens: list[tuple[int, int]], num_steps: int) -> int:
+    """What must come from memory at least: all weights in each step, and for each new token the keys and values before
+    it. ``lens``: tokens of prompt and output of each request."""
+    config, itemsize = llm.engine.decoder.config, llm.engine.decoder.dtype.itemsize
+    heads = config.num_heads + 2 * config.num_kv_heads
+    layer = config.hidden_size * (heads * config.head_dim + config.num_heads * config.head_dim)
+    layer += 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_layers * layer + config.vocab_size * config.hidden_size
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    tokens = sum(sum(range(prompt, prompt + output)) for prompt, output in lens)
+    return (num_steps * weights + tokens * per_token) * itemsize
+
+
 def part_e(folder: Path) -> None:
     """nano-vllm's workload."""
     print("\ne. nano-vllm's workload: 256 prompts of 100 to 1,024 tokens, outputs of 100 to 1,024, temperature 0.6\n")
@@ -222,11 +249,15 @@ def part_e(folder: Path) -> None:
     prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
     params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=rng.randint(100, 1024)) for _ in range(256)]
     llm.generate(prompts[:4], SamplingParams(max_tokens=8), use_tqdm=False)
+    first = len(llm.engine.steps)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     useful = sum(len(output.outputs[0].token_ids) for output in outputs)
     print(f"{useful:,} tokens in {seconds:.1f} s: {useful / seconds:,.0f} tokens/s on {torch.cuda.get_device_name()}")
+    lens = [(len(prompt), len(output.outputs[0].token_ids)) for prompt, output in zip(prompts, outputs)]
+    least = bytes_to_read(llm, lens, len(llm.engine.steps) - first) / copy_bandwidth(llm.engine.decoder.device)
+    print(f"Memory bandwidth alone would need {least:.1f} s, {least / seconds:.0%} of that")
 
 
 def schedule_time(num_running: int, num_waiting: int, num_tokens: int) -> float:
