@@ -260,6 +260,19 @@ class TestSharing:
             assert output.metrics.num_cached_tokens == cached
             assert output.outputs[0].token_ids == greedy_tokens[6]
 
+    @pytest.mark.parametrize("num_heads", [1, 2])
+    def test_key_heads_computed_apart_or_together_give_the_same_tokens(
+        self, checkpoint, prompts, greedy_tokens, monkeypatch, num_heads
+    ):
+        monkeypatch.setattr("folovllm.attention.PICK_BYTES", 0 if num_heads == 1 else 2**24)
+        engine = make_engine(checkpoint)
+        for i, prompt in enumerate(prompts):
+            engine.add_request(str(i), prompt, SamplingParams(**GREEDY))
+        assert {name: output.outputs[0].token_ids for name, output in run_all(engine).items()} == {
+            str(i): tokens for i, tokens in enumerate(greedy_tokens)
+        }
+        assert engine.runner.attention._readable.shape[2] == 2 // num_heads
+
     def test_a_prompt_that_ends_with_a_block_recomputes_that_block(self, checkpoint, prompts):
         engine = make_engine(checkpoint, enable_prefix_caching=True)
         run_one(engine, prompts[3], SamplingParams(**GREEDY))
