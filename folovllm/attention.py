@@ -68,7 +68,8 @@ class PagedAttention:
         query_lens, seq_lens = np.diff(metadata.query_start_loc), metadata.seq_lens
         decodes = np.flatnonzero(query_lens == 1)
         self._num_decodes = len(decodes)
-        self._with_past = np.flatnonzero((query_lens > 1) & (query_lens < seq_lens)).tolist()
+        with_past = np.flatnonzero((query_lens > 1) & (query_lens < seq_lens)).tolist()
+        self._with_past = [self._look_back(i) for i in with_past]
         whole = np.flatnonzero((query_lens > 1) & (query_lens == seq_lens))
         self._groups = [self._pad(group) for group in _alike(whole, query_lens)]
         if len(decodes):
@@ -85,6 +86,15 @@ class PagedAttention:
         # Padding stands on the right, where a causal row never looks; any token will do.
         real = np.flatnonzero(places < ends)
         return len(group), self._to_device(np.minimum(places, ends - 1).flatten()), self._to_device(real)
+
+    def _look_back(self, i: int) -> tuple[slice, Tensor, Tensor]:
+        """A sequence with several new tokens and a past: where they are in the batch, its blocks, and the mask
+        ``[num_new, num_tokens]`` of what each of them sees."""
+        start, end = self.metadata.query_start_loc[i : i + 2].tolist()
+        num_new, num_tokens = end - start, int(self.metadata.seq_lens[i])
+        blocks = self.metadata.block_table[i, : -(-num_tokens // self.block_size)]
+        mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=blocks.device).tril(num_tokens - num_new)
+        return slice(start, end), blocks, mask
 
     def _begin_decodes(self, decodes: np.ndarray) -> None:
         """Works out what sequences with one new token need: their blocks, the mask, the places of the new tokens."""
@@ -135,9 +145,11 @@ class PagedAttention:
             keys, values = both.chunk(2, dim=1)
             found = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
             out[places[real]] = found.transpose(1, 2).flatten(0, 1).flatten(1)[real]
-        for i in self._with_past:
-            start, end = self.metadata.query_start_loc[i : i + 2]
-            out[start:end] = self._prefill(layer, i, q[start:end].transpose(0, 1))
+        for new, blocks, mask in self._with_past:
+            keys, values = self.kv_cache[layer][:, :, blocks].flatten(2, 3)[:, None, :, : mask.shape[1]]
+            queries = q[new].transpose(0, 1).unsqueeze(0)
+            found = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+            out[new] = found[0].transpose(0, 1).flatten(1)
         return out
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
@@ -160,16 +172,6 @@ class PagedAttention:
     def _pick(self, layer: int, index: int, part: int) -> Tensor:
         """The keys (0) or values (1) of all decoding sequences, of some heads, block after block."""
         return torch.index_select(self._readable[layer, index, part], 0, self._decode_blocks, out=self._picked)
-
-    def _prefill(self, layer: int, i: int, q: Tensor) -> Tensor:
-        """One sequence with several new tokens and a past: ``[num_heads, num_tokens, head_dim]`` in,
-        ``[num_tokens, num_heads * head_dim]`` out."""
-        num_new, num_tokens = q.shape[1], self.metadata.seq_lens[i]
-        blocks = self.metadata.block_table[i, : -(-num_tokens // self.block_size)]
-        k, v = self.kv_cache[layer][:, :, blocks].flatten(2, 3)[:, :, :num_tokens]
-        mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=q.device).tril(num_tokens - num_new)
-        out = scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
-        return out[0].transpose(0, 1).flatten(1)
 
 
 def _alike(rows: np.ndarray, lens: np.ndarray) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
-from folovllm.validation import check_bool, check_int, check_number, check_str, require
+from folovllm.validation import check_bool, check_choice, check_int, check_number, check_str, require
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +61,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.model = check_str("model", self.model)
         self.tokenizer = self.model if self.tokenizer is None else check_str("tokenizer", self.tokenizer)
-        require(
-            isinstance(self.tokenizer_mode, str) and self.tokenizer_mode in ("auto", "slow"),
-            f"tokenizer_mode must be 'auto' or 'slow', got {self.tokenizer_mode!r}",
-        )
+        check_choice("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         check_bool("trust_remote_code", self.trust_remote_code)
         self._dtype_name()
         self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
@@ -160,12 +157,8 @@ class SchedulerConfig:
         require(self.max_num_seqs > 0, f"max_num_seqs must be positive, got {self.max_num_seqs}")
         self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
         check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
-        for name, allowed in (("policy", ("continuous", "static")), ("preemption_mode", ("recompute", "swap"))):
-            value = getattr(self, name)
-            require(
-                isinstance(value, str) and value in allowed,
-                f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}",
-            )
+        check_choice("policy", self.policy, ("continuous", "static"))
+        check_choice("preemption_mode", self.preemption_mode, ("recompute", "swap"))
 
 
 @dataclass

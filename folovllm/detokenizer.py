@@ -53,7 +53,7 @@ class Detokenizer:
         self._window = list(prompt_token_ids[-CONTEXT:])
         """The newest tokens; of their text, the first ``_num_given`` characters have been given out."""
         self._num_given = len(self._decode(self._window))
-        self._num_unread = 0  # how many of the window's tokens have not been looked at
+        self._is_read = True  # whether all of the window's tokens have been looked at
         self._held_back = 0 if params.include_stop_str_in_output else max(map(len, self.stops), default=1) - 1
         self._num_tokens = 0
 
@@ -71,7 +71,7 @@ class Detokenizer:
         """
         self._num_tokens += 1
         self._window.append(token_id)
-        self._num_unread += 1
+        self._is_read = False
         if not self.stops:
             return None  # and nothing is decoded before somebody asks for it
         before = len(self._text)
@@ -82,7 +82,7 @@ class Detokenizer:
         """Gives out what was waiting for the rest of its character, which will not come."""
         self._text += self._decode(self._window)[self._num_given :]
         self._window.clear()
-        self._num_unread = 0
+        self._is_read = True
 
     def visible_text(self) -> str:
         """What a stream may show while the output grows: not what may turn out to be the beginning of a stop string."""
@@ -90,9 +90,9 @@ class Detokenizer:
 
     def _read(self) -> None:
         """Decodes the window again, if it has grown, and adds what is new and whole to the text."""
-        if self._num_unread == 0:
+        if self._is_read:
             return
-        self._num_unread = 0
+        self._is_read = True
         text = self._decode(self._window)
         whole = text.rstrip("\ufffd")  # which stands for bytes that make no character, or none yet
         self._text += whole[self._num_given :]

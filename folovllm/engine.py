@@ -14,13 +14,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
 from transformers import GenerationConfig
 
 from folovllm.config import EngineConfig
 from folovllm.decoder import load_decoder
 from folovllm.detokenizer import Detokenizer
 from folovllm.kv_cache import KVCacheManager
-from folovllm.model_loader import ModelLoader
+from folovllm.model_loader import ModelLoader, kv_cache_bytes_per_token
 from folovllm.model_runner import ModelRunner
 from folovllm.outputs import Logprob, RequestMetrics, RequestOutput
 from folovllm.request import Request, RequestStatus, Sequence, SequenceStatus
@@ -32,7 +33,6 @@ from folovllm.validation import require
 if TYPE_CHECKING:
     import random
 
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 CPU_CACHE_BYTES = 2**30
@@ -98,8 +98,9 @@ class LLMEngine:
         self.tokenizer = loader.load_tokenizer()
         self.decoder = load_decoder(checkpoint)
         self.vocab_size = self.decoder.config.vocab_size
-        num_blocks, num_swap_blocks = self._count_blocks()
         cache_config = config.cache_config
+        block_bytes = cache_config.block_size * kv_cache_bytes_per_token(checkpoint.hf_config, checkpoint.dtype)
+        num_blocks, num_swap_blocks = self._count_blocks(block_bytes)
         cache_config.num_blocks = num_blocks
         self.cache = KVCacheManager(
             num_blocks, cache_config.block_size, cache_config.enable_prefix_caching, num_swap_blocks
@@ -409,12 +410,9 @@ class LLMEngine:
             f"{budget}; raise it or set enable_chunked_prefill=True",
         )
 
-    def _count_blocks(self) -> tuple[int, int]:
-        """Blocks of the cache and blocks in CPU memory."""
+    def _count_blocks(self, block_bytes: int) -> tuple[int, int]:
+        """Blocks of the cache and blocks in CPU memory, of so many bytes each."""
         cache, scheduler, decoder = self.config.cache_config, self.config.scheduler_config, self.decoder
-        shape = decoder.config
-        block_bytes = 2 * shape.num_layers * cache.block_size * shape.num_kv_heads * shape.head_dim
-        block_bytes *= decoder.dtype.itemsize
         swap_bytes = cache.swap_space * 2**30 if scheduler.preemption_mode == "swap" else 0
         num_blocks = cache.num_blocks
         if num_blocks is None:
@@ -430,8 +428,6 @@ class LLMEngine:
 
     def _free_gpu_bytes(self) -> float:
         """Bytes that the cache may take of the GPU, after the largest batch has been tried."""
-        import torch
-
         device = self.decoder.device
         free, total = torch.cuda.mem_get_info(device)
         torch.cuda.reset_peak_memory_stats(device)

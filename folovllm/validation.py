@@ -61,6 +61,13 @@ def check_str(name: str, value: Any) -> str:
     return value
 
 
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of a few words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {show(value)}")
+    return value
+
+
 def check_token_ids(name: str, value: Any) -> list[int]:
     """A list or tuple of non-negative integers as a list of its own."""
     if not isinstance(value, (list, tuple)):

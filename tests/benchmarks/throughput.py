@@ -31,9 +31,10 @@ from side_by_side import alternate, print_table, ratio, verdict
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from folovllm import SamplingParams, SchedulerConfig
+from folovllm import ModelConfig, SamplingParams, SchedulerConfig
 from folovllm.kv_cache import KVCacheManager
 from folovllm.llm import LLM
+from folovllm.model_loader import ModelLoader, kv_cache_bytes_per_token
 from folovllm.request import Sequence, SequenceData
 from folovllm.scheduler import Scheduler
 from folovllm.tales import EMBEDDED_MODEL
@@ -225,17 +226,13 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(seconds)
 
 
-def bytes_to_read(llm: LLM, lens: list[tuple[int, int]], num_steps: int) -> int:
+def bytes_to_read(folder: Path, lens: list[tuple[int, int]], num_steps: int) -> int:
     """What must come from memory at least: all weights in each step, and for each new token the keys and values before
     it. ``lens``: tokens of prompt and output of each request."""
-    config, itemsize = llm.engine.decoder.config, llm.engine.decoder.dtype.itemsize
-    heads = config.num_heads + 2 * config.num_kv_heads
-    layer = config.hidden_size * (heads * config.head_dim + config.num_heads * config.head_dim)
-    layer += 3 * config.hidden_size * config.intermediate_size
-    weights = config.num_layers * layer + config.vocab_size * config.hidden_size
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    checkpoint = ModelLoader(ModelConfig(str(folder), dtype="bfloat16")).open("cpu")
     tokens = sum(sum(range(prompt, prompt + output)) for prompt, output in lens)
-    return (num_steps * weights + tokens * per_token) * itemsize
+    per_token = kv_cache_bytes_per_token(checkpoint.hf_config, checkpoint.dtype)
+    return num_steps * checkpoint.num_bytes + tokens * per_token
 
 
 def part_e(folder: Path) -> None:
@@ -256,7 +253,7 @@ def part_e(folder: Path) -> None:
     useful = sum(len(output.outputs[0].token_ids) for output in outputs)
     print(f"{useful:,} tokens in {seconds:.1f} s: {useful / seconds:,.0f} tokens/s on {torch.cuda.get_device_name()}")
     lens = [(len(prompt), len(output.outputs[0].token_ids)) for prompt, output in zip(prompts, outputs)]
-    least = bytes_to_read(llm, lens, len(llm.engine.steps) - first) / copy_bandwidth(llm.engine.decoder.device)
+    least = bytes_to_read(folder, lens, len(llm.engine.steps) - first) / copy_bandwidth(llm.engine.decoder.device)
     print(f"Memory bandwidth alone would need {least:.1f} s, {least / seconds:.0%} of that")
 
 
