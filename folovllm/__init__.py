@@ -16,7 +16,7 @@ from folovllm.sampling_params import SamplingParams, SamplingType
 from folovllm.utils import generate_request_id, get_device, get_gpu_memory_info, is_cuda_available, set_random_seed
 
 if TYPE_CHECKING:
-    from folovllm.engine import LLMEngine
+    from folovllm.engine.llm_engine import LLMEngine
     from folovllm.llm import LLM
     from folovllm.model_loader import ModelLoader, get_model_and_tokenizer
 
@@ -48,7 +48,12 @@ __all__ = [
     "set_random_seed",
 ]
 
-_LAZY = {"LLM": "llm", "LLMEngine": "engine", "ModelLoader": "model_loader", "get_model_and_tokenizer": "model_loader"}
+_LAZY = {
+    "LLM": "llm",
+    "LLMEngine": "engine.llm_engine",
+    "ModelLoader": "model_loader",
+    "get_model_and_tokenizer": "model_loader",
+}
 
 
 def __getattr__(name: str) -> Any:

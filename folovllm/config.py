@@ -146,7 +146,7 @@ class SchedulerConfig:
     """Longest sequence in tokens; filled in by `EngineConfig`."""
     enable_chunked_prefill: bool = False
     """Whether a long prompt may be spread over several steps."""
-    policy: Literal["continuous", "static"] = "continuous"
+    batching: Literal["continuous", "static"] = "continuous"
     """"continuous" lets a waiting request in as soon as there is room, "static" when all others are done."""
     preemption_mode: Literal["recompute", "swap"] = "recompute"
     """What becomes of the blocks of a sequence that must make room: computed again later, or kept in CPU memory."""
@@ -157,7 +157,7 @@ class SchedulerConfig:
         require(self.max_num_seqs > 0, f"max_num_seqs must be positive, got {self.max_num_seqs}")
         self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
         check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
-        check_choice("policy", self.policy, ("continuous", "static"))
+        check_choice("batching", self.batching, ("continuous", "static"))
         check_choice("preemption_mode", self.preemption_mode, ("recompute", "swap"))
 
 

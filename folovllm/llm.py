@@ -14,7 +14,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from folovllm.engine import LLMEngine
+from folovllm.engine.llm_engine import LLMEngine
 from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils import generate_request_id, set_random_seed

@@ -1,6 +1,6 @@
 """What comes back: the answers to a request, each with its text, tokens and reason for ending. Chapter 3.
 
-The same names as in vLLM (``vllm/outputs.py``, ``vllm/logprobs.py``, 0.33.0).
+The same names as in vLLM (``vllm/outputs.py``, 0.33.0).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from folovllm.logprobs import Logprob
 from folovllm.request import Request, Sequence, SequenceStatus
 
 if TYPE_CHECKING:
@@ -20,18 +21,6 @@ FINISH_REASONS = {
     SequenceStatus.FINISHED_ABORTED: "abort",
 }
 """What a user is told about each way a sequence ends."""
-
-
-@dataclass
-class Logprob:
-    """How likely the model found one token at one place."""
-
-    logprob: float
-    """Log probability in nats, before penalties and temperature."""
-    rank: int | None = None
-    """1 for the likeliest token of the vocabulary."""
-    decoded_token: str | None = None
-    """The token's text."""
 
 
 @dataclass

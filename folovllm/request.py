@@ -10,13 +10,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
+from folovllm.logprobs import Logprob
 from folovllm.sampling_params import SamplingParams
 from folovllm.validation import check_token_ids, require
-
-if TYPE_CHECKING:
-    from folovllm.outputs import Logprob
 
 
 class SequenceStatus(Enum):

@@ -1,4 +1,4 @@
-"""What one request asks for. Chapter 2 is about this module and `folovllm.sampler`, which does what it says.
+"""What one request asks for. Chapter 2 is about this module and `folovllm.sample.sampler`, which does what it says.
 
 The fields are those of vLLM (``vllm/sampling_params.py``), those it has dropped since included; the chapter says
 which. Every field is checked when the object is made, so a request that is accepted can be sampled.

@@ -22,8 +22,9 @@ from side_by_side import alternate, print_table, ratio, verdict
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from folovllm import SamplingParams, sampler
-from folovllm.sampler import Sampler, SamplingMetadata
+from folovllm import SamplingParams
+from folovllm.sample import sampler
+from folovllm.sample.sampler import Sampler, SamplingMetadata
 
 NUM_ROWS, VOCAB_SIZE, NUM_HEAD = 64, 151_936, 1000
 ROUNDS = 7

@@ -32,11 +32,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from folovllm import ModelConfig, SamplingParams, SchedulerConfig
-from folovllm.kv_cache import KVCacheManager
+from folovllm.core.kv_cache import KVCacheManager
+from folovllm.core.scheduler import Scheduler
 from folovllm.llm import LLM
 from folovllm.model_loader import ModelLoader, kv_cache_bytes_per_token
 from folovllm.request import Sequence, SequenceData
-from folovllm.scheduler import Scheduler
 from folovllm.tales import EMBEDDED_MODEL
 
 Workload = list[tuple[list[int], int]]

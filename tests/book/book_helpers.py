@@ -19,19 +19,19 @@ PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 MODULES = {
     "01_configs": ("folovllm.config",),
-    "02_sampling": ("folovllm.sampling_params", "folovllm.sampler"),
+    "02_sampling": ("folovllm.sampling_params", "folovllm.sample.sampler"),
     "03_requests_and_sequences": ("folovllm.request", "folovllm.outputs"),
-    "04_loading": ("folovllm.model_loader", "folovllm.utils.common"),
+    "04_loading": ("folovllm.model_loader", "folovllm.model.checkpoint", "folovllm.utils.common"),
     "06_the_engine": (
         "folovllm.llm",
-        "folovllm.engine",
-        "folovllm.scheduler",
-        "folovllm.kv_cache",
-        "folovllm.model_runner",
-        "folovllm.attention",
-        "folovllm.decoder",
-        "folovllm.layers",
-        "folovllm.detokenizer",
+        "folovllm.engine.llm_engine",
+        "folovllm.core.scheduler",
+        "folovllm.core.kv_cache",
+        "folovllm.worker.model_runner",
+        "folovllm.attention.gather",
+        "folovllm.model.decoder",
+        "folovllm.model.layers",
+        "folovllm.engine.detokenizer",
     ),
 }
 """The modules that a chapter is about: it links their pages and sources, and lists all of their public code."""

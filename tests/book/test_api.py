@@ -59,7 +59,7 @@ def inventory() -> set[str]:
 
 def test_the_package_has_names():
     assert len(public_names()) > 100
-    assert "folovllm.sampler.Sampler.__call__" in public_names()
+    assert "folovllm.sample.sampler.Sampler.__call__" in public_names()
 
 
 def test_every_public_name_is_in_the_api_reference(inventory):

@@ -254,7 +254,7 @@ def test_numbers_of_inverse_cdf() -> None:
 
 @pytest.mark.parametrize("u, hit", [(0.0, 0), (0.0999, 0), (0.1001, 1), (0.4999, 1), (0.6999, 2), (0.999, 3)])
 def test_the_arrow_hits_the_token_that_would_be_drawn(u: float, hit: int) -> None:
-    from folovllm.sampler import draw
+    from folovllm.sample.sampler import draw
 
     ax = plotting.plot_inverse_cdf(PROBS, u, TOKENS)
     shown = [0, 1, 3, 4][next(int(text.xy[0]) for text in ax.texts if not text.get_text())]

@@ -1,16 +1,13 @@
-"""The listings: each is the package's code of today, and each chapter lists every public function of its modules."""
+"""The listings: each is the package's code of today."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
-from collections.abc import Iterator
-from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
-from book_helpers import MODULES, PATHS, Cell, Chapter, import_names, names_in, read
+from book_helpers import PATHS, Cell, Chapter, import_names, names_in, read
 
 from folovllm.book import listing
 from folovllm.book.listing import FOLD_ABOVE, Listing, show_source
@@ -33,42 +30,6 @@ def test_a_listing_is_the_code_of_today(chapter: Chapter, cell: Cell) -> None:
     is_stored = (cell.stored("text/markdown"), cell.stored("text/plain")) == (now._repr_markdown_(), repr(now))
     again = f"run tests/book/refresh.py notebooks/{chapter.path.name}"
     assert is_stored, f"{cell} of {chapter.name} does not show {now.title} as the package has it: {again}"
-
-
-def public_code(module: ModuleType) -> Iterator[str]:
-    """The qualified names of a module's public functions, and of its classes' public methods and properties."""
-    for name, found in vars(module).items():
-        if name.startswith("_") or getattr(found, "__module__", None) != module.__name__:
-            continue
-        if isinstance(found, FunctionType):
-            yield f"{module.__name__}.{found.__qualname__}"
-        if isinstance(found, type):
-            for method, value in vars(found).items():
-                function = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
-                if not method.startswith("_") and isinstance(function, FunctionType):
-                    yield f"{module.__name__}.{function.__qualname__}"
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_chapter_lists_every_public_function_and_method_of_its_modules(name: str) -> None:
-    chapter = next(read(path) for path in PATHS if path.stem == name)
-    titles = {listing_of(chapter, cell).title for cell in chapter.tagged("listing")}
-    public = {code for module in chapter.modules for code in public_code(importlib.import_module(module))}
-    assert public, f"{chapter.modules} have no public function at all"
-    missing = {code for code in public if not any(code == title or code.startswith(f"{title}.") for title in titles)}
-    assert not missing, f"{name} lists no {', '.join(sorted(missing))}: add a cell show_source(…), tagged listing"
-
-
-def test_public_code_is_found() -> None:
-    """Functions, methods, properties and class methods; nothing private, generated or imported."""
-    assert {
-        name.removeprefix("folovllm.config.") for name in public_code(importlib.import_module("folovllm.config"))
-    } == {
-        "ModelConfig.torch_dtype",
-        "ModelConfig.resolve_max_model_len",
-        "EngineConfig.resolve_max_model_len",
-    }
-    assert "folovllm.outputs.RequestOutput.from_request" in public_code(importlib.import_module("folovllm.outputs"))
 
 
 # How a listing is shown

@@ -9,9 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from folovllm import ModelConfig, ModelLoader
-from folovllm.decoder import load_decoder
-from folovllm.engine import LLMEngine
+from folovllm.engine.llm_engine import LLMEngine
 from folovllm.llm import make_engine_config
+from folovllm.model.decoder import load_decoder
 from folovllm.model_loader import ModelLoadError
 
 SHAPE = {

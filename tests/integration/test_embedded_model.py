@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from folovllm import ModelConfig, ModelLoader, SamplingParams
 from folovllm.model_loader import get_model_max_len
-from folovllm.sampler import Sampler, SamplingMetadata
+from folovllm.sample.sampler import Sampler, SamplingMetadata
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.tales.evaluate import evaluate
 from folovllm.tales.grammar import CARD_SLOTS, continuations

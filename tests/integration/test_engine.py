@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
 from folovllm import ModelConfig, SamplingParams
-from folovllm.engine import LLMEngine
+from folovllm.engine.llm_engine import LLMEngine
 from folovllm.llm import LLM, make_engine_config
 from folovllm.tales import EMBEDDED_MODEL
 
@@ -142,7 +142,7 @@ def engine_settings(draw):
         "max_num_batched_tokens": draw(st.integers(1, 80) if chunked else st.integers(MAX_MODEL_LEN, 200)),
         "enable_prefix_caching": draw(st.booleans()),
         "max_num_seqs": draw(st.integers(1, 8)),
-        "policy": draw(st.sampled_from(["continuous", "continuous", "static"])),
+        "batching": draw(st.sampled_from(["continuous", "continuous", "static"])),
         "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
         "swap_space": draw(st.sampled_from([0.0, 1e-4, 0.01])),
     }
@@ -264,7 +264,7 @@ class TestSharing:
     def test_key_heads_computed_apart_or_together_give_the_same_tokens(
         self, checkpoint, prompts, greedy_tokens, monkeypatch, num_heads
     ):
-        monkeypatch.setattr("folovllm.attention.PICK_BYTES", 0 if num_heads == 1 else 2**24)
+        monkeypatch.setattr("folovllm.attention.gather.GATHER_BYTES", 0 if num_heads == 1 else 2**24)
         engine = make_engine(checkpoint)
         for i, prompt in enumerate(prompts):
             engine.add_request(str(i), prompt, SamplingParams(**GREEDY))

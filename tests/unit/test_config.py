@@ -203,11 +203,11 @@ class TestSchedulerConfig:
             "max_num_seqs": 256,
             "max_model_len": None,
             "enable_chunked_prefill": False,
-            "policy": "continuous",
+            "batching": "continuous",
             "preemption_mode": "recompute",
         }
 
-    @pytest.mark.parametrize("field, good", [("policy", "static"), ("preemption_mode", "swap")])
+    @pytest.mark.parametrize("field, good", [("batching", "static"), ("preemption_mode", "swap")])
     def test_choices(self, field, good):
         assert getattr(SchedulerConfig(**{field: good}), field) == good
         for value in ("", "Static", None, 1, [good]):

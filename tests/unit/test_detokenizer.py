@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from folovllm import SamplingParams
-from folovllm.detokenizer import Detokenizer
+from folovllm.engine.detokenizer import Detokenizer
 from folovllm.tales import EMBEDDED_MODEL
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from folovllm import SamplingParams, Sequence, SequenceData
-from folovllm.kv_cache import BlockPool, KVCacheManager, hash_block
+from folovllm.core.kv_cache import BlockPool, KVCacheManager, hash_block
 
 
 def make(name="a", num_tokens=10, start=0, **params):

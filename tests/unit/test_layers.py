@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from folovllm.layers import Linear, RMSNorm, has_onednn
+from folovllm.model.layers import Linear, RMSNorm, has_onednn
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
 
@@ -28,7 +28,7 @@ def test_a_packed_weight_multiplies_like_any_other(dtype, bias, num_rows):
     x = torch.randn(num_rows, 160, dtype=dtype)[:, ::2]
     expected = F.linear(x, weight, linear.bias)
     assert close(linear(x), expected)
-    linear.pack()
+    linear.process_weights_after_loading()
     assert close(linear(x), expected)
 
 
@@ -37,14 +37,14 @@ def test_only_dtypes_that_onednn_has_are_packed():
     assert not has_onednn(torch.empty(2, 2, dtype=torch.float64))
     assert not has_onednn(torch.empty(2, 2, device="meta"))
     double = Linear(torch.empty(2, 2, dtype=torch.float64))
-    double.pack()
+    double.process_weights_after_loading()
     assert not double.weight.is_mkldnn
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_packing_is_another_order_of_the_same_bytes():
     linear = Linear(torch.randn(48, 80))
-    linear.pack()
+    linear.process_weights_after_loading()
     assert linear.weight.is_mkldnn
 
 
@@ -57,11 +57,11 @@ def test_the_norm_is_torchs(dtype, scale):
     norm = RMSNorm(weight, eps=1e-6)
     expected = F.rms_norm(x, (16,), None, 1e-6) * weight
     assert close(norm(x), expected)
-    norm.pack()
+    norm.process_weights_after_loading()
     assert close(norm(x), expected)
 
 
 def test_a_row_of_zeros_stays_zero():
     norm = RMSNorm(torch.ones(8), eps=1e-6)
-    norm.pack()
+    norm.process_weights_after_loading()
     assert norm(torch.zeros(2, 8)).tolist() == [[0.0] * 8] * 2

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 import pytest
 
 from folovllm import CompletionOutput, Request, RequestOutput, SamplingParams, SequenceStatus
-from folovllm.outputs import Logprob
+from folovllm.logprobs import Logprob
 
 EOS, STOP = 0, 50
 

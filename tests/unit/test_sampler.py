@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 from unit_helpers import error_of
 
-from folovllm import SamplingParams, sampler
-from folovllm.outputs import Logprob
-from folovllm.sampler import (
+from folovllm import SamplingParams
+from folovllm.logprobs import Logprob
+from folovllm.sample import sampler
+from folovllm.sample.sampler import (
     Sampler,
     SamplerOutput,
     SamplingMetadata,

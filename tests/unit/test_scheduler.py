@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from folovllm import SamplingParams, SchedulerConfig, Sequence, SequenceData, SequenceStatus
-from folovllm.kv_cache import KVCacheManager
-from folovllm.scheduler import Scheduler
+from folovllm.core.kv_cache import KVCacheManager
+from folovllm.core.scheduler import Scheduler
 
 
 def make(lens, num_blocks=64, num_swap_blocks=0, **config):
@@ -54,8 +54,8 @@ def test_chunks_fill_the_budget():
     assert [step(scheduler) for _ in range(4)] == [{"0": 6}, {"0": 4, "1": 2}, {"0": 1, "1": 1}, {"0": 1, "1": 1}]
 
 
-def test_the_static_policy_admits_nobody_until_all_are_done():
-    scheduler = make([40, 40, 2], policy="static", max_num_seqs=2)
+def test_static_batching_admits_nobody_until_all_are_done():
+    scheduler = make([40, 40, 2], batching="static", max_num_seqs=2)
     assert [step(scheduler) for _ in range(3)] == [{"0": 40}, {"0": 1, "1": 40}, {"0": 1, "1": 1}]
     scheduler.finish(scheduler.running[0], SequenceStatus.FINISHED_STOPPED)
     assert step(scheduler) == {"1": 1}

@@ -36,7 +36,7 @@ class Linear:
         self.weight, self.bias = weight, bias
         self._use_onednn = has_onednn(weight)
 
-    def pack(self) -> None:
+    def process_weights_after_loading(self) -> None:
         """Stores the weight in oneDNN's own order, if it can; nothing else can read it then."""
         if self._use_onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_FOR_ROWS)
@@ -68,7 +68,7 @@ class RMSNorm:
         self.weight, self.eps = weight, eps
         self._scaled: Tensor | None = None
 
-    def pack(self) -> None:
+    def process_weights_after_loading(self) -> None:
         """On a CPU, works out what is the same for all rows.
 
         With ``size`` numbers in ``x``, and its length ``|x|``, the norm is also ``x / sqrt(|x|**2 + size * eps)`` times

@@ -18,17 +18,18 @@ import torch
 from transformers import GenerationConfig
 
 from folovllm.config import EngineConfig
-from folovllm.decoder import load_decoder
-from folovllm.detokenizer import Detokenizer
-from folovllm.kv_cache import KVCacheManager
+from folovllm.core.kv_cache import KVCacheManager
+from folovllm.core.scheduler import Scheduler, SchedulerOutput
+from folovllm.engine.detokenizer import Detokenizer
+from folovllm.logprobs import Logprob
+from folovllm.model.decoder import load_decoder
 from folovllm.model_loader import ModelLoader, kv_cache_bytes_per_token
-from folovllm.model_runner import ModelRunner
-from folovllm.outputs import Logprob, RequestMetrics, RequestOutput
+from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request, RequestStatus, Sequence, SequenceStatus
-from folovllm.sampler import Sampler, SamplingMetadata, compute_prompt_logprobs, make_generator
+from folovllm.sample.sampler import Sampler, SamplingMetadata, compute_prompt_logprobs, make_generator
 from folovllm.sampling_params import SamplingParams
-from folovllm.scheduler import Scheduler, SchedulerOutput
 from folovllm.validation import require
+from folovllm.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
     import random

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from folovllm.config import SchedulerConfig
-from folovllm.kv_cache import KVCacheManager
+from folovllm.core.kv_cache import KVCacheManager
 from folovllm.request import Sequence, SequenceStatus
 
 
@@ -51,7 +51,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.swapped: deque[Sequence] = deque()
-        self._batch_is_open = True  # the static policy's: whether the present batch may still grow
+        self._batch_is_open = True  # static batching's: whether the present batch may still grow
 
     def add(self, seq: Sequence) -> None:
         """Puts a new sequence at the end of the queue."""
@@ -93,7 +93,7 @@ class Scheduler:
         """Lets sequences in: those in CPU memory first, then the queue, each in its order, until one does not fit."""
         if not self.running:
             self._batch_is_open = True
-        if self.config.policy == "static" and not self._batch_is_open:
+        if self.config.batching == "static" and not self._batch_is_open:
             return
         num_before = len(self.running)
         while budget > 0 and len(self.running) < self.config.max_num_seqs and (self.swapped or self.waiting):

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folovllm.attention import AttentionMetadata, PagedAttention
-from folovllm.decoder import Decoder
-from folovllm.scheduler import SchedulerOutput
+from folovllm.attention import AttentionMetadata
+from folovllm.attention.gather import PagedAttention
+from folovllm.core.scheduler import SchedulerOutput
+from folovllm.model.decoder import Decoder
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

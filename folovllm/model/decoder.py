@@ -2,8 +2,8 @@
 
 The three are one network with three switches (a bias in the projections, a norm on queries and keys, a scaling of the
 rotary frequencies), so they are one class. It computes a flat batch: the tokens of all sequences of a step in one row,
-without padding. Only attention needs to know whose token is whose, and attention is somebody else's
-(`folovllm.attention`). Queries, keys and values are one matrix product, and so are the MLP's gate and up. As in vLLM
+without padding. Only attention needs to know which token belongs to which sequence, and that is `folovllm.attention`'s
+subject. Queries, keys and values are one matrix product, and so are the MLP's gate and up. As in vLLM
 (``vllm/model_executor/models/qwen3.py``, ``llama.py``, 0.33.0).
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folovllm.layers import Linear, RMSNorm
-from folovllm.model_loader import Checkpoint, ModelLoadError, iterate_weights
+from folovllm.model.checkpoint import Checkpoint, ModelLoadError, iterate_weights
+from folovllm.model.layers import Linear, RMSNorm
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 """The model classes of a checkpoint's config that this module can run."""
@@ -127,37 +127,37 @@ class DecoderLayer:
             return torch.empty(shape, dtype=dtype, device=device)
 
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.input_norm, self.post_attention_norm = RMSNorm(weight(hidden), eps), RMSNorm(weight(hidden), eps)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(weight(hidden), eps), RMSNorm(weight(hidden), eps)
         qkv_size = q_size + 2 * kv_size
-        self.qkv = Linear(weight(qkv_size, hidden), weight(qkv_size) if config.qkv_bias else None)
+        self.qkv_proj = Linear(weight(qkv_size, hidden), weight(qkv_size) if config.qkv_bias else None)
         qk_shape = config.num_heads + config.num_kv_heads, config.head_dim
         self.qk_norm = RMSNorm(weight(*qk_shape), eps) if config.qk_norm else None
-        self.o = Linear(weight(hidden, q_size), weight(hidden) if config.output_bias else None)
-        self.gate_up = Linear(weight(2 * inner, hidden))
-        self.down = Linear(weight(hidden, inner))
+        self.o_proj = Linear(weight(hidden, q_size), weight(hidden) if config.output_bias else None)
+        self.gate_up_proj = Linear(weight(2 * inner, hidden))
+        self.down_proj = Linear(weight(hidden, inner))
 
-    def pack(self) -> None:
+    def process_weights_after_loading(self) -> None:
         """Makes its weights ready for use."""
         for part in (
-            self.input_norm,
-            self.qkv,
+            self.input_layernorm,
+            self.qkv_proj,
             self.qk_norm,
-            self.o,
-            self.post_attention_norm,
-            self.gate_up,
-            self.down,
+            self.o_proj,
+            self.post_attention_layernorm,
+            self.gate_up_proj,
+            self.down_proj,
         ):
             if part is not None:
-                part.pack()
+                part.process_weights_after_loading()
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """``x`` and the result ``[num_tokens, hidden_size]``; ``cos``, ``sin`` ``[num_tokens, 1, head_dim]``."""
-        x = x + self.o(self._attention(self.input_norm(x), cos, sin, attend))
-        gate, up = self.gate_up(self.post_attention_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate).mul_(up))
+        x = x + self.o_proj(self._attention(self.input_layernorm(x), cos, sin, attend))
+        gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate).mul_(up))
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv: Tensor = self.qkv(x).view(len(x), -1, self.head_dim)
+        qkv: Tensor = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         rotated = qkv[:, : self.num_heads + self.num_kv_heads]
         qk = rotated if self.qk_norm is None else self.qk_norm(rotated)
         # A pair is a number of the first half and one of the second; sin carries the sign of the first.
@@ -200,12 +200,12 @@ class Decoder:
         """``[num_rows, hidden_size]`` to ``[num_rows, vocab_size]``."""
         return self.head(hidden)
 
-    def pack(self) -> None:
-        """Makes all weights ready for use; see `folovllm.layers`. None can be loaded after it."""
+    def process_weights_after_loading(self) -> None:
+        """Makes all weights ready for use; see `folovllm.model.layers`. None can be loaded after it."""
         for layer in self.layers:
-            layer.pack()
-        self.norm.pack()
-        self.head.pack()  # of a tied one that is a copy: the embedding's rows are looked up, too
+            layer.process_weights_after_loading()
+        self.norm.process_weights_after_loading()
+        self.head.process_weights_after_loading()  # a tied one is copied: the embedding's rows are looked up, too
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies a checkpoint's tensors, by their names in transformers, into the fused ones here.
@@ -239,17 +239,19 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             sizes = [layer.q_size, layer.kv_size, layer.kv_size]
             found: dict[str, Tensor] = {
-                "input_layernorm.weight": layer.input_norm.weight,
-                "post_attention_layernorm.weight": layer.post_attention_norm.weight,
-                "self_attn.o_proj.weight": layer.o.weight,
-                "mlp.down_proj.weight": layer.down.weight,
+                "input_layernorm.weight": layer.input_layernorm.weight,
+                "post_attention_layernorm.weight": layer.post_attention_layernorm.weight,
+                "self_attn.o_proj.weight": layer.o_proj.weight,
+                "mlp.down_proj.weight": layer.down_proj.weight,
             }
-            found |= zip([f"self_attn.{p}_proj.weight" for p in "qkv"], layer.qkv.weight.split(sizes), strict=True)
-            found |= zip(["mlp.gate_proj.weight", "mlp.up_proj.weight"], layer.gate_up.weight.chunk(2), strict=True)
-            if layer.qkv.bias is not None:
-                found |= zip([f"self_attn.{p}_proj.bias" for p in "qkv"], layer.qkv.bias.split(sizes), strict=True)
-            if layer.o.bias is not None:
-                found["self_attn.o_proj.bias"] = layer.o.bias
+            found |= zip([f"self_attn.{p}_proj.weight" for p in "qkv"], layer.qkv_proj.weight.split(sizes), strict=True)
+            found |= zip(
+                ["mlp.gate_proj.weight", "mlp.up_proj.weight"], layer.gate_up_proj.weight.chunk(2), strict=True
+            )
+            if layer.qkv_proj.bias is not None:
+                found |= zip([f"self_attn.{p}_proj.bias" for p in "qkv"], layer.qkv_proj.bias.split(sizes), strict=True)
+            if layer.o_proj.bias is not None:
+                found["self_attn.o_proj.bias"] = layer.o_proj.bias
             if layer.qk_norm is not None:
                 q_norm, k_norm = layer.qk_norm.weight.split([layer.num_heads, layer.num_kv_heads])
                 found |= {"self_attn.q_norm.weight": q_norm, "self_attn.k_norm.weight": k_norm}
@@ -266,5 +268,5 @@ def load_decoder(checkpoint: Checkpoint) -> Decoder:
     config = DecoderConfig.from_hf(checkpoint.hf_config)
     decoder = Decoder(config, checkpoint.dtype, checkpoint.device)
     decoder.load_weights(iterate_weights(checkpoint))
-    decoder.pack()
+    decoder.process_weights_after_loading()
     return decoder

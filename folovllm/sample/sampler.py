@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from folovllm.outputs import Logprob
+from folovllm.logprobs import Logprob
 from folovllm.sampling_params import SamplingParams, SamplingType
 
 if TYPE_CHECKING:

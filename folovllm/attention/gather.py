@@ -2,17 +2,17 @@
 
 The cache of a layer is ``[2, num_kv_heads, num_blocks, block_size, head_dim]``: keys, then values. A step's new keys
 and values are written to their slots first (slot = block * block_size + place in the block). Then sequences with one
-new token are computed together: the blocks of all of them are picked from the cache, whole, and two batched matrix
+new token are computed together: the blocks of all of them are gathered from the cache, whole, and two batched matrix
 products do the rest. Those with more new tokens are computed by torch's ``scaled_dot_product_attention``: prompts of
 like length together, those with a past one by one.
 
-Why so, on a CPU (two cores, float32): picking whole blocks by ``index_select`` takes a fifth of the time of picking
-tokens. Heads stand before blocks, so that what was picked is a batch of matrices without another copy; with it, the
+Why so, on a CPU (two cores, float32): gathering whole blocks by ``index_select`` takes a fifth of the time of gathering
+tokens. Heads stand before blocks, so that what was gathered is a batch of matrices without another copy; with it, the
 products take 69 microseconds where ``scaled_dot_product_attention`` takes 190 (36 sequences of 96 tokens, 2 heads of
 32), since that is made for many queries, and are on a par for 16 sequences of 512 tokens and 8 heads of 128. Where much
-is picked, some heads come after the others: for 16 sequences of 600 tokens a layer takes 9.2 ms with all heads at once,
-4.0 ms two by two, since what was picked is still near the processor when it is read. Keeping it for the next step was
-tried and gained nothing: with 36 sequences and blocks of 16, some table grows in nearly every step.
+is gathered, some heads come after the others: for 16 sequences of 600 tokens a layer takes 9.2 ms with all heads at
+once, 4.0 ms two by two, since what was gathered is still near the processor when it is read. Keeping it for the next
+step was tried and gained nothing: with 36 sequences and blocks of 16, some table grows in nearly every step.
 
 As in vLLM, where the table is read is the backend's affair (``v1/attention/backends/``, 0.33.0).
 """
@@ -20,29 +20,16 @@ As in vLLM, where the table is read is the backend's affair (``v1/attention/back
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-PICK_BYTES = 2**24
-"""Bytes of keys that are picked at once on a CPU (16 MiB), if one head has no more: what stays near the processor."""
+from folovllm.attention import AttentionMetadata
 
-
-@dataclass
-class AttentionMetadata:
-    """Whose token is whose in a flat batch, and where the cache has each."""
-
-    query_start_loc: np.ndarray
-    """Where each sequence's tokens begin in the batch, and where the last one's end, ``[num_seqs + 1]``."""
-    seq_lens: np.ndarray
-    """Tokens of each sequence so far, those of this step included, ``[num_seqs]``."""
-    slot_mapping: Tensor
-    """The cache slot of each token of the batch, ``[num_tokens]``."""
-    block_table: Tensor
-    """The blocks of each sequence, ``[num_seqs, most blocks of any]``; what is behind its last one is arbitrary."""
+GATHER_BYTES = 2**24
+"""Bytes of keys that are gathered at once on a CPU (16 MiB), if one head has no more: what stays near the processor."""
 
 
 class PagedAttention:
@@ -58,9 +45,9 @@ class PagedAttention:
         self._slots = kv_cache.flatten(3, 4).flatten(1, 2)  # [num_layers, 2 * num_kv_heads, num_slots, head_dim]
         # index_select is fast along the first dimension only, so a head's blocks follow those of the head before it.
         self._head_starts = torch.arange(self.num_kv_heads, device=kv_cache.device).unsqueeze(1) * self.num_blocks
-        # Memory of our own for the blocks that were picked: fresh memory for each layer would cost as much again. Keys
-        # and values take turns in it, since the less it is, the nearer to the processor it stays.
-        self._memory = kv_cache.new_empty(0)
+        # Memory of our own for gathered blocks: fresh memory for each layer would cost as much again. Keys and values
+        # take turns in it, since the less it is, the nearer to the processor it stays.
+        self._scratch = kv_cache.new_empty(0)
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """Takes in a step: what is the same in all of its layers is worked out here."""
@@ -110,30 +97,30 @@ class PagedAttention:
         self._decode_blocks = (self._head_starts[:num_heads] + table.flatten()).flatten()
         # [num_layers, 2, num_kv_heads / num_heads, num_heads * num_blocks, width, head_dim]
         self._readable = self.kv_cache.unflatten(2, (-1, num_heads)).flatten(3, 4)[:, :, :, :, :width]
-        self._picked = self._reserve(len(self._decode_blocks), width, self.kv_cache.shape[-1])
+        self._gathered = self._scratch_view(len(self._decode_blocks), width, self.kv_cache.shape[-1])
         unseen = np.arange(num_blocks * width) >= np.tile(lens, num_heads)[:, None, None]
         mask = np.where(unseen, np.float32(-np.inf), np.float32(0))  # [num_heads * num_decodes, 1, num_keys]
         self._decode_mask = self._to_device(mask).to(self.kv_cache.dtype)
 
     def _heads_at_once(self, num_keys: int) -> int:
-        """How many key heads to compute at once, if ``num_keys`` keys are picked for each."""
+        """How many key heads to compute at once, if ``num_keys`` keys are gathered for each."""
         if self.kv_cache.device.type != "cpu":
             return self.num_kv_heads
         head_bytes = num_keys * self.kv_cache.shape[-1] * self.kv_cache.itemsize
         fitting = (
-            n for n in range(2, self.num_kv_heads + 1) if self.num_kv_heads % n == 0 and n * head_bytes <= PICK_BYTES
+            n for n in range(2, self.num_kv_heads + 1) if self.num_kv_heads % n == 0 and n * head_bytes <= GATHER_BYTES
         )
         return max(fitting, default=1)
 
-    def _reserve(self, *shape: int) -> Tensor:
-        """So much of the memory for what is picked."""
+    def _scratch_view(self, *shape: int) -> Tensor:
+        """A view of the scratch buffer in the given shape."""
         size = math.prod(shape)
-        if len(self._memory) < size:
-            self._memory = self._memory.new_empty(size + size // 2)  # texts grow: new memory is needed seldom
-        return self._memory[:size].view(shape)
+        if len(self._scratch) < size:
+            self._scratch = self._scratch.new_empty(size + size // 2)  # grow by half, so reallocation is rare
+        return self._scratch[:size].view(shape)
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """One layer's attention: `folovllm.decoder.Attend`."""
+        """One layer's attention: `folovllm.model.decoder.Attend`."""
         self._slots[layer].index_copy_(1, self.metadata.slot_mapping, kv.transpose(0, 1))
         if self._num_decodes == len(self.metadata.seq_lens):
             return self._decode(layer, q)
@@ -161,17 +148,17 @@ class PagedAttention:
         grouped = grouped.reshape(num_parts, num_matrices, -1, head_dim)
         out = torch.empty_like(grouped)
         for part in range(num_parts):
-            keys = self._pick(layer, 0, part).view(num_matrices, -1, head_dim)
+            keys = self._gather(layer, 0, part).view(num_matrices, -1, head_dim)
             scores = torch.baddbmm(self._decode_mask, grouped[part], keys.transpose(1, 2), alpha=head_dim**-0.5)
             probs = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-            values = self._pick(layer, 1, part).view(num_matrices, -1, head_dim)
+            values = self._gather(layer, 1, part).view(num_matrices, -1, head_dim)
             torch.bmm(probs, values, out=out[part])
         out = out.view(self.num_kv_heads, num_rows, -1, head_dim).transpose(0, 1)
         return out.reshape(num_rows, num_heads * head_dim)
 
-    def _pick(self, layer: int, index: int, part: int) -> Tensor:
+    def _gather(self, layer: int, index: int, part: int) -> Tensor:
         """The keys (0) or values (1) of all decoding sequences, of some heads, block after block."""
-        return torch.index_select(self._readable[layer, index, part], 0, self._decode_blocks, out=self._picked)
+        return torch.index_select(self._readable[layer, index, part], 0, self._decode_blocks, out=self._gathered)
 
 
 def _alike(rows: np.ndarray, lens: np.ndarray) -> list[np.ndarray]:

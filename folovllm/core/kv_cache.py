@@ -3,8 +3,8 @@
 A sequence's table (``Sequence.block_ids``) lists its blocks in order; a block holds ``block_size`` tokens. A block may
 stand in several tables: answers to one prompt share it until one of them writes (copy-on-write, Kwon et al. 2023,
 section 4.4), and requests that begin alike share full blocks (prefix caching). This module moves numbers only; the
-tensors are the `folovllm.model_runner`'s. As in vLLM (``v1/core/block_pool.py``, ``v1/core/kv_cache_manager.py``,
-0.33.0).
+tensors are those of `folovllm.worker.model_runner`. As in vLLM (``v1/core/block_pool.py``,
+``v1/core/kv_cache_manager.py``, 0.33.0).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Checkpoints, and the network that is built from them."""

@@ -1,0 +1,1 @@
+"""From scheduled work to tensors and back."""
