@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
-from folovllm.validation import check_bool, check_choice, check_int, check_number, check_str, require
+from folovllm.validation import check_bool, check_choice, check_class, check_int, check_number, check_str, require
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,8 @@ class CacheConfig:
     """Whether requests that begin alike share blocks."""
     num_blocks: int | None = None
     """KV blocks to make; None: what ``gpu_memory_utilization`` leaves on a GPU, a stated default on a CPU."""
+    kv_cache_manager_cls: type | None = None
+    """A class to use in place of `folovllm.core.kv_cache.KVCacheManager`."""
 
     def __post_init__(self) -> None:
         self.block_size = check_int("block_size", self.block_size)
@@ -132,6 +134,7 @@ class CacheConfig:
         require(self.swap_space >= 0, f"swap_space must not be negative, got {self.swap_space}")
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         self.num_blocks = _optional_positive("num_blocks", self.num_blocks)
+        check_class("kv_cache_manager_cls", self.kv_cache_manager_cls)
 
 
 @dataclass
@@ -146,10 +149,16 @@ class SchedulerConfig:
     """Longest sequence in tokens; filled in by `EngineConfig`."""
     enable_chunked_prefill: bool = False
     """Whether a long prompt may be spread over several steps."""
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    """Who is served first: who came first, or who has the lowest ``priority`` (then who came first)."""
     batching: Literal["continuous", "static"] = "continuous"
     """"continuous" lets a waiting request in as soon as there is room, "static" when all others are done."""
     preemption_mode: Literal["recompute", "swap"] = "recompute"
     """What becomes of the blocks of a sequence that must make room: computed again later, or kept in CPU memory."""
+    scheduler_reserve_full_isl: bool = True
+    """Whether a prompt that is read in chunks is admitted only when there are free blocks for the whole of it."""
+    scheduler_cls: type | None = None
+    """A class to use in place of `folovllm.core.scheduler.Scheduler`."""
 
     def __post_init__(self) -> None:
         self.max_num_batched_tokens = _optional_positive("max_num_batched_tokens", self.max_num_batched_tokens)
@@ -157,8 +166,11 @@ class SchedulerConfig:
         require(self.max_num_seqs > 0, f"max_num_seqs must be positive, got {self.max_num_seqs}")
         self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
         check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
+        check_choice("policy", self.policy, ("fcfs", "priority"))
         check_choice("batching", self.batching, ("continuous", "static"))
         check_choice("preemption_mode", self.preemption_mode, ("recompute", "swap"))
+        check_bool("scheduler_reserve_full_isl", self.scheduler_reserve_full_isl)
+        check_class("scheduler_cls", self.scheduler_cls)
 
 
 @dataclass

@@ -68,6 +68,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
+def check_class(name: str, value: Any) -> type | None:
+    """A class, or None."""
+    if value is not None and not isinstance(value, type):
+        raise ValueError(f"{name} must be a class or None, got {show(value)}")
+    return value
+
+
 def check_token_ids(name: str, value: Any) -> list[int]:
     """A list or tuple of non-negative integers as a list of its own."""
     if not isinstance(value, (list, tuple)):

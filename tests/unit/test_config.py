@@ -144,6 +144,7 @@ class TestCacheConfig:
             "swap_space": 4.0,
             "enable_prefix_caching": False,
             "num_blocks": None,
+            "kv_cache_manager_cls": None,
         }
 
     @pytest.mark.parametrize(
@@ -203,11 +204,14 @@ class TestSchedulerConfig:
             "max_num_seqs": 256,
             "max_model_len": None,
             "enable_chunked_prefill": False,
+            "policy": "fcfs",
             "batching": "continuous",
             "preemption_mode": "recompute",
+            "scheduler_reserve_full_isl": True,
+            "scheduler_cls": None,
         }
 
-    @pytest.mark.parametrize("field, good", [("batching", "static"), ("preemption_mode", "swap")])
+    @pytest.mark.parametrize("field, good", [("policy", "priority"), ("batching", "static"), ("preemption_mode", "swap")])
     def test_choices(self, field, good):
         assert getattr(SchedulerConfig(**{field: good}), field) == good
         for value in ("", "Static", None, 1, [good]):
@@ -224,9 +228,16 @@ class TestSchedulerConfig:
             if value is not None or field == "max_num_seqs":
                 assert error_of(SchedulerConfig, **{field: value}).startswith(field)
 
+    @pytest.mark.parametrize("field", ["enable_chunked_prefill", "scheduler_reserve_full_isl"])
     @pytest.mark.parametrize("value", [1, 0, "no", None])
-    def test_enable_chunked_prefill_is_a_bool(self, value):
-        assert "enable_chunked_prefill" in error_of(SchedulerConfig, enable_chunked_prefill=value)
+    def test_switches_are_bools(self, field, value):
+        assert field in error_of(SchedulerConfig, **{field: value})
+
+    @pytest.mark.parametrize("make, field", [(SchedulerConfig, "scheduler_cls"), (CacheConfig, "kv_cache_manager_cls")])
+    def test_parts_of_the_readers_own_are_classes(self, make, field):
+        assert getattr(make(**{field: dict}), field) is dict
+        for value in (1, "Scheduler", dict()):
+            assert error_of(make, **{field: value}).startswith(f"{field} must be a class or None, got ")
 
 
 class TestEngineConfig:
