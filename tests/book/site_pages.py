@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
-BUILD = "jupyter-book build . --all -W -n --keep-going"
 
 
 def pages_of_the_book() -> list[str]:
@@ -25,11 +27,19 @@ def pages_of_the_book() -> list[str]:
     return list(walk(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))))
 
 
+@functools.cache
 def require_site() -> None:
-    """Fails the test that calls it when there is no built site.
+    """Builds the site, strictly, unless it is there and up to date. Several processes may ask at once.
 
     Raises:
-        AssertionError: with the command that builds it.
+        AssertionError: with what the build said, if it failed.
     """
-    if not (SITE / "objects.inv").is_file():
-        raise AssertionError(f"there is no built site in {SITE.relative_to(ROOT)}; build it first: {BUILD}")
+    done = subprocess.run(
+        [sys.executable, ROOT / "book" / "build.py", "--strict"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise AssertionError(f"the site cannot be built:\n{done.stdout}")

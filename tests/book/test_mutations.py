@@ -133,7 +133,8 @@ def run_python(copy: Path, *arguments: str, cwd: str = ".") -> subprocess.Comple
 
 
 def run_checks(copy: Path, *checks: str) -> subprocess.CompletedProcess[str]:
-    options = ("-p", "nbval.plugin", "--nbval", "-x", "-q", "--color=no", "--tb=short", "-p", "no:cacheprovider")
+    plugins = ("-p", "nbval.plugin", "-p", "xdist.plugin")  # those that the settings in pyproject.toml need
+    options = (*plugins, "--nbval", "-x", "-q", "--color=no", "--tb=short", "-p", "no:cacheprovider")
     return run_python(copy, "-m", "pytest", *options, *checks)
 
 
