@@ -10,7 +10,7 @@ STAMP="$VENV/.folovllm-installed" # what was installed, written when it was; see
 QUESTIONS=yes                     # asked on a terminal only, and never by book, lab and test
 FLASH_ATTN=no
 GPTQ=no
-TORCH="" # the build of torch that a flag asks for: cpu or cuda
+TORCH_BUILD="" # the build of torch that a flag asks for: cpu or cuda
 CPU_INDEX="https://download.pytorch.org/whl/cpu"
 FAILED="" # the checks of `test` that failed
 
@@ -76,7 +76,7 @@ EOF
 
 # ---- Python and venv/ ----
 
-# Prints the version of a Python, if it is one and is new enough. A name on the PATH may be a shim with nothing behind it.
+# Prints the version of a Python, if it is one; fails if it is too old, or a shim with nothing behind it.
 python_version() {
     # Compared as tuples, 4.0 is newer.
     "$1" -c 'import sys
@@ -103,7 +103,8 @@ check_python_version() {
 
     for candidate in ${named:+"$named"} python3.10 python3.11 python3.12 python3.13 python3.14 python3 python; do
         version=$(python_version "$candidate") && can_make_venv "$candidate" "$version" || {
-            [ "$candidate" != "$named" ] || fail "PYTHON names $named, which is no Python 3.10 or newer${version:+ but $version}."
+            [ "$candidate" != "$named" ] ||
+                fail "PYTHON names $named, which is no Python 3.10 or newer${version:+ but $version}."
             continue
         }
         case $version in
@@ -116,7 +117,8 @@ check_python_version() {
         take_python "$candidate" "$version"
         return 0
     done
-    [ -n "$newer" ] || fail "No Python 3.10 or newer was found. Install one (https://www.python.org/downloads/) and run this again."
+    [ -n "$newer" ] ||
+        fail "No Python 3.10 or newer was found. Install one (https://www.python.org/downloads/) and run this again."
     take_python "$newer" "$(python_version "$newer")"
 }
 
@@ -129,7 +131,7 @@ take_python() {
     esac
 }
 
-# Fails where torch has no wheel, which pip would say at length. Asked of the Python: Rosetta may run it as an Intel one.
+# Fails where torch has no wheel, which pip would say at length. Asked of the Python: Rosetta may run an Intel one.
 check_platform() {
     local why
     why=$("$VENV/bin/python" -c 'import platform
@@ -296,8 +298,8 @@ offers() {
 
 # The build that is wanted: the one that a flag asks for, else, on Linux, the one that suits the machine.
 wanted_torch() {
-    if [ -n "$TORCH" ]; then
-        printf '%s\n' "$TORCH"
+    if [ -n "$TORCH_BUILD" ]; then
+        printf '%s\n' "$TORCH_BUILD"
     elif [ "$(uname -s)" = Linux ] && ! has_nvidia_gpu; then
         printf 'cpu\n'
     fi
@@ -310,7 +312,7 @@ install_torch() {
     there=$(torch_there)
     wanted=$(wanted_torch)
     # Without a flag the one that is there is good enough, whichever it is.
-    if [ -n "$there" ] && { [ -z "$TORCH" ] || [ "$there" = "$wanted" ]; }; then return 0; fi
+    if [ -n "$there" ] && { [ -z "$TORCH_BUILD" ] || [ "$there" = "$wanted" ]; }; then return 0; fi
     [ "$(uname -s)" = Linux ] || return 0 # macOS has one build
     if [ "$wanted" != cpu ]; then
         print_info "torch's CUDA build: about 3 GB are fetched, and venv/ takes 5.4 GB (--cpu-torch: 0.5 and 1.8 GB)."
@@ -318,13 +320,15 @@ install_torch() {
         [ -z "$wanted" ] || pip_install "torch===$pin" || fail "pip could not install it: what it said stands above."
         return 0
     fi
-    if [ -z "$TORCH" ]; then print_info "There is no NVIDIA GPU here: taking torch's CPU build (--cuda-torch for the other)."; fi
+    [ -n "$TORCH_BUILD" ] ||
+        print_info "There is no NVIDIA GPU here: taking torch's CPU build (--cuda-torch for the other)."
     print_info "About 0.5 GB are fetched, and venv/ takes 1.8 GB."
     if offers "$pin+cpu"; then
         pip_install "torch==$pin+cpu" || fail "pip could not install it: what it said stands above."
     elif offers "$pin+cpu" --index-url "$CPU_INDEX" || offers "$pin" --index-url "$CPU_INDEX"; then
         [ "$there" != cuda ] || pip_venv uninstall --yes -qq torch
-        pip_install "torch==$pin" --index-url "$CPU_INDEX" || fail "pip could not install it: what it said stands above."
+        pip_install "torch==$pin" --index-url "$CPU_INDEX" ||
+            fail "pip could not install it: what it said stands above."
     else
         print_warning "$CPU_INDEX cannot be reached, so torch is what pip finds: it may be the CUDA build, about 3 GB."
     fi
@@ -334,7 +338,7 @@ install_torch() {
 
 install_dependencies() {
     choose_optional_parts # first, so that whoever answers need not wait for the end of the install to do so
-    if is_installed && { [ -z "$TORCH" ] || [ "$(torch_there)" = "$TORCH" ]; }; then
+    if is_installed && { [ -z "$TORCH_BUILD" ] || [ "$(torch_there)" = "$TORCH_BUILD" ]; }; then
         print_info "requirements.txt and the package are installed already."
     else
         rm -f "$STAMP" # a failed install leaves neither the old state nor the new
@@ -380,7 +384,7 @@ for i in range(torch.cuda.device_count()):
     print(f"    GPU {i}: {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB")
 EOF
     print_success "folovllm, torch and transformers can be imported."
-    if [ "$TORCH" != cpu ] && has_nvidia_gpu; then compare_cuda_versions; fi
+    if [ "$TORCH_BUILD" != cpu ] && has_nvidia_gpu; then compare_cuda_versions; fi
 }
 
 # There is a GPU: says why torch cannot use it, if it cannot.
@@ -455,8 +459,8 @@ run_checks() {
 
 check_flags() {
     if [ "$FLASH_ATTN" = yes ]; then
-        [ "$TORCH" != cpu ] || misuse "--flash-attn needs the CUDA build of torch, and --cpu-torch asks for the other."
-        TORCH=cuda
+        [ "$TORCH_BUILD" != cpu ] || misuse "--flash-attn needs the CUDA build of torch, --cpu-torch asks for the other."
+        TORCH_BUILD=cuda
     fi
 }
 
@@ -468,8 +472,8 @@ take_flag() {
         --cpu-torch | --cuda-torch)
             local torch=${1#--}
             torch=${torch%-torch}
-            [ -z "$TORCH" ] || [ "$TORCH" = "$torch" ] || misuse "--cpu-torch and --cuda-torch contradict each other."
-            TORCH=$torch
+            [ "${TORCH_BUILD:-$torch}" = "$torch" ] || misuse "--cpu-torch and --cuda-torch contradict each other."
+            TORCH_BUILD=$torch
             ;;
         *) return 1 ;;
     esac

@@ -30,22 +30,40 @@ BASH = shutil.which("bash") or "/bin/bash"
 ZSH = shutil.which("zsh")
 PATIENCE_S = 60  # only so that a script that waits for an answer fails its test, instead of stopping them all
 
-TOOLS = ["bash", "cat", "cksum", "cp", "dirname", "env", "head", "mkdir", "rm", "sed", "sh", "touch"]
+TOOLS = ["bash", "cat", "cksum", "cp", "dirname", "env", "head", "id"]
+TOOLS += ["mkdir", "rm", "sed", "sh", "sleep", "tail", "touch"]
+PIN = "2.13.0"
 
-# Writes down how it was called, runs `-c` code as if it were the version that it says it is, and makes venvs of itself.
-# As pip it reads what there is to read, and needs the folder that the relative paths are meant for.
+# Writes down how it was called, runs `-c` code as if it were the version and on the machine that it says it is, and
+# makes venvs of itself. As pip it offers what OFFERED (by its own configuration) and INDEX (by the index it is given)
+# list, reads what there is to read, and needs the folder that the relative paths are meant for. HAS_TORCH is the torch
+# in venv/: a version, and with a word after it a build that needs CUDA's libraries.
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >>"$CALLS"
-case "$1 $2" in
-    "-c import venv, ensurepip") exit {ensurepip_status} ;;
-    "-c import importlib"*) exit "${{TORCH_STATUS-1}}" ;;
-    "-c "*) exec "{python}" -I -S -c "import sys
+[ "$1 $2" != "-m pip" ] || echo "$PIP_USER ${{PIP_TARGET-unset}}" >>"$CALLS.environment"
+case "$1 $2 $4" in
+    "-c import venv, ensurepip "*) exit {ensurepip_status} ;;
+    "-c "*) exec "{python}" -I -S -c "import importlib.metadata, platform, sys, types
 sys.version_info, sys.modules['pip'] = {version}, sys
-exec(sys.argv[1])" "$2" ;;
-    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+sys.argv[1:2], code = [], sys.argv[1]
+version, _, cuda = '${{HAS_TORCH-}}'.partition(' ')
+def distribution(name):
+    if not version: raise importlib.metadata.PackageNotFoundError
+    return types.SimpleNamespace(version=version, requires=['nvidia-cublas==13'] if cuda else None)
+importlib.metadata.distribution = distribution
+system, machine, libc, mac = '${{MACHINE-Linux x86_64 2.28 0}}'.split()
+platform.system, platform.machine, platform.mac_ver = lambda: system, lambda: machine, lambda: (mac, (), '')
+platform.libc_ver = lambda: ('glibc', libc) if libc != 'musl' else ('', '')
+exec(code)" "$2" "$3" ;;
+    "-Ic "*) echo "${{TORCH_CUDA-}}" ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m $FAILING"*) exit 1 ;;
-    "-m pip") [ -t 0 ] || cat >>"$CALLS"; [ -f requirements.txt ] ;;
-    "-Iu -") exit "${{VERIFY_STATUS-0}}" ;;
+    "-m pip index")
+        case "$*" in *--index-url*) offered=${{INDEX-}} ;; *) offered=${{OFFERED-}} ;; esac
+        [ -n "$offered" ] && echo "torch" && echo "Available versions: $offered" ;;
+    "-m pip "*) [ -t 0 ] || cat >>"$CALLS"; ${{SLOW-}}; echo Downloading torch; [ -f requirements.txt ] ;;
+    "-Iu - ") exit "${{VERIFY_STATUS-0}}" ;;
+    "book/build.py "*) [ "$FAILING" != build ] ;;
 esac
 """
 
@@ -72,6 +90,7 @@ class Copy:
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.system("Linux")
         self.env = {"PATH": str(self.bin), "HOME": str(folder), "CALLS": str(self.calls_file), "FAILING": "nothing"}
+        self.env["HAS_TORCH"] = f"{PIN}+cpu"  # so that torch is no subject, but in the tests about it
 
     @property
     def venv(self) -> Path:
@@ -84,6 +103,9 @@ class Copy:
         text = FAKE_PYTHON.format(python=sys.executable, version=version, ensurepip_status=0 if ensurepip else 1)
         write_script((at or self.bin) / name, text)
 
+    def add_gpu(self) -> None:
+        write_script(self.bin / "nvidia-smi", "#!/bin/sh\necho '| Driver Version: 550.54   CUDA Version: 12.4  |'\n")
+
     def add_venv(self, stamped: bool = False) -> None:
         self.add_python("python", 3, 12, 1, at=self.venv / "bin")
         (self.venv / "mine").touch()
@@ -92,6 +114,10 @@ class Copy:
 
     def calls(self, word: str) -> list[str]:
         return [line for line in self.calls_file.read_text().splitlines() if word in line]
+
+    def installs(self) -> list[str]:
+        """What pip was asked to install, each time."""
+        return [line.partition("-bar=off ")[2] for line in self.calls(" install --no-input ")]
 
     def run(self, *command: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         """Runs a command without a terminal; `stdout` holds its stderr too."""
@@ -179,6 +205,8 @@ class TestCheckPythonVersion:
             ({"python3.14": (3, 14, 0), "python3.10": (3, 10, 2)}, "python3.10: Python 3.10.2"),
             ({"python": (3, 13, 0), "python3": (3, 11, 5)}, "python3: Python 3.11.5"),
             ({"python3": (3, 9, 18), "python": (4, 0, 0)}, "python: Python 4.0.0"),
+            ({"python3": (3, 15, 1), "python": (3, 13, 0)}, "python: Python 3.13.0"),
+            ({"python3": (3, 15, 1), "python": (4, 0, 0)}, "python3: Python 3.15.1"),
         ],
     )
     def test_takes_the_first_that_is_new_enough(self, copy: Copy, there: dict, taken: str) -> None:
@@ -199,6 +227,28 @@ class TestCheckPythonVersion:
         done = copy.functions("check_python_version")
         assert "[WARNING]" in done.stdout and "python3.11-venv" in done.stdout
         assert "Using python3.12" in done.stdout
+
+    @pytest.mark.parametrize(("version", "warns"), [((3, 14, 2), False), ((3, 15, 0), True), ((4, 0, 0), True)])
+    def test_warns_of_one_too_new(self, copy: Copy, version: tuple, warns: bool) -> None:
+        copy.add_python("python3", *version)
+        done = copy.functions("check_python_version")
+        assert done.returncode == 0
+        assert ("[WARNING] torch may have no wheel for Python" in done.stdout) == warns
+
+    @pytest.mark.parametrize("how", ["python3.13", "{bin}/python3.13"])
+    def test_one_can_be_named(self, copy: Copy, how: str) -> None:
+        for minor in (10, 13):
+            copy.add_python(f"python3.{minor}", 3, minor, 0)
+        done = copy.functions("check_python_version", PYTHON=how.format(bin=copy.bin))
+        assert f": Python 3.13.0 at {copy.bin}/python3.13\n" in done.stdout
+
+    @pytest.mark.parametrize("name", ["python3.8", "no-python"])
+    def test_one_that_is_named_is_not_replaced(self, copy: Copy, name: str) -> None:
+        copy.add_python("python3.8", 3, 8, 18)
+        copy.add_python("python3.12", 3, 12, 1)
+        done = copy.functions("check_python_version", PYTHON=name)
+        assert done.returncode == 1
+        assert done.stdout.startswith(f"[ERROR] PYTHON names {name}, which is no Python 3.10 or newer")
 
     @pytest.mark.parametrize("too_old", [None, (2, 7, 18), (3, 9, 18)])
     def test_none(self, copy: Copy, too_old: tuple | None) -> None:
@@ -266,6 +316,13 @@ class TestCreateVenv:
         assert done.stdout.startswith(f"[WARNING] venv/ was made for another folder, {copy.root}: making it anew.")
         assert not (moved / "venv" / "mine").exists()
 
+    def test_a_broken_one_is_made_anew_by_a_bare_enter(self, copy: Copy) -> None:
+        copy.venv.mkdir()
+        status, screen = copy.functions_on_terminal(self.CODE, "\n")
+        assert status == 0
+        assert "venv/ exists, but has no working Python (3.10 or newer, with pip): delete and recreate? (Y/n)" in screen
+        assert (copy.venv / "bin" / "python").exists()
+
     def test_a_broken_one_cannot_be_kept(self, copy: Copy) -> None:
         copy.venv.mkdir()
         status, screen = copy.functions_on_terminal(self.CODE, "n\n")
@@ -275,8 +332,7 @@ class TestCreateVenv:
 
 
 class TestInstall:
-    PIP = "-m pip install"
-    REQUIREMENTS = f"{PIP} --no-input --disable-pip-version-check -qq -r requirements.txt"
+    REQUIREMENTS = "-r requirements.txt"
 
     @pytest.fixture(autouse=True)
     def python(self, copy: Copy) -> None:
@@ -287,13 +343,13 @@ class TestInstall:
             done = copy.run(str(copy.root / "setup_env.sh"), cwd=tmp_path)  # from another folder
             assert done.returncode == 0, done.stdout
             assert done.stdout.endswith("[SUCCESS] Ready. To activate the environment, type: source activate.sh\n")
-            assert copy.calls("pip install") == [self.REQUIREMENTS]
+            assert copy.installs() == [self.REQUIREMENTS]
         assert "installed already" in done.stdout
 
     @pytest.mark.parametrize("line", ["./setup_env.sh <&-", "echo an answer | ./setup_env.sh"])
     def test_without_a_terminal_nothing_is_read(self, copy: Copy, line: str) -> None:
         assert copy.run(BASH, "-c", line).returncode == 0
-        assert copy.calls("pip install") and not copy.calls("an answer")
+        assert copy.installs() and not copy.calls("an answer")
 
     @pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml"])
     def test_installs_again_when_the_list_changes(self, copy: Copy, name: str) -> None:
@@ -301,7 +357,7 @@ class TestInstall:
         with (copy.root / name).open("a") as file:
             file.write("# changed\n")
         copy.setup()
-        assert copy.calls("pip install") == [self.REQUIREMENTS]
+        assert copy.installs() == [self.REQUIREMENTS]
 
     @pytest.mark.parametrize("command", [[], ["lab"], ["test"]])
     def test_a_failed_install_is_an_error_and_is_tried_again(self, copy: Copy, command: list[str]) -> None:
@@ -309,7 +365,7 @@ class TestInstall:
             done = copy.setup(*command, FAILING="pip")
             assert done.returncode == 1
             assert done.stdout.splitlines()[-1].startswith("[ERROR] pip could not install requirements.txt")
-        assert copy.calls("pip install") == [self.REQUIREMENTS] * 2
+        assert copy.installs() == [self.REQUIREMENTS] * 2
 
     def test_a_failed_install_leaves_nothing_to_go_back_to(self, copy: Copy) -> None:
         copy.add_venv(stamped=True)
@@ -318,29 +374,29 @@ class TestInstall:
         assert copy.setup(FAILING="pip").returncode == 1
         (copy.root / "requirements.txt").write_text(before)
         assert copy.setup().returncode == 0
-        assert len(copy.calls("pip install")) == 2
+        assert len(copy.installs()) == 2
 
     def test_a_failed_import_is_an_error_and_is_tried_again(self, copy: Copy) -> None:
         for _ in range(2):
             done = copy.setup(VERIFY_STATUS="1")
             assert done.returncode == 1
             assert done.stdout.splitlines()[-1].startswith("[ERROR] An import failed.")
-        assert copy.calls("pip install") == [self.REQUIREMENTS] * 2
+        assert copy.installs() == [self.REQUIREMENTS] * 2
 
     @pytest.mark.parametrize(
         ("flag", "extra", "isolation"), [("--flash-attn", "cuda", "--no-build-isolation "), ("--gptq", "gptq", "")]
     )
     def test_optional_parts_keep_to_the_pins(self, copy: Copy, flag: str, extra: str, isolation: str) -> None:
-        write_script(copy.bin / "nvidia-smi", "#!/bin/sh\n")
+        copy.add_gpu()
         copy.add_venv(stamped=True)
-        assert copy.setup(flag).returncode == 0
-        assert copy.calls("pip install")[-1].endswith(f" {isolation}-r requirements.txt -e .[{extra}]")
+        assert copy.setup(flag, HAS_TORCH=f"{PIN} CUDA").returncode == 0
+        assert copy.installs()[-1] == f"{isolation}-r requirements.txt -e .[{extra}]"
 
     def test_flash_attention_needs_cuda(self, copy: Copy) -> None:
         done = copy.setup("--flash-attn")
         assert done.returncode == 1
         assert done.stdout.splitlines()[-1].startswith("[ERROR] Flash Attention 2 needs CUDA")
-        assert not copy.calls("pip install")
+        assert not copy.installs()
 
     def test_gptq_needs_linux(self, copy: Copy) -> None:
         copy.system("Darwin")
@@ -354,52 +410,156 @@ class TestInstall:
         status, screen = copy.on_terminal("./setup_env.sh", answers="n\n" + answer)
         assert status == 0, screen
         assert "1) none (the default)" in screen
-        assert [call.split()[-1] for call in copy.calls("pip install")] == ([f".[{extra}]"] if extra else [])
+        assert [call.split()[-1] for call in copy.calls("pip --disable-pip-version-check install")] == (
+            [f".[{extra}]"] if extra else []
+        )
 
 
-class TestCpuTorch:
+class TestPipsSurroundings:
     @pytest.fixture(autouse=True)
     def python(self, copy: Copy) -> None:
         copy.add_python("python3.12", 3, 12, 1)
 
-    @pytest.fixture
-    def line(self, copy: Copy) -> str:
-        pin = next(line for line in (copy.root / "requirements.txt").read_text().splitlines() if "torch==" in line)
-        return f"{pin} --index-url https://download.pytorch.org/whl/cpu"
+    def test_what_people_set_for_their_own_pip_does_not_count(self, copy: Copy) -> None:
+        assert copy.setup(PIP_USER="1", PIP_TARGET="/elsewhere").returncode == 0
+        assert set(Path(f"{copy.calls_file}.environment").read_text().splitlines()) == {"no unset"}
 
-    def test_is_hinted_at(self, copy: Copy, line: str) -> None:
-        done = copy.setup()
-        assert f"    venv/bin/python -m pip install {line}\n    ./setup_env.sh\n" in done.stdout
-        assert len(copy.calls("pip install")) == 1
+    def test_a_line_now_and_then(self, copy: Copy) -> None:
+        """A minute is a twentieth of a second here, and pip takes as long as it takes to see three."""
+        slow = copy.bin / "slow"
+        write_script(slow, f"#!/bin/sh\necho Collecting torch\nuntil [ -f '{copy.root}/seen' ]; do sleep 0.05; done\n")
+        watch = 'while read -r line; do echo "$line"; case $line in *"Minute 3"*) : >seen ;; esac; done'
+        done = copy.run(BASH, "-c", f"./setup_env.sh | {watch}", SLOW=str(slow), TICK_S="0.05")
+        assert "[INFO] Minute 2: Collecting torch\n[INFO] Minute 3: Collecting torch\n" in done.stdout
+        assert done.stdout.endswith("source activate.sh\n")
 
-    def assert_no_hint(self, copy: Copy, **env: str) -> None:
-        done = copy.setup(**env)
+    @pytest.mark.parametrize(
+        ("machine", "why"),
+        [
+            ("Linux x86_64 2.28 0", None),
+            ("Linux aarch64 2.39 0", None),
+            ("Darwin arm64 0 14.0", None),
+            ("Darwin arm64 0 26.1", None),
+            ("Darwin x86_64 0 14.5", "an Intel processor"),
+            ("Darwin arm64 0 13.7", "macOS 13.7, and 14 is needed"),
+            ("Linux x86_64 2.27 0", "glibc 2.27, and glibc 2.28 is needed"),
+            ("Linux x86_64 2.5 0", "glibc 2.28 is needed"),
+            ("Linux x86_64 musl 0", "glibc 2.28 is needed"),
+            ("Linux armv7l 2.36 0", "armv7l"),
+            ("Windows AMD64 0 0", "work in WSL"),
+        ],
+    )
+    def test_where_torch_has_no_wheel_it_is_said_before_pip_is_called(
+        self, copy: Copy, machine: str, why: str | None
+    ) -> None:
+        copy.system(machine.split()[0])
+        done = copy.setup(MACHINE=machine, HAS_TORCH="")
+        if why is None:
+            assert done.returncode == 0, done.stdout
+        else:
+            assert done.returncode == 1
+            assert done.stdout.splitlines()[-1].startswith(f"[ERROR] torch {PIN} has no wheel for this machine: ")
+            assert why in done.stdout
+            assert not copy.installs()
+
+    def test_caches_go_under_venv_where_home_cannot_be_written(self, copy: Copy) -> None:
+        show = 'find_place_for_caches; echo "${MPLCONFIGDIR-} ${JUPYTER_DATA_DIR-} ${IPYTHONDIR-}"'
+        assert copy.functions(show).stdout == "  \n"
+        done = copy.functions(show, HOME=str(copy.root / "nowhere"), IPYTHONDIR="/mine")
+        home = copy.venv / "home"
+        assert done.stdout == f"{home}/matplotlib {home}/jupyter/data /mine\n"
+
+
+class TestWhichTorch:
+    """What pip is asked for, by machine, flag, the torch that is there, and what is offered where."""
+
+    CPU, ALL = f"torch=={PIN}+cpu", "-r requirements.txt"
+    FROM_PYTORCH = f"torch=={PIN} --index-url https://download.pytorch.org/whl/cpu"
+    CUDA = f"torch==={PIN}"
+    OURS, PYPI, PYTORCH = f"2.15.0, {PIN}+cpu, {PIN}", f"2.15.0, {PIN}, 2.12.0", f"2.15.0+cpu, {PIN}+cpu"
+
+    @pytest.fixture(autouse=True)
+    def python(self, copy: Copy) -> None:
+        copy.add_python("python3.12", 3, 12, 1)
+
+    @pytest.mark.parametrize("command", [[], ["book"], ["lab"], ["test"]])
+    def test_every_command_takes_the_cpu_build_without_a_gpu(self, copy: Copy, command: list[str]) -> None:
+        done = copy.setup(*command, HAS_TORCH="", OFFERED=self.PYPI, INDEX=self.PYTORCH)
+        assert done.returncode == 0, done.stdout
+        assert (
+            "[INFO] There is no NVIDIA GPU here: taking torch's CPU build (--cuda-torch for the other)." in done.stdout
+        )
+        assert "GB are fetched" in done.stdout
+        assert copy.installs() == [self.FROM_PYTORCH, self.ALL]
+
+    def test_what_pips_own_configuration_offers_comes_first(self, copy: Copy) -> None:
+        copy.setup(HAS_TORCH="", OFFERED=self.OURS, INDEX=self.PYTORCH)
+        assert copy.installs() == [self.CPU, self.ALL]
+        assert not copy.calls("--index-url")
+
+    def test_the_one_that_is_there_is_enough(self, copy: Copy) -> None:
+        for torch in (f"{PIN}+cpu", f"{PIN} CUDA", f"{PIN}+cu130 CUDA"):
+            copy.setup(HAS_TORCH=torch)
+        assert copy.installs() == [self.ALL]
+        assert not copy.calls("-m pip --disable-pip-version-check index")
+
+    @pytest.mark.parametrize("there", ["", "2.12.0+cpu", "2.13.1"])
+    def test_what_counts_is_the_version_in_its_metadata(self, copy: Copy, there: str) -> None:
+        """A folder of torch without metadata is what Ctrl-C leaves; another version is what a raised pin leaves."""
+        copy.add_venv()
+        (copy.venv / "lib" / "python3.12" / "site-packages" / "torch").mkdir(parents=True)
+        copy.setup(HAS_TORCH=there, INDEX=self.PYTORCH)
+        assert copy.installs() == [self.FROM_PYTORCH, self.ALL]
+
+    def test_goes_on_where_pytorchs_index_cannot_be_reached(self, copy: Copy) -> None:
+        done = copy.setup(HAS_TORCH="", OFFERED=self.PYPI)
         assert done.returncode == 0
-        assert "pytorch.org" not in done.stdout
+        assert (
+            "[WARNING] https://download.pytorch.org/whl/cpu cannot be reached, so torch is what pip finds"
+            in done.stdout
+        )
+        assert copy.installs() == [self.ALL]
+        assert all("--retries 0 --timeout 10" in call for call in copy.calls("index versions torch"))
 
-    def test_no_hint_with_a_gpu(self, copy: Copy) -> None:
-        write_script(copy.bin / "nvidia-smi", "#!/bin/sh\n")
-        self.assert_no_hint(copy)
+    def test_with_a_gpu_pip_is_left_alone(self, copy: Copy) -> None:
+        copy.add_gpu()
+        done = copy.setup(HAS_TORCH="")
+        assert copy.installs() == [self.ALL]
+        assert "5.4 GB" in done.stdout
 
-    def test_no_hint_on_macos(self, copy: Copy) -> None:
+    def test_on_macos_there_is_one_build(self, copy: Copy) -> None:
         copy.system("Darwin")
-        self.assert_no_hint(copy)
+        copy.setup(HAS_TORCH="", MACHINE="Darwin arm64 0 15.1")
+        assert copy.installs() == [self.ALL]
+        assert not copy.calls("index versions")
 
-    def test_no_hint_when_torch_is_there(self, copy: Copy) -> None:
-        self.assert_no_hint(copy, TORCH_STATUS="0")
+    def test_cpu_by_a_flag_with_a_gpu(self, copy: Copy) -> None:
+        copy.add_gpu()
+        copy.setup("--cpu-torch", HAS_TORCH="", INDEX=self.PYTORCH)
+        assert copy.installs() == [self.FROM_PYTORCH, self.ALL]
 
-    def test_flag(self, copy: Copy, line: str) -> None:
-        assert copy.setup("--cpu-torch").returncode == 0
-        first, second = copy.calls("pip install")
-        assert first.endswith(f" {line}")
-        assert second == TestInstall.REQUIREMENTS
+    @pytest.mark.parametrize(
+        "command", [["--cuda-torch"], ["book", "--cuda-torch"], ["--cuda-torch", "lab", "--port=1"]]
+    )
+    def test_cuda_by_a_flag_replaces_the_cpu_build(self, copy: Copy, command: list[str]) -> None:
+        copy.add_venv(stamped=True)
+        done = copy.setup(*command)
+        assert copy.installs() == [self.CUDA, self.ALL], done.stdout
 
-    @pytest.mark.parametrize(("answer", "installs"), [("\n", 2), ("n\n", 1)])
-    def test_is_asked_for_on_a_terminal(self, copy: Copy, answer: str, installs: int) -> None:
-        status, screen = copy.on_terminal("./setup_env.sh", answers="\n" + answer)
-        assert status == 0, screen
-        assert "Install the small CPU build of torch? (Y/n)" in screen
-        assert len(copy.calls("pip install")) == installs
+    def test_cpu_by_a_flag_replaces_the_cuda_build(self, copy: Copy) -> None:
+        copy.add_venv(stamped=True)
+        copy.setup("--cpu-torch", HAS_TORCH=f"{PIN} CUDA", INDEX=self.PYTORCH)
+        assert copy.calls("uninstall --yes -qq torch")
+        assert copy.installs() == [self.FROM_PYTORCH, self.ALL]
+
+    @pytest.mark.parametrize("other", ["--flash-attn", "--cuda-torch"])
+    def test_contradictions_are_refused(self, copy: Copy, other: str) -> None:
+        copy.add_gpu()
+        for flags in (["--cpu-torch", other], [other, "book", "--cpu-torch"]):
+            done = copy.setup(*flags)
+            assert done.returncode == 2
+            assert done.stdout.startswith("[ERROR] --")
+        assert not copy.calls("")
 
 
 class TestVerifyInstallation:
@@ -435,6 +595,25 @@ class cuda:
         lines = self.verify(copy, gpus=2).stdout.splitlines()
         assert lines[3:6] == ["    CUDA: yes", "    GPU 0: NVIDIA H100, 79.2 GiB", "    GPU 1: NVIDIA H100, 79.2 GiB"]
 
+    @pytest.mark.parametrize(
+        ("built", "says"),
+        [
+            ("", None),
+            ("13.0", "the driver is for CUDA 12.4, torch was built for CUDA 13.0."),
+            (
+                "none",
+                "nvidia-smi finds a GPU (CUDA 12.4), but this torch is the CPU build: ./setup_env.sh --cuda-torch",
+            ),
+        ],
+    )
+    def test_a_gpu_that_torch_does_not_see(self, copy: Copy, built: str, says: str | None) -> None:
+        copy.add_gpu()
+        copy.add_venv()
+        done = copy.functions("verify_installation", TORCH_CUDA=built)
+        assert ("[WARNING]" in done.stdout) == (says is not None)
+        assert (says or "") in done.stdout
+        assert "[WARNING]" not in copy.functions("TORCH_BUILD=cpu; verify_installation", TORCH_CUDA=built).stdout
+
     @pytest.mark.parametrize("name", ["folovllm", "torch", "transformers"])
     def test_an_import_that_fails(self, copy: Copy, name: str) -> None:
         done = self.verify(copy, without=name)
@@ -451,36 +630,69 @@ class TestCommands:
         copy.add_venv(stamped=True)
         copy.calls_file.write_text("")
 
-    @pytest.mark.parametrize("arguments", [["serve"], ["--fast"], ["--gptq", "book"], ["book", "now"]])
+    @pytest.mark.parametrize("arguments", [["serve"], ["--fast"], ["book", "now"], ["clean", "now"], ["now", "book"]])
     def test_unknown(self, copy: Copy, arguments: list[str]) -> None:
         done = copy.setup(*arguments)
         assert done.returncode == 2
-        assert done.stdout.startswith("[ERROR] ") and arguments[-1] in done.stdout and "--help" in done.stdout
+        (sentence,) = done.stdout.splitlines()
+        assert sentence.startswith("[ERROR] ") and "--help" in sentence
+        assert any(f"'{argument}'" in sentence for argument in arguments)
         assert not copy.calls("")
 
-    @pytest.mark.parametrize("flag", ["-h", "--help"])
-    def test_help(self, copy: Copy, flag: str) -> None:
-        done = copy.setup(flag)
+    @pytest.mark.parametrize("words", [["-h"], ["--help"], ["help"], ["--gptq", "--help"], ["book", "-h"]])
+    def test_help(self, copy: Copy, words: list[str]) -> None:
+        done = copy.setup(*words)
         assert done.returncode == 0
-        for word in ["book", "lab", "test", "--flash-attn", "--gptq", "--cpu-torch"]:
+        for word in ["book", "lab", "test", "clean", "--flash-attn", "--gptq", "--cpu-torch", "--cuda-torch", "1.8 GB"]:
             assert word in done.stdout
+        assert not copy.calls("")
+
+    def test_clean(self, copy: Copy) -> None:
+        (copy.root / "_build").mkdir()
+        for _ in range(2):
+            assert copy.setup("clean").stdout == "[SUCCESS] Deleted venv/ and the built site.\n"
+        assert not copy.venv.exists() and not (copy.root / "_build").exists()
+
+    def test_under_sh_it_goes_on_under_bash(self, copy: Copy) -> None:
+        dash = shutil.which("dash")
+        done = copy.run(dash or "sh", "setup_env.sh", "help")
+        assert done.returncode == 0
+        assert done.stdout.startswith("Usage: ")
+
+    @pytest.mark.parametrize("words", [["--gptq", "test", "-x"], ["test", "--gptq", "-x"], ["test", "-x", "--gptq"]])
+    def test_flags_go_before_and_after_a_command(self, copy: Copy, words: list[str]) -> None:
+        assert copy.setup(*words).returncode == 0
+        assert copy.installs() == ["-r requirements.txt -e .[gptq]"]
+        assert copy.calls("-m pytest") == ["-m pytest --nbval -n 2 -x"]
 
     def test_book_ends_with_the_file_to_open(self, copy: Copy) -> None:
-        (copy.root / "_build").mkdir()
         done = copy.setup("book")
         assert done.returncode == 0
         assert done.stdout.splitlines()[-1].endswith(f" {copy.root}/_build/html/index.html")
-        assert not (copy.root / "_build").exists()
-        assert copy.calls("jupyter-book") == [f"{copy.venv}/bin/jupyter-book build . --all -W -n --keep-going"]
+        assert copy.calls("build.py") == ["book/build.py"]
+
+    def test_book_says_that_it_failed(self, copy: Copy) -> None:
+        done = copy.setup("book", FAILING="build")
+        assert done.returncode == 1
+        assert done.stdout.splitlines()[-1].startswith("[ERROR] The site could not be built")
 
     def test_book_sets_up_first(self, copy: Copy) -> None:
         shutil.rmtree(copy.venv)
         assert copy.setup("book").returncode == 0
-        assert copy.calls("pip install") == [TestInstall.REQUIREMENTS]
+        assert copy.installs() == [TestInstall.REQUIREMENTS]
 
-    def test_lab(self, copy: Copy) -> None:
+    @pytest.mark.parametrize("user", ["0", "1000"])
+    def test_lab(self, copy: Copy, user: str) -> None:
+        (copy.bin / "id").unlink()
+        write_script(copy.bin / "id", f"#!/bin/sh\necho {user}\n")
+        (copy.root / "notebooks").mkdir()
+        for name in ("01_second", "00_first", "Untitled"):
+            (copy.root / "notebooks" / f"{name}.ipynb").touch()
         assert copy.setup("lab", "--no-browser").returncode == 0
-        assert copy.calls("jupyterlab") == ["-m jupyterlab --notebook-dir notebooks --no-browser"]
+        (call,) = copy.calls("jupyterlab")
+        root = f"--ServerApp.root_dir={copy.root}"
+        assert call.startswith(f"-m jupyterlab {root} --LabApp.default_url=/lab/tree/notebooks/00_first.ipynb ")
+        assert call.endswith(" --allow-root --no-browser" if user == "0" else ".ipynb --no-browser")
 
     def test_test_runs_every_check_and_nothing_else(self, copy: Copy) -> None:
         done = copy.setup("test", "-k", "one or two")
@@ -492,9 +704,15 @@ class TestCommands:
             "-m ruff check .",
             "-m ruff format --check .",
             "-m mypy",
-            f"{copy.venv}/bin/jupyter-book build . --all -W -n --keep-going",
-            "-m pytest --nbval -n 2 --dist loadfile -k one or two",
+            "book/build.py --strict",
+            "-m pytest --nbval -n 2 -k one or two",
         ]
+
+    @pytest.mark.parametrize("question", ["-h", "--help", "--collect-only"])
+    def test_a_question_to_pytest_goes_to_pytest(self, copy: Copy, question: str) -> None:
+        copy.setup("test", "-q", question)
+        assert copy.calls("")[-1] == f"-m pytest --nbval -q {question}"
+        assert not copy.calls("ruff")
 
     @pytest.mark.parametrize("failing", ["mypy", "pytest"])
     def test_test_goes_on_after_a_failure_and_names_it(self, copy: Copy, failing: str) -> None:
