@@ -459,7 +459,7 @@ run_checks() {
 
 check_flags() {
     if [ "$FLASH_ATTN" = yes ]; then
-        [ "$TORCH_BUILD" != cpu ] || misuse "--flash-attn needs the CUDA build of torch, --cpu-torch asks for the other."
+        [ "$TORCH_BUILD" != cpu ] || misuse "--flash-attn needs CUDA, and --cpu-torch takes the build without it."
         TORCH_BUILD=cuda
     fi
 }

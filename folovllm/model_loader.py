@@ -260,7 +260,7 @@ def _load_weights(folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote
 @contextlib.contextmanager
 def _transformers_progress_bar(shown: bool) -> Iterator[None]:
     """Lets transformers show its progress bar, or not; its warnings are kept back, since we turn them into errors."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     was_shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     hub_disabled = are_progress_bars_disabled()
@@ -271,7 +271,8 @@ def _transformers_progress_bar(shown: bool) -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if was_shown:
+        # transformers switches the hub's bars along with its own, so theirs come second.
+        if not shown and was_shown:
             transformers_logging.enable_progress_bar()
-        if hub_disabled:
-            disable_progress_bars()
+        if are_progress_bars_disabled() != hub_disabled:
+            (disable_progress_bars if hub_disabled else enable_progress_bars)()

@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen3Config
-from transformers.utils import logging as transformers_logging
 
 from folovllm import ModelConfig, SamplingParams
 from folovllm.engine.llm_engine import LLMEngine
@@ -43,7 +42,6 @@ def checkpoint(tmp_path_factory):
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0, 0.4 if weight.ndim > 1 else 1.0)
-    transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((EMBEDDED_MODEL / name).read_bytes())
