@@ -30,6 +30,7 @@ LINKED_HOSTS = {
     "jfly.uni-koeln.de",
     "jupyterbook.org",
     "kellerjordan.github.io",
+    "learn.microsoft.com",
     "nbval.readthedocs.io",
     "openreview.net",
     "pip.pypa.io",
@@ -162,6 +163,15 @@ def test_no_link_or_anchor_is_dead():
             elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in anchors(target):
                 wrong.add(f"{path.relative_to(SITE)} names {address}, a page without that anchor")
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_a_link_to_a_file_of_the_package_leads_to_its_source():
+    for name in CHAPTERS:
+        text = (ROOT / f"{name}.ipynb").read_text(encoding="utf-8")
+        named = re.findall(r"\]\(\.\./(folovllm/[\w/]+?)(?:/__init__)?\.py\)", text)
+        links = {link["href"] for link in parse(SITE / f"{name}.html").find_all("a", href=True)}
+        assert named and {f"../_modules/{module}.html" for module in named} <= links, f"{name} links {named}"
+    assert not (SITE / "_downloads").exists(), "a file is offered for download instead"
 
 
 def test_no_page_is_heavy():

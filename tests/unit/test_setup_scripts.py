@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -805,6 +806,47 @@ def test_gitignore(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == IGNORED
 
 
+def test_line_ends_are_those_of_linux_everywhere() -> None:
+    """As git on Windows would check them out, which is where WSL finds them."""
+    files = ["setup_env.sh", "activate.sh", ".ci/run", "book/build.py", "notebooks/01_configs.ipynb"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no git repository")
+    done = subprocess.run(
+        ["git", "-c", "core.autocrlf=true", "check-attr", "eol", "--", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [f"{name}: eol: lf" for name in files]
+
+
+class TestWorkflow:
+    WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    JOBS = WORKFLOW["jobs"]
+
+    @pytest.mark.parametrize("name", list(JOBS))
+    def test_a_job_ends_and_runs_once(self, name: str) -> None:
+        job = self.JOBS[name]
+        assert 5 <= job["timeout-minutes"] <= 60
+        assert "github.event_name == 'push'" in job["if"]
+        assert self.WORKFLOW["concurrency"]["cancel-in-progress"]
+
+    def test_the_pythons_are_the_oldest_the_newest_and_that_of_the_outputs(self) -> None:
+        packages = [
+            step for job in self.JOBS.values() for step in job["steps"] if "setup-python" in step.get("uses", "")
+        ]
+        assert all(step["with"]["cache"] == "pip" for step in packages)
+        assert self.JOBS["package"]["strategy"]["matrix"]["python"] == ["3.10", "3.14"]
+        for name in ("everything", "package"):
+            (step,) = [step for step in self.JOBS[name]["steps"] if "./setup_env.sh" in step.get("run", "")]
+            assert step["env"]["PYTHON"] == "${{ steps.python.outputs.python-path }}"
+
+    def test_the_site_is_published_only_where_pages_is_on(self) -> None:
+        assert "github.event.repository.has_pages" in self.JOBS["publish"]["if"]
+        assert self.JOBS["publish"]["needs"] == "everything"
+
+
 def test_every_pin_lies_in_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lists = [project["dependencies"], *project["optional-dependencies"].values()]
@@ -817,3 +859,16 @@ def test_every_pin_lies_in_its_range() -> None:
         (specifier,) = pin.specifier
         assert specifier.operator == "==", pin
         assert ranges[canonicalize_name(pin.name)].contains(specifier.version, prereleases=True), pin
+
+
+def test_everything_that_is_named_is_pinned() -> None:
+    """For each Python: a requirement that is not pinned is another version next month."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = {Requirement(need).name for need in [*project["dependencies"], *extras["book"], *extras["test"]]}
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    pins = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
+        here = [pin.name for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": python})]
+        assert len(here) == len(set(here)), f"pinned twice for Python {python}"
+        assert named == set(here), f"pinned for Python {python}: {named ^ set(here)}"
