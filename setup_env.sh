@@ -218,8 +218,8 @@ pip_venv() {
     env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT PIP_USER=no "$VENV/bin/python" -m pip --disable-pip-version-check "$@"
 }
 
-# On a terminal pip's progress bars are worth the noise, for torch is large. Elsewhere there are only its errors, and a
-# line a minute with what it is doing.
+# On a terminal pip's progress bars are worth the noise, for torch is large. Elsewhere there is a line a minute with what
+# it is doing, and what it complained of when it failed.
 pip_install() {
     local log="$VENV/.pip.log" ticker status=0
     if [ -t 1 ]; then
@@ -230,7 +230,8 @@ pip_install() {
     tick "$log" &
     ticker=$!
     trap "kill $ticker 2>/dev/null || true" EXIT # Ctrl-C too
-    pip_venv install --no-input --progress-bar=off "$@" >"$log" || status=$?
+    pip_venv install --no-input --progress-bar=off "$@" >"$log" 2>"$log.errors" || status=$?
+    [ "$status" = 0 ] || cat "$log.errors" >&2
     trap - EXIT
     kill "$ticker" 2>/dev/null || true
     wait "$ticker" 2>/dev/null || true
