@@ -1,86 +1,343 @@
-"""The command line: ``python -m folovllm generate PROMPT`` and ``python -m folovllm chat``."""
+"""The command line: ``python -m folovllm generate PROMPT`` and ``python -m folovllm chat``.
+
+Every field of the configs is an option under its own name, and so are those of `SamplingParams` that make sense for
+one streamed answer. What goes wrong is one line on standard error and the exit status: 1 for a mistake that was found
+while running, 2 for one in the options, 130 after Ctrl-C, 141 when nobody reads the output any more.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
+import inspect
+import json
+import logging
+import os
+import re
 import sys
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import textwrap
+import types
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import MISSING, Field, fields, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args, get_origin, get_type_hints
 
+from folovllm.chat import apply_chat_template
+from folovllm.config import DTYPES, CacheConfig, ModelConfig, SchedulerConfig
 from folovllm.sampling_params import SamplingParams
 from folovllm.tales import default_model
+from folovllm.validation import check_unicode
 
 if TYPE_CHECKING:
     from folovllm.llm import LLM
 
+CONFIGS = (ModelConfig, CacheConfig, SchedulerConfig)
+"""The configs whose fields are options."""
+SAMPLING_OPTIONS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "max_tokens",
+    "min_tokens",
+    "ignore_eos",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+"""The fields of `SamplingParams` that are options."""
+DEFAULT_MAX_TOKENS = 256
+"""Tokens of an answer where neither the user nor the checkpoint says how many."""
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """What was typed."""
-    parser = argparse.ArgumentParser(prog="python -m folovllm", description="Runs a model and streams its answers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="continue a text")
-    generate.add_argument("prompt", help="the text, or - to read it from standard input")
-    commands.add_parser("chat", help="talk, one line at a time; an empty line ends it")
-    for command in commands.choices.values():
-        command.add_argument("--model", default=str(default_model()), help="name or path of a checkpoint")
-        command.add_argument("--device", help="cpu, cuda, cuda:1; left out: CUDA if there is one")
-        command.add_argument("--max-tokens", type=int, default=256)
-        command.add_argument("--temperature", type=float)
-        command.add_argument("--top-p", type=float)
-        command.add_argument("--top-k", type=int)
-        command.add_argument("--seed", type=int)
-        command.add_argument("--stop", action="append", help="a text that ends the answer; may be given several times")
-    return parser.parse_args(argv)
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-def main(argv: list[str] | None = None) -> int:
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage of so many options would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a broken pipe is still caught
+        super().exit(status, message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
-    args = parse_args(argv)
     try:
-        from folovllm.llm import LLM
-
-        llm = LLM(args.model, device=args.device)
-        given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed", "stop")}
-        given = {name: value for name, value in given.items() if value is not None}
-        params = replace(llm.engine.default_params, **given, max_tokens=args.max_tokens)
-        if args.command == "generate":
-            prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-            _show(llm.stream(prompt, params))
-        else:
-            _chat(llm, params)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        for argument in sys.argv[1:] if argv is None else argv:
+            check_unicode(f"the argument {argument!r}", argument)
+        args = make_parser().parse_args(argv)
+        _run(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as after `| head`: whoever read has had enough
+        _discard_output()
+        return 141
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # standard output cannot be written to
+            _discard_output()
+        _complain(error)
+        return 1
     return 0
 
 
-def _show(pieces: Iterable[str]) -> str:
-    """Prints a text as it comes, and gives it back whole."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; an option that was left out is None."""
+    is_script = Path(sys.argv[0]).stem == "folovllm"
+    prog = "folovllm" if is_script else "python -m folovllm"
+    parser = _Parser(prog=prog, description="Runs a model and streams its answers.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = partial(commands.add_parser, allow_abbrev=False)
+    generate = add(
+        "generate", help="continue a text", description="Continues a text.", usage=f"{prog} generate [options] PROMPT"
+    )
+    generate.add_argument("prompt", metavar="PROMPT", help="the text, or - to read it from standard input")
+    _add_engine_options(generate)
+    about = (
+        "Answers one line at a time; an empty line or the end of the input ends it. Ctrl-C stops an answer, and what "
+        "there is of it stays in the conversation; at the prompt it ends the chat. When a conversation gets too long "
+        "for the model, its oldest messages are forgotten, and a line says so."
+    )
+    chat = add("chat", help="talk, one line at a time", description=about, usage=f"{prog} chat [options]")
+    group = chat.add_argument_group("conversation")
+    group.add_argument("--system", metavar="TEXT", help="the system message that the conversation begins with")
+    group.add_argument("--tools", metavar="FILE", type=_json_file, help="JSON: a list of tools the model may call")
+    group.add_argument(
+        "--chat-template", metavar="FILE", type=_text_file, help="a template in Jinja, not the checkpoint's"
+    )
+    group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        type=_json,
+        help='variables for the template, such as {"enable_thinking": false}',
+    )
+    _add_engine_options(chat)
+    return parser
+
+
+def _add_engine_options(command: argparse.ArgumentParser) -> None:
+    """The device, the fields of the configs, and those of `SamplingParams`."""
+    command.add_argument("--device", metavar="TEXT", help="cpu, cuda, cuda:1; left out: CUDA if there is one")
+    taken: set[str] = set()  # a field that two of them have, such as the seed, is one option, given to both
+    for kind in CONFIGS:
+        group = command.add_argument_group(kind.__name__, inspect.getdoc(kind))
+        for field in fields(kind):
+            if field.name not in taken:
+                _add_option(group, kind, field, show_default=True)
+                taken.add(field.name)
+    about = f"What is left out is as the checkpoint recommends; --max-tokens is {DEFAULT_MAX_TOKENS} where it does not."
+    group = command.add_argument_group("SamplingParams", about)
+    for field in fields(SamplingParams):
+        if field.name in SAMPLING_OPTIONS and field.name not in taken:
+            _add_option(group, SamplingParams, field, show_default=False)
+
+
+def _add_option(group: argparse._ArgumentGroup, kind: type, field: Field[Any], show_default: bool) -> None:
+    """One field as an option; a field that holds a class, which nobody can type, is none."""
+    # torch takes seconds to import, and the names of its dtypes are known without it.
+    dtypes = types.SimpleNamespace(dtype=Literal[tuple(DTYPES)])  # type: ignore[valid-type]
+    hint = get_type_hints(kind, localns={"torch": dtypes})[field.name]
+    allowed = [hint] if get_origin(hint) is Literal else get_args(hint) or [hint]  # the members of a union
+    if type in allowed:
+        return
+    text = _field_docstrings(kind).get(field.name, "")
+    if show_default and field.default is not MISSING and field.default is not None:
+        text += f" Default: {field.default}."
+    options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%").strip()}
+    words = [word for each in allowed if get_origin(each) is Literal for word in get_args(each)]
+    if words:
+        options |= {"choices": words}
+    elif bool in allowed:
+        options |= {"action": argparse.BooleanOptionalAction}
+    elif list[str] in allowed:
+        options |= {"action": "append", "metavar": "TEXT", "help": f"{options['help']} May be given several times."}
+    else:
+        options |= {"type": allowed[0], "metavar": _METAVARS[allowed[0]]}
+    group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _field_docstrings(kind: type) -> dict[str, str]:
+    """The texts under the fields of a dataclass, from its source; without the source, none."""
+    try:
+        source = inspect.getsource(kind)
+    except OSError:
+        return {}
+    body = cast(ast.ClassDef, ast.parse(textwrap.dedent(source)).body[0]).body
+    return {
+        statement.target.id: re.sub("`+", "", " ".join(text.value.value.split()))
+        for statement, text in pairwise(body)
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
+
+
+def _text_file(path: str) -> str:
+    """What a file says, for argparse."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # a ValueError: not UTF-8, or no path at all
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be read: {reason}") from None
+
+
+def _json_file(path: str) -> Any:
+    """What a JSON file says, for argparse."""
+    return _json(_text_file(path))
+
+
+def _json(text: str) -> Any:
+    """What a JSON text says, for argparse."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"must be JSON ({error})") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what libraries have to say to programmers: their warnings, and what they log below errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers  # noqa: F401  # sets its logger's level when it is imported
+
+        loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Makes the engine that was asked for, and runs the command on it."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
+    SamplingParams(**{"max_tokens": None, **sampling})  # so that a mistake is found before the model is loaded
+    prompt = _read_prompt(args.prompt) if args.command == "generate" else ""
+    names = [field.name for kind in CONFIGS for field in fields(kind)]
+    config = {"model": default_model(), **{name: given[name] for name in names if name in given}}
+
+    with _quiet():
+        from folovllm.llm import LLM
+
+        llm = LLM(**config, device=args.device)
+        recommended = llm.engine.default_params
+        if recommended.max_tokens == SamplingParams().max_tokens:  # the checkpoint recommends nothing
+            sampling.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+        params = replace(recommended, **sampling)
+        if args.command == "generate":
+            _show(llm.stream(prompt, params))
+        else:
+            _chat(llm, params, args)
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt that was typed, or standard input for "-"."""
+    return _read(lambda: sys.stdin.read()) if prompt == "-" else prompt
+
+
+def _read(read: Callable[[], str]) -> str:
+    """What ``read`` gets from standard input; bytes that are no text are a `ValueError`."""
+    if sys.stdin is None:
+        raise ValueError("there is no standard input to read from")
+    try:
+        text = read()
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} ({error.object[error.start]:#04x})"
+        raise ValueError(f"standard input must be text in {error.encoding}, and {where} is not") from None
+    return check_unicode("standard input", text)
+
+
+def _show(pieces: Iterator[str], stop_on_interrupt: bool = False) -> str:
+    """Prints a text as it comes, and gives it back whole, or as far as it got before Ctrl-C."""
     text = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        text += piece
-    print()
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        with contextlib.closing(cast("Generator[str]", pieces)):
+            for piece in pieces:
+                print(piece.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+                text += piece
+    except KeyboardInterrupt:
+        if not stop_on_interrupt:
+            raise
+    print(flush=True)
     return text
 
 
-def _chat(llm: LLM, params: SamplingParams) -> None:
-    """Reads a line, answers it, until a line is empty."""
-    messages: list[dict[str, str]] = []
-    while True:
+def _chat(llm: LLM, params: SamplingParams, args: argparse.Namespace) -> None:
+    """Reads a line, answers it, until a line is empty or there are no more."""
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    write = partial(
+        apply_chat_template,
+        llm.engine.tokenizer,
+        tools=args.tools,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    write([*system, {"role": "user", "content": "Hello"}])  # a template that cannot do this much is an error
+    messages: list[dict[str, str]] = system
+    longest = llm.engine.max_model_len
+    room = min(params.max_tokens or longest, longest // 4)
+    while line := _read_line():
         try:
-            line = input("> ")
-        except EOFError:
-            return
-        if not line:
-            return
-        messages.append({"role": "user", "content": line})
-        answer = _show(llm.stream(llm.apply_chat_template(messages), params))
-        messages.append({"role": "assistant", "content": answer})
+            kept, token_ids = _fit(write, [*messages, {"role": "user", "content": line}], len(system), longest - room)
+            answer = _show(llm.stream(token_ids, params), stop_on_interrupt=True)
+        except ValueError as error:  # the conversation stays as it was
+            _complain(error)
+            continue
+        if num_forgotten := len(messages) + 1 - len(kept):
+            print(f"(the {num_forgotten} oldest messages no longer fit in, and are forgotten)", file=sys.stderr)
+        messages = [*kept, {"role": "assistant", "content": answer}]
+
+
+def _read_line() -> str:
+    """The next line, without its end; empty when there are no more."""
+    try:
+        return _read(partial(input, "> "))
+    except EOFError:
+        print(flush=True)
+        return ""
+
+
+def _fit(
+    write: Callable[[list[dict[str, str]]], tuple[str, list[int]]],
+    messages: list[dict[str, str]],
+    num_system: int,
+    max_tokens: int,
+) -> tuple[list[dict[str, str]], list[int]]:
+    """The newest messages that make a prompt of at most ``max_tokens``, and that prompt.
+
+    Questions go with their answers; the system message and the last question always stay.
+    """
+    kept = list(messages)
+    while len(token_ids := write(kept)[1]) > max_tokens and len(kept) > num_system + 1:
+        del kept[num_system : num_system + 2]
+    return kept, token_ids
+
+
+def _complain(error: Exception) -> None:
+    """Says in one line what went wrong."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """Sends what is left in standard output's buffer nowhere, because Python would try to write it again at its end."""
+    with contextlib.suppress(OSError, AttributeError):  # an output without a file descriptor, or none at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from folovllm.validation import check_str, require, show
+from folovllm.validation import check_str, check_unicode, require, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,8 +104,7 @@ def render_chat_template(
         text = str(render(conversation))
     except Exception as error:  # a template is somebody else's program: it may raise anything
         raise ValueError(f"the chat template cannot write these messages: {error}") from error
-    _check_unicode(text)
-    return text
+    return check_unicode("messages", text)
 
 
 def split_conversations(messages: Iterable[Message] | Iterable[Iterable[Message]]) -> list[list[Message]]:
@@ -244,16 +243,6 @@ def _check_chat_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Any)
     for key in kwargs:
         require(key not in taken, f"chat_template_kwargs must not have {key!r}, which is no variable of a template")
     return dict(kwargs)
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"messages must be Unicode text, got {text[error.start]!r}, half a character; "
-            "decode the text from its bytes once more, in their own encoding"
-        ) from None
 
 
 def _as_list(name: str, value: Any) -> list[Any]:

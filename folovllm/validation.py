@@ -61,6 +61,18 @@ def check_str(name: str, value: Any) -> str:
     return value
 
 
+def check_unicode(name: str, text: str) -> str:
+    """A text that can be encoded; half a surrogate pair, which is what becomes of a wrongly decoded byte, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be Unicode text, got {text[error.start]!r} at character {error.start}; decode it from its "
+            "bytes once more, in the encoding they are in"
+        ) from None
+    return text
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """One of a few words."""
     if not isinstance(value, str) or value not in choices:

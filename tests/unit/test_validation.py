@@ -12,7 +12,7 @@ from hypothesis import given
 from unit_helpers import ANYTHING, HUGE, UNPRINTABLE, error_of
 
 from folovllm.sampling_params import SamplingParams
-from folovllm.validation import check_bool, check_int, check_number, check_str, check_token_ids, require
+from folovllm.validation import check_bool, check_int, check_number, check_str, check_token_ids, check_unicode, require
 
 CHECKS = [check_int, check_number, check_bool, check_str, check_token_ids]
 
@@ -34,6 +34,16 @@ class TestCheckInt:
     @pytest.mark.parametrize("value", [True, False, np.bool_(True), 1.0, np.float32(1), Fraction(1), "1", b"1", None])
     def test_what_only_looks_like_one_is_refused(self, value):
         assert error_of(check_int, "n", value) == f"n must be an integer, got {value!r}"
+
+
+class TestCheckUnicode:
+    @pytest.mark.parametrize("text", ["", "a", "é狐🦊", "\x00"])
+    def test_text_comes_back(self, text):
+        assert check_unicode("prompt", text) == text
+
+    def test_half_a_surrogate_pair_is_refused(self):
+        message = error_of(check_unicode, "prompt", "caf\udce9")
+        assert message.startswith("prompt must be Unicode text, got '\\udce9' at character 3;")
 
 
 class TestCheckNumber:
