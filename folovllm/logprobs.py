@@ -1,11 +1,25 @@
 """How likely the model found a token. Chapter 3.
 
-As in vLLM (``vllm/logprobs.py``, 0.33.0).
+As in vLLM (``vllm/logprobs.py`` and ``vllm/v1/engine/logprobs.py``, 0.33.0).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_CONTEXT_TOKENS = 4
+"""Tokens before a token that can hold the start of its character: no character of UTF-8 has more bytes."""
+
+_REPLACEMENT = "\ufffd"  # what tokenizers decode bytes to that are no whole character
+
+_texts: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDictionary()
+# The same tokens are likely again and again, and decoding one takes longer than finding it.
 
 
 @dataclass
@@ -17,4 +31,28 @@ class Logprob:
     rank: int | None = None
     """1 for the likeliest token of the vocabulary."""
     decoded_token: str | None = None
-    """The token's text."""
+    """The token's text; empty while it ends inside a character, all of the character where it completes one."""
+
+
+def decode_token(token_id: int, context: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that one token adds.
+
+    A token that ends inside a character adds none, and the one that completes the character all of it.
+
+    Args:
+        context: the tokens before it; the last `NUM_CONTEXT_TOKENS` are looked at, and only after half a character.
+    """
+    texts = _texts.setdefault(tokenizer, {})
+    text = texts.get(token_id)
+    if text is None:
+        text = texts[token_id] = str(tokenizer.decode([token_id]))
+    if not text.endswith(_REPLACEMENT):
+        return text
+    for start in range(len(context) - 1, max(len(context) - NUM_CONTEXT_TOKENS, 0) - 1, -1):
+        if not decode_token(context[start], (), tokenizer):
+            text = str(tokenizer.decode([*context[start:], token_id]))
+            if not text.endswith(_REPLACEMENT):
+                return text
+        else:
+            break
+    return ""

@@ -1,19 +1,28 @@
 """What one request asks for. Chapter 2 is about this module and `folovllm.sample.sampler`, which does what it says.
 
 The fields are those of vLLM (``vllm/sampling_params.py``), those it has dropped since included; the chapter says
-which. Every field is checked when the object is made, so a request that is accepted can be sampled.
+which. Every field is checked when the object is made, and what only fits some vocabularies when a request is added
+(`check_params`), so a request that is accepted can be sampled.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, cast
 
-from folovllm.validation import check_bool, check_int, check_number, check_str, check_token_ids, require
+from folovllm.validation import check_bool, check_int, check_number, check_texts, check_token_ids, require, show
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_LOGIT_BIAS = 100.0
 """Largest bias in either direction; e**100 is certainty."""
+
+MAX_NUM_SEQUENCES = 16_384
+"""Largest ``n`` and ``best_of`` (vLLM: ``VLLM_MAX_N_SEQUENCES``), so that one request cannot starve all others."""
 
 
 class SamplingType(IntEnum):
@@ -23,12 +32,23 @@ class SamplingType(IntEnum):
     RANDOM = 1
 
 
+class RequestOutputKind(Enum):
+    """What each output of a request that is still running holds."""
+
+    CUMULATIVE = 0
+    """The whole answer so far."""
+    DELTA = 1
+    """Only what is new since the last output."""
+    FINAL_ONLY = 2
+    """Nothing: the only output is the finished one."""
+
+
 @dataclass(repr=False)
 class SamplingParams:
     """How the tokens of one request are to be chosen, when they end, and what is reported about them."""
 
     n: int = 1
-    """Answers to give back."""
+    """Answers to give back; at most 16,384."""
     best_of: int | None = None
     """Answers to generate, of which the ``n`` likeliest are given back; None becomes ``n``."""
     presence_penalty: float = 0.0
@@ -36,7 +56,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Taken from a token's logit once for each time the output has it; in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Scales down (above 1) the logits of tokens that prompt or output have; in (0, 2]. Keskar et al. 2019."""
+    """Scales down (above 1) the logits of tokens that prompt or output have; above 0. Keskar et al. 2019."""
     temperature: float = 1.0
     """Divides the logits: below 1 sharper, above 1 flatter, 0 greedy."""
     top_p: float = 1.0
@@ -66,7 +86,10 @@ class SamplingParams:
     min_tokens: int = 0
     """Tokens to generate before anything may end the output."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to report log probabilities for, beside the chosen one; None: none at all."""
+    """How many of the likeliest tokens to report log probabilities for, beside the chosen one.
+
+    None reports none at all, -1 the whole vocabulary.
+    """
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
     logit_bias: dict[int, float] | None = None
@@ -75,17 +98,42 @@ class SamplingParams:
     """The only tokens that may be chosen."""
     bad_words: list[str] | None = None
     """Words that must not appear in the output."""
+    detokenize: bool = True
+    """Whether tokens become text; without it stop strings cannot be found."""
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text."""
     spaces_between_special_tokens: bool = True
     """Whether special tokens are set apart by spaces in the text."""
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """What the outputs hold while the request is running."""
+    skip_reading_prefix_cache: bool | None = None
+    """Whether cached blocks are left unread; None: if ``prompt_logprobs`` needs all of the prompt to be computed."""
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Checks every field and brings it into its own type; again, if a field has been changed since.
+
+        Raises:
+            ValueError: names the first field that is wrong, its value and what is allowed.
+            NotImplementedError: for ``use_beam_search``.
+        """
         self._check_beam_search()
         self._check_counts()
+        self._check_logprobs()
         self._check_probabilities()
-        self._check_stops()
+        self._check_text()
+        self._check_output_kind()
         self._check_token_choices()
+
+    def clone(self) -> SamplingParams:
+        """A copy whose lists are its own, so that changing one of the two never changes the other."""
+        clone = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (list, dict)):
+                setattr(clone, name, value.copy())
+        return clone
 
     def _check_beam_search(self) -> None:
         if check_bool("use_beam_search", self.use_beam_search):
@@ -100,6 +148,8 @@ class SamplingParams:
         self.n = check_int("n", self.n)
         require(self.n >= 1, f"n must be at least 1, got {self.n}")
         self.best_of = self.n if self.best_of is None else check_int("best_of", self.best_of)
+        for name, count in (("n", self.n), ("best_of", self.best_of)):
+            require(count <= MAX_NUM_SEQUENCES, f"{name} must be at most {MAX_NUM_SEQUENCES}, got {count}")
         require(self.best_of >= self.n, f"best_of ({self.best_of}) must be >= n ({self.n})")
         if self.max_tokens is not None:
             self.max_tokens = check_int("max_tokens", self.max_tokens)
@@ -110,14 +160,20 @@ class SamplingParams:
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens ({self.min_tokens}) must not be above max_tokens ({self.max_tokens})",
         )
-        for name in ("logprobs", "prompt_logprobs"):
-            if (count := getattr(self, name)) is not None:
-                setattr(self, name, check_int(name, count))
-                require(count >= 0, f"{name} must not be negative, got {count}")
         if self.seed is not None:
             self.seed = check_int("seed", self.seed)
             self.seed = None if self.seed == -1 else self.seed  # vLLM's other way to say "no seed"
             require(self.seed is None or self.seed >= 0, f"seed must be None, -1 or 0 and more, got {self.seed}")
+
+    def _check_logprobs(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                count = check_int(name, count)
+                require(count >= -1, f"{name} must be 0 or more, or -1 for the whole vocabulary, got {count}")
+                setattr(self, name, count)
+        if self.skip_reading_prefix_cache is None:
+            self.skip_reading_prefix_cache = self.prompt_logprobs is not None
+        check_bool("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
 
     def _check_probabilities(self) -> None:
         self.temperature = check_number("temperature", self.temperature)
@@ -133,41 +189,47 @@ class SamplingParams:
             require(-2 <= penalty <= 2, f"{name} must be in [-2, 2], got {penalty}")
             setattr(self, name, penalty)
         self.repetition_penalty = check_number("repetition_penalty", self.repetition_penalty)
-        require(
-            0 < self.repetition_penalty <= 2, f"repetition_penalty must be in (0, 2], got {self.repetition_penalty}"
-        )
+        require(self.repetition_penalty > 0, f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
-    def _check_stops(self) -> None:
+    def _check_text(self) -> None:
         stop = [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
-        self.stop = _check_texts("stop", stop)
+        self.stop = check_texts("stop", stop)
         stop_token_ids = [] if self.stop_token_ids is None else self.stop_token_ids
-        self.stop_token_ids = check_token_ids("stop_token_ids", stop_token_ids)
+        self.stop_token_ids = check_token_ids("stop_token_ids", stop_token_ids, ordered=False)
         for name in (
             "include_stop_str_in_output",
             "ignore_eos",
+            "detokenize",
             "skip_special_tokens",
             "spaces_between_special_tokens",
         ):
             check_bool(name, getattr(self, name))
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                f"stop strings are looked for in the text, got stop={show(self.stop)} with detokenize=False; "
+                "set detokenize=True or use stop_token_ids"
+            )
+
+    def _check_output_kind(self) -> None:
+        if not isinstance(self.output_kind, RequestOutputKind):
+            kinds = ", ".join(map(str, RequestOutputKind))
+            raise ValueError(f"output_kind must be one of {kinds}, got {show(self.output_kind)}")
+        require(
+            self.output_kind is not RequestOutputKind.DELTA or self.best_of == self.n,
+            f"best_of ({self.best_of}) must equal n ({self.n}) to use output_kind=DELTA: "
+            "which answers are kept is only known at the end",
+        )
 
     def _check_token_choices(self) -> None:
         if self.logit_bias is not None:
-            require(
-                isinstance(self.logit_bias, dict),
-                f"logit_bias must be a dict of token id to bias, got {self.logit_bias!r}",
-            )
-            token_ids = check_token_ids("logit_bias", list(self.logit_bias))
-            biases = [check_number(f"logit_bias[{i}]", bias) for i, bias in zip(token_ids, self.logit_bias.values())]
-            self.logit_bias = dict(zip(token_ids, biases))
-            for token_id, bias in self.logit_bias.items():
-                require(abs(bias) <= MAX_LOGIT_BIAS, f"logit_bias[{token_id}] must be in [-100, 100], got {bias}")
+            self.logit_bias = _check_logit_bias(self.logit_bias)
         if self.allowed_token_ids is not None:
-            self.allowed_token_ids = check_token_ids("allowed_token_ids", self.allowed_token_ids)
+            self.allowed_token_ids = check_token_ids("allowed_token_ids", self.allowed_token_ids, ordered=False)
             require(
                 len(self.allowed_token_ids) > 0, "allowed_token_ids must name at least one token or be None, got []"
             )
         if self.bad_words is not None:
-            self.bad_words = _check_texts("bad_words", self.bad_words)
+            self.bad_words = check_texts("bad_words", self.bad_words)
 
     @property
     def sampling_type(self) -> SamplingType:
@@ -181,7 +243,79 @@ class SamplingParams:
         )
 
 
-def _check_texts(name: str, value: Any) -> list[str]:
-    """A list of non-empty strings as a list of its own."""
-    require(isinstance(value, (list, tuple)), f"{name} must be a list of strings, got {value!r}")
-    return [check_str(f"{name}[{i}]", text) for i, text in enumerate(value)]
+def _check_logit_bias(logit_bias: Any) -> dict[int, float]:
+    """A mapping of token id to bias as a dict of its own; JSON clients send the ids as strings."""
+    if not isinstance(logit_bias, Mapping):
+        raise ValueError(f"logit_bias must be a dict of token id to bias, got {show(logit_bias)}")
+    keys = [int(key) if _is_decimal(key) else key for key in logit_bias]
+    token_ids = check_token_ids("logit_bias", keys)
+    biases = [check_number(f"logit_bias[{i}]", bias) for i, bias in zip(token_ids, logit_bias.values())]
+    for token_id, bias in zip(token_ids, biases):
+        require(abs(bias) <= MAX_LOGIT_BIAS, f"logit_bias[{token_id}] must be in [-100, 100], got {bias}")
+    if len(set(token_ids)) < len(token_ids):
+        raise ValueError(f"logit_bias must name each token id once, got {show(logit_bias)}")
+    return dict(zip(token_ids, biases))
+
+
+def _is_decimal(key: Any) -> bool:
+    """Whether a string is a number that fits into 64 bits, written with nothing but digits."""
+    return isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+
+
+def tokenize_bad_word(word: str, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """The ways a word is written in tokens: at the start of a text, and after a space.
+
+    Raises:
+        ValueError: if there is no tokenizer, or if the word has no tokens in it.
+    """
+    require(tokenizer is not None, f"bad_words needs a tokenizer to find the tokens of {show(word)}, got None")
+    bare = word.lstrip()
+    spellings = {word, bare, " " + bare} if bare else {word}
+    encode = cast("PreTrainedTokenizerBase", tokenizer).encode
+    encoded = [encode(text, add_special_tokens=False) for text in sorted(spellings)]
+    require(any(encoded), f"bad_words must be spelled in at least one token, got {show(word)}")
+    return [token_ids for token_ids in encoded if token_ids]
+
+
+def check_params(
+    params: SamplingParams,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eos_token_ids: Sequence[int] = (),
+) -> None:
+    """Checks params once more, and now against the model that is to serve them.
+
+    Args:
+        vocab_size: tokens that have a logit.
+        tokenizer: needed for ``bad_words``.
+        eos_token_ids: the tokens that end a text, which ``min_tokens`` holds back.
+
+    Raises:
+        ValueError: if a field names a token outside the vocabulary, if a bad word has no tokens in it, or if nothing
+            is left that the first token could be; of one sentence that names the field.
+    """
+    params.check()
+    stop_token_ids = cast("list[int]", params.stop_token_ids)
+    for name, token_ids in (
+        ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids),
+        ("stop_token_ids", stop_token_ids),
+    ):
+        largest = max(token_ids or [0])
+        require(largest < vocab_size, f"{name} names token id {largest}, but the vocabulary has {vocab_size} tokens")
+    banned = {
+        token_ids[0]
+        for word in params.bad_words or []
+        for token_ids in tokenize_bad_word(word, tokenizer)
+        if len(token_ids) == 1
+    }
+    if params.min_tokens > 0:
+        banned.update(eos_token_ids, stop_token_ids)
+    # Counting is enough where all are allowed, and spares a set of the whole vocabulary.
+    allowed = params.allowed_token_ids
+    num_banned = sum(token_id < vocab_size for token_id in banned)
+    require(
+        num_banned < vocab_size if allowed is None else not banned.issuperset(allowed),
+        "no token is left to choose first: allowed_token_ids, bad_words and min_tokens "
+        f"(which holds back {len({*eos_token_ids, *stop_token_ids})} end tokens) remove all",
+    )

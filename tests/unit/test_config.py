@@ -211,7 +211,9 @@ class TestSchedulerConfig:
             "scheduler_cls": None,
         }
 
-    @pytest.mark.parametrize("field, good", [("policy", "priority"), ("batching", "static"), ("preemption_mode", "swap")])
+    @pytest.mark.parametrize(
+        "field, good", [("policy", "priority"), ("batching", "static"), ("preemption_mode", "swap")]
+    )
     def test_choices(self, field, good):
         assert getattr(SchedulerConfig(**{field: good}), field) == good
         for value in ("", "Static", None, 1, [good]):

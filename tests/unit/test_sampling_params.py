@@ -8,10 +8,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from unit_helpers import ANYTHING, error_of
 
-from folovllm import SamplingParams, SamplingType
+from folovllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType, check_params, tokenize_bad_word
 
 DEFAULTS = {
     "n": 1,
@@ -37,8 +38,11 @@ DEFAULTS = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": None,
+    "detokenize": True,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
+    "output_kind": RequestOutputKind.CUMULATIVE,
+    "skip_reading_prefix_cache": False,
     "seed": None,
 }
 FLOATS = {
@@ -57,8 +61,10 @@ NONE_ALLOWED = {name for name, default in DEFAULTS.items() if default is None} |
     "stop",
     "stop_token_ids",
     "max_tokens",
+    "skip_reading_prefix_cache",
 }
 TINY = 5e-324
+MAX = 16_384
 ABOVE = {bound: math.nextafter(bound, math.inf) for bound in (1, 2)}
 
 
@@ -100,8 +106,9 @@ class TestSamplingParams:
         "field, value",
         [
             ("n", 1),
-            ("n", 100),
+            ("n", MAX),
             ("best_of", 1),
+            ("best_of", MAX),
             ("temperature", 0),
             ("temperature", TINY),
             ("temperature", 1e9),
@@ -118,6 +125,7 @@ class TestSamplingParams:
             ("frequency_penalty", 2),
             ("repetition_penalty", TINY),
             ("repetition_penalty", 2),
+            ("repetition_penalty", 1.7e308),
             ("length_penalty", -3.5),
             ("early_stopping", True),
             ("max_tokens", 1),
@@ -126,7 +134,12 @@ class TestSamplingParams:
             ("min_tokens", 16),
             ("logprobs", 0),
             ("logprobs", 5),
+            ("logprobs", -1),
             ("prompt_logprobs", 0),
+            ("prompt_logprobs", -1),
+            ("skip_reading_prefix_cache", True),
+            ("detokenize", False),
+            *(("output_kind", kind) for kind in RequestOutputKind),
             ("logit_bias", {}),
             ("logit_bias", {0: -100, 7: 100}),
             ("allowed_token_ids", [0]),
@@ -146,6 +159,9 @@ class TestSamplingParams:
             ({"n": -1}, "n must be at least 1, got -1"),
             ({"n": 2, "best_of": 1}, "best_of (1) must be >= n (2)"),
             ({"best_of": 0}, "best_of (0) must be >= n (1)"),
+            ({"n": MAX + 1}, "n must be at most 16384, got 16385"),
+            ({"n": 10**9}, "n must be at most 16384, got 1000000000"),
+            ({"best_of": MAX + 1}, "best_of must be at most 16384, got 16385"),
             ({"temperature": -TINY}, "temperature must be non-negative, got -5e-324"),
             ({"temperature": -1}, "temperature must be non-negative, got -1"),
             ({"top_p": 0}, "top_p must be in (0, 1], got 0"),
@@ -159,12 +175,12 @@ class TestSamplingParams:
             ({"presence_penalty": -ABOVE[2]}, "presence_penalty must be in [-2, 2], got -2.0000000000000004"),
             ({"frequency_penalty": ABOVE[2]}, "frequency_penalty must be in [-2, 2], got 2.0000000000000004"),
             ({"frequency_penalty": -ABOVE[2]}, "frequency_penalty must be in [-2, 2], got -2.0000000000000004"),
-            ({"repetition_penalty": 0}, "repetition_penalty must be in (0, 2], got 0"),
-            ({"repetition_penalty": ABOVE[2]}, "repetition_penalty must be in (0, 2], got 2.0000000000000004"),
+            ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+            ({"repetition_penalty": -TINY}, "repetition_penalty must be above 0, got -5e-324"),
             ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
             ({"min_tokens": -1}, "min_tokens must not be negative, got -1"),
-            ({"logprobs": -1}, "logprobs must not be negative, got -1"),
-            ({"prompt_logprobs": -1}, "prompt_logprobs must not be negative, got -1"),
+            ({"logprobs": -2}, "logprobs must be 0 or more, or -1 for the whole vocabulary, got -2"),
+            ({"prompt_logprobs": -2}, "prompt_logprobs must be 0 or more, or -1 for the whole vocabulary, got -2"),
         ],
     )
     def test_out_of_bounds(self, given_fields, message):
@@ -195,7 +211,7 @@ class TestSamplingParams:
         assert error_of(SamplingParams, **{field: value}).startswith(field)
 
     @pytest.mark.parametrize("field", sorted(BOOLS))
-    @pytest.mark.parametrize("value", [0, 1, "True", None, np.bool_(True)])
+    @pytest.mark.parametrize("value", [0, 1, "True", np.bool_(True)])
     def test_a_flag_is_a_bool(self, field, value):
         assert field in error_of(SamplingParams, **{field: value})
 
@@ -226,7 +242,7 @@ class TestSamplingParams:
         assert error_of(SamplingParams, bad_words="fox").startswith("bad_words must be a list")
 
     @pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids"])
-    @pytest.mark.parametrize("value", [5, "5", [-1], [1.0], ["1"], [True], [None], {5}, {5: 1}])
+    @pytest.mark.parametrize("value", [5, "5", b"5", [-1], [1.0], ["1"], [True], [None], [[5]], {5: 1}])
     def test_token_ids_are_non_negative_integers(self, field, value):
         assert field in error_of(SamplingParams, **{field: value})
 
@@ -237,7 +253,13 @@ class TestSamplingParams:
         "value",
         [
             {-1: 1.0},
-            {"5": 1.0},
+            {"-1": 1.0},
+            {"5.0": 1.0},
+            {"five": 1.0},
+            {"": 1.0},
+            {"9" * 5000: 1.0},
+            {"\u0665": 1.0},
+            {"5": 1.0, 5: 1.0},
             {1.0: 1.0},
             {True: 1.0},
             {5: math.nan},
@@ -255,7 +277,7 @@ class TestSamplingParams:
     def test_logit_bias_is_a_dict_of_token_id_to_number(self, value):
         assert "logit_bias" in error_of(SamplingParams, logit_bias=value)
 
-    @pytest.mark.parametrize("token_id", [5, np.int64(5)])
+    @pytest.mark.parametrize("token_id", [5, np.int64(5), "5", torch.tensor(5)])
     @pytest.mark.parametrize("bias", [2, 2.0, np.float16(2), Fraction(2)])
     def test_logit_bias_is_held_as_int_to_float(self, token_id, bias):
         ((held_id, held_bias),) = SamplingParams(logit_bias={token_id: bias}).logit_bias.items()
@@ -278,6 +300,56 @@ class TestSamplingParams:
         change(value)
         assert getattr(params, field) == before
 
+    @pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids"])
+    @pytest.mark.parametrize(
+        "value",
+        [(5, 7), {5, 7}, range(5, 8, 2), np.array([5, 7]), torch.tensor([5, 7]), [np.int64(5), torch.tensor(7)]],
+    )
+    def test_token_ids_in_whatever_holds_them(self, field, value):
+        held = getattr(SamplingParams(**{field: value}), field)
+        assert sorted(held) == [5, 7] and type(held) is list and all(type(token_id) is int for token_id in held)
+
+    @pytest.mark.parametrize("field", ["stop", "bad_words"])
+    @pytest.mark.parametrize("value", [("a", "b"), {"a", "b"}, np.array(["a", "b"]), {"a": 1, "b": 2}.keys()])
+    def test_texts_in_whatever_holds_them(self, field, value):
+        held = getattr(SamplingParams(**{field: value}), field)
+        assert sorted(held) == ["a", "b"] and type(held) is list
+
+    @pytest.mark.parametrize("field", ["stop", "stop_token_ids", "allowed_token_ids", "bad_words"])
+    def test_a_generator_is_read_once(self, field):
+        entries = ["a", "b"] if field in ("stop", "bad_words") else [5, 7]
+        assert getattr(SamplingParams(**{field: (entry for entry in entries)}), field) == entries
+
+    @pytest.mark.parametrize("field, value", [("temperature", 0.5), ("max_tokens", 3), ("seed", 3)])
+    @pytest.mark.parametrize("make", [np.array, torch.tensor])
+    def test_numbers_in_arrays_and_tensors_without_dimensions(self, field, value, make):
+        held = getattr(SamplingParams(**{field: make(value)}), field)
+        assert held == value and type(held) is type(value)
+
+    def test_stop_strings_need_text(self):
+        message = error_of(SamplingParams, stop="a", detokenize=False)
+        assert message.startswith("stop") and "detokenize" in message and "stop_token_ids" in message
+        assert SamplingParams(stop_token_ids=[1], detokenize=False).stop == []
+
+    @pytest.mark.parametrize("value", [1, "DELTA", None, SamplingType.RANDOM])
+    def test_an_output_kind_is_one_of_three(self, value):
+        message = error_of(SamplingParams, output_kind=value)
+        assert message.startswith("output_kind") and "FINAL_ONLY" in message and repr(value) in message
+
+    def test_output_kinds_are_vllms(self):
+        assert {kind.name: kind.value for kind in RequestOutputKind} == {"CUMULATIVE": 0, "DELTA": 1, "FINAL_ONLY": 2}
+
+    def test_news_of_the_likeliest_answers_cannot_be_given_before_the_end(self):
+        message = error_of(SamplingParams, n=2, best_of=3, output_kind=RequestOutputKind.DELTA)
+        assert message.startswith("best_of (3) must equal n (2) to use output_kind=DELTA")
+        assert SamplingParams(n=2, output_kind=RequestOutputKind.DELTA).best_of == 2
+
+    @pytest.mark.parametrize("prompt_logprobs, skip", [(None, False), (0, True), (-1, True)])
+    def test_prompt_logprobs_leave_cached_blocks_unread_unless_told_otherwise(self, prompt_logprobs, skip):
+        assert SamplingParams(prompt_logprobs=prompt_logprobs).skip_reading_prefix_cache is skip
+        told = SamplingParams(prompt_logprobs=prompt_logprobs, skip_reading_prefix_cache=not skip)
+        assert told.skip_reading_prefix_cache is not skip
+
     def test_minus_one_is_no_seed(self):
         assert SamplingParams(seed=-1).seed is None
 
@@ -290,6 +362,33 @@ class TestSamplingParams:
         assert "SamplingParams" in text
         for part in ("n=2", "temperature=0.5", "top_p=0.9", "top_k=5", "max_tokens=7"):
             assert part in text
+
+    FILLED = SamplingParams(
+        n=2, stop=["a"], stop_token_ids=[1], logit_bias={1: 1.0}, allowed_token_ids=[1], bad_words=["a"], seed=3
+    )
+
+    def test_a_clone_is_equal(self):
+        clone = self.FILLED.clone()
+        assert clone is not self.FILLED and clone == self.FILLED and type(clone) is SamplingParams
+
+    def test_a_clone_shares_nothing_that_can_change(self):
+        original = self.FILLED.clone()
+        clone = original.clone()
+        for f in fields(clone):
+            value = getattr(clone, f.name)
+            if isinstance(value, (list, dict)):
+                value.clear()
+            else:
+                setattr(clone, f.name, None)
+        assert original == self.FILLED
+
+    def test_what_has_been_changed_since_can_be_checked_again(self):
+        params = SamplingParams()
+        params.top_p = 2
+        assert error_of(params.check) == "top_p must be in (0, 1], got 2.0"
+        params.top_p, params.stop = 0.5, "a"
+        params.check()
+        assert params.stop == ["a"]
 
     def test_equal_when_all_fields_are(self):
         assert SamplingParams(top_k=5) == SamplingParams(top_k=5) != SamplingParams(top_k=6)
@@ -315,9 +414,93 @@ def test_any_value_at_all_is_held_in_the_fields_type_or_refused_by_the_fields_na
         assert type(held) is int
     elif field in BOOLS:
         assert type(held) is bool
+    elif field == "output_kind":
+        assert isinstance(held, RequestOutputKind)
     elif field == "logit_bias":
         assert all(type(key) is int and type(bias) is float for key, bias in held.items())
     else:
         kind = str if field in ("stop", "bad_words") else int
         assert type(held) is list and all(isinstance(entry, kind) for entry in held)
     assert isinstance(repr(params), str)
+
+
+class AsciiTokenizer:
+    """A character is a token, and its ASCII code the token's id; 0 ends a text, and a tab is no token at all."""
+
+    eos_token_id = 0
+
+    def encode(self, text, add_special_tokens=True):
+        return [0] * add_special_tokens + [ord(character) for character in text if character != "\t"]
+
+
+class TestCheckParams:
+    """What depends on the model: 128 tokens, of which 0 ends a text."""
+
+    TOKENIZER = AsciiTokenizer()
+
+    def check(self, vocab_size=128, tokenizer=TOKENIZER, eos_token_ids=(0,), **given_fields):
+        check_params(SamplingParams(**given_fields), vocab_size, tokenizer, eos_token_ids)
+
+    @pytest.mark.parametrize(
+        "given_fields",
+        [
+            {},
+            {"logit_bias": {127: 1.0}, "allowed_token_ids": [127], "stop_token_ids": [127]},
+            {"logit_bias": {}, "bad_words": []},
+            {"bad_words": ["a", "fox", "\ta"]},
+            {"allowed_token_ids": [0]},
+            {"allowed_token_ids": [0, 5], "min_tokens": 3},
+            {"allowed_token_ids": [97, 98], "bad_words": ["a"]},
+            {"allowed_token_ids": [97], "bad_words": ["ab"]},
+            {"stop_token_ids": list(range(128))},
+        ],
+    )
+    def test_accepts(self, given_fields):
+        self.check(**given_fields)
+
+    @pytest.mark.parametrize("field", ["logit_bias", "allowed_token_ids", "stop_token_ids"])
+    @pytest.mark.parametrize("token_id", [128, 2**62])
+    def test_a_token_outside_the_vocabulary(self, field, token_id):
+        value = {1: 1.0, token_id: 1.0} if field == "logit_bias" else [1, token_id]
+        message = error_of(self.check, **{field: value})
+        assert message == f"{field} names token id {token_id}, but the vocabulary has 128 tokens"
+
+    def test_a_bad_word_without_tokens(self):
+        message = error_of(self.check, bad_words=["fox", "\t"])
+        assert message == "bad_words must be spelled in at least one token, got '\\t'"
+
+    def test_bad_words_without_a_tokenizer(self):
+        message = error_of(self.check, tokenizer=None, bad_words=["fox"])
+        assert message.startswith("bad_words") and "tokenizer" in message and "fox" in message
+
+    @pytest.mark.parametrize(
+        "given_fields",
+        [
+            {"allowed_token_ids": [0], "min_tokens": 1},
+            {"allowed_token_ids": [0, 7], "stop_token_ids": [7], "min_tokens": 1},
+            {"allowed_token_ids": [97], "bad_words": ["a"]},
+            {"allowed_token_ids": [97, 0], "bad_words": ["a"], "min_tokens": 1},
+            {"stop_token_ids": list(range(128)), "min_tokens": 1},
+            {"vocab_size": 1, "min_tokens": 1},
+        ],
+    )
+    def test_nothing_that_the_first_token_could_be(self, given_fields):
+        message = error_of(self.check, **given_fields)
+        assert all(name in message for name in ("allowed_token_ids", "bad_words", "min_tokens"))
+
+    def test_tokens_without_a_logit_take_nothing_away(self):
+        self.check(vocab_size=2, eos_token_ids=[0, 5, 6], min_tokens=1)
+        self.check(vocab_size=2, bad_words=["a", "b", "c"])
+
+    def test_what_has_been_changed_since_is_checked_again(self):
+        params = SamplingParams()
+        params.min_p = 7
+        assert error_of(check_params, params, 128).startswith("min_p must be in [0, 1]")
+
+
+class TestTokenizeBadWord:
+    def test_with_and_without_a_space_before_it(self):
+        assert tokenize_bad_word(" ab", AsciiTokenizer()) == [[32, 97, 98], [97, 98]]
+
+    def test_white_space_as_it_is(self):
+        assert tokenize_bad_word("\n", AsciiTokenizer()) == [[10]]

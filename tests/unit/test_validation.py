@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from unit_helpers import ANYTHING, HUGE, UNPRINTABLE, error_of
 
 from folovllm.sampling_params import SamplingParams
-from folovllm.validation import check_bool, check_int, check_number, check_str, check_token_ids, check_unicode, require
+from folovllm.validation import (
+    check_bool,
+    check_int,
+    check_number,
+    check_str,
+    check_texts,
+    check_token_ids,
+    check_unicode,
+    require,
+    show,
+)
 
-CHECKS = [check_int, check_number, check_bool, check_str, check_token_ids]
+CHECKS = [check_int, check_number, check_bool, check_str, check_token_ids, check_texts]
 
 
 class TestRequire:
@@ -26,14 +39,22 @@ class TestRequire:
 
 
 class TestCheckInt:
-    @pytest.mark.parametrize("value", [0, -1, 2**63, np.int8(3), np.uint64(2**63)])
+    @pytest.mark.parametrize("value", [0, -1, 2**63, np.int8(3), np.uint64(2**63), np.array(3), torch.tensor(-3)])
     def test_integers_come_back_as_int(self, value):
         checked = check_int("n", value)
         assert type(checked) is int and checked == value
 
-    @pytest.mark.parametrize("value", [True, False, np.bool_(True), 1.0, np.float32(1), Fraction(1), "1", b"1", None])
+    @pytest.mark.parametrize(
+        "value",
+        [True, False, np.bool_(True), 1.0, np.float32(1), Fraction(1), "1", b"1", None, np.ndarray, torch.Tensor],
+    )
     def test_what_only_looks_like_one_is_refused(self, value):
         assert error_of(check_int, "n", value) == f"n must be an integer, got {value!r}"
+
+    @pytest.mark.parametrize("make", [np.array, torch.tensor])
+    @pytest.mark.parametrize("value", [[1], 1.0, True])
+    def test_arrays_of_one_number_and_of_other_types_are_refused(self, make, value):
+        assert error_of(check_int, "n", make(value)) == f"n must be an integer, got {make(value)!r}"
 
 
 class TestCheckUnicode:
@@ -47,7 +68,10 @@ class TestCheckUnicode:
 
 
 class TestCheckNumber:
-    @pytest.mark.parametrize("value", [0, -1.5, 5e-324, 1.7e308, Fraction(1, 2), np.float16(0.5), np.int8(3)])
+    @pytest.mark.parametrize(
+        "value",
+        [0, -1.5, 5e-324, 1.7e308, Fraction(1, 2), np.float16(0.5), np.int8(3), np.array(0.5), torch.tensor(0.5)],
+    )
     def test_numbers_come_back_as_float(self, value):
         checked = check_number("x", value)
         assert type(checked) is float and checked == value
@@ -94,9 +118,66 @@ class TestCheckTokenIds:
         ids = [1, 2]
         assert check_token_ids("ids", ids) is not ids
 
-    @pytest.mark.parametrize("value", [None, 5, "12", b"12", {1}, {1: 2}, range(3)])
-    def test_no_list(self, value):
+    @pytest.mark.parametrize(
+        "make",
+        [
+            list,
+            tuple,
+            iter,
+            deque,
+            np.array,
+            torch.tensor,
+            lambda ids: (token_id for token_id in ids),
+            lambda ids: np.array(ids, dtype=np.uint8),
+            lambda ids: dict(enumerate(ids)).values(),
+        ],
+    )
+    def test_whatever_holds_ids_in_order(self, make):
+        checked = check_token_ids("ids", make([3, 1, 3]))
+        assert checked == [3, 1, 3] and all(type(token_id) is int for token_id in checked)
+
+    def test_a_range(self):
+        assert check_token_ids("ids", range(3)) == [0, 1, 2]
+
+    @pytest.mark.parametrize("value", [{1}, frozenset({1}), {1: 2}.keys()])
+    def test_a_set_only_where_order_means_nothing(self, value):
+        assert check_token_ids("ids", value, ordered=False) == [1]
         assert error_of(check_token_ids, "ids", value) == f"ids must be a list of token ids, got {value!r}"
+
+    @pytest.mark.parametrize(
+        "value",
+        [None, 5, "12", b"12", bytearray(b"12"), memoryview(b"12"), {1: 2}, np.array(5), torch.tensor(5), np.int64(5)],
+    )
+    @pytest.mark.parametrize("ordered", [True, False])
+    def test_no_list(self, value, ordered):
+        assert error_of(check_token_ids, "ids", value, ordered) == f"ids must be a list of token ids, got {value!r}"
+
+    @pytest.mark.parametrize("make", [np.array, torch.tensor])
+    @pytest.mark.parametrize("entries, shown", [([1.0], "1.0"), ([[1, 2]], "[1, 2]"), ([True], "True")])
+    def test_arrays_of_anything_else(self, make, entries, shown):
+        assert error_of(check_token_ids, "ids", make(entries)) == f"ids[0] must be an integer, got {shown}"
+
+    def test_an_id_that_fits_no_64_bits(self):
+        assert check_token_ids("ids", [2**64 - 1]) == [2**64 - 1]
+        assert error_of(check_token_ids, "ids", [0, 2**64]).startswith("ids[1] must be an integer of at most 64 bits")
+
+    @given(
+        st.lists(st.integers(0, 9) | st.sampled_from([-1, True, 1.0, "1", None, np.int64(3), 2**64, [1]]), max_size=6)
+    )
+    def test_the_first_offender_is_named_as_if_each_were_checked_by_itself(self, ids):
+        def one_by_one():
+            checked = [check_int(f"ids[{i}]", token_id) for i, token_id in enumerate(ids)]
+            for i, token_id in enumerate(checked):
+                require(token_id >= 0, f"ids[{i}] must be a token id (0 or more), got {token_id}")
+            return checked
+
+        try:
+            expected = one_by_one()
+        except ValueError as error:
+            assert error_of(check_token_ids, "ids", ids) == str(error)
+        else:
+            checked = check_token_ids("ids", ids)
+            assert checked == expected and all(type(token_id) is int for token_id in checked)
 
     @pytest.mark.parametrize("bad", [True, 1.0, "1", None, [1]])
     def test_an_entry_that_is_no_integer_is_named(self, bad):
@@ -105,6 +186,43 @@ class TestCheckTokenIds:
     def test_a_negative_entry_is_named(self):
         message = error_of(check_token_ids, "ids", [0, 1, -1])
         assert message.startswith("ids[2]") and message.endswith("got -1")
+
+
+class TestCheckTexts:
+    @pytest.mark.parametrize("value", [["a", "b"], ("a", "b"), iter(["a", "b"]), np.array(["a", "b"])])
+    def test_whatever_holds_texts(self, value):
+        assert check_texts("words", value) == ["a", "b"]
+
+    def test_a_set(self):
+        assert sorted(check_texts("words", {"a", "b"})) == ["a", "b"]
+
+    @pytest.mark.parametrize("value", ["ab", b"ab", None, 5, {"a": 1}])
+    def test_no_list(self, value):
+        assert error_of(check_texts, "words", value) == f"words must be a list of strings, got {value!r}"
+
+    @pytest.mark.parametrize("bad", ["", None, 1, b"a"])
+    def test_an_entry_that_is_no_text_is_named(self, bad):
+        assert error_of(check_texts, "words", ["a", bad]) == f"words[1] must be a non-empty string, got {bad!r}"
+
+
+class TestShow:
+    @pytest.mark.parametrize("value", [1, "a\nb", [1, "b"], None])
+    def test_short_values_as_python_shows_them(self, value):
+        assert show(value) == repr(value)
+
+    def test_arrays_on_one_line(self):
+        assert "\n" not in show(np.zeros((3, 3))) and show(np.zeros((3, 3))).startswith("array([[0., 0., 0.],")
+
+    def test_long_values_are_cut(self):
+        assert len(show(list(range(100_000)))) < 600
+
+    def test_what_python_will_not_print(self):
+        nested: list = []
+        for _ in range(100_000):
+            nested = [nested]
+        assert show(nested) == "a list too long to print"
+        while nested:  # taken apart by hand: some Pythons recurse to free it
+            nested = nested.pop()
 
 
 @pytest.mark.parametrize("check", CHECKS)
