@@ -257,6 +257,8 @@ def gather_logprobs(
         tokenizer: fills in ``decoded_token``.
         contexts: the tokens before each row's, for `decode_token`; nothing comes before when left out.
     """
+    if not token_ids:
+        return []
     vocab_size = logprobs.shape[-1]
     chosen = torch.tensor(token_ids, dtype=torch.long, device=logprobs.device).unsqueeze(1)
     chosen_logprobs = logprobs.gather(1, chosen)
@@ -416,11 +418,12 @@ class Sampler:
             logits = ban_tokens(logits, banned)
         if any(p.logit_bias for p in params):
             logits = apply_logit_bias(logits, [p.logit_bias for p in params])
-        if any((p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1, 0, 0) for p in params):
+        penalized = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1, 0, 0) for p in params]
+        if any(penalized):
             logits = apply_penalties(
                 logits,
                 [ids if p.repetition_penalty != 1 else [] for p, ids in zip(params, metadata.prompt_token_ids)],
-                outputs,
+                [ids if asked else [] for asked, ids in zip(penalized, outputs)],
                 [p.repetition_penalty for p in params],
                 [p.frequency_penalty for p in params],
                 [p.presence_penalty for p in params],

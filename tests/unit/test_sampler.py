@@ -12,15 +12,17 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as hf
 from unit_helpers import error_of
 
 from folovllm import SamplingParams
-from folovllm.logprobs import Logprob
+from folovllm.logprobs import Logprob, decode_token
 from folovllm.sample import sampler
 from folovllm.sample.sampler import (
     Sampler,
@@ -192,7 +194,7 @@ class TestPenalties:
         row = self.penalized(prompt=[4], output=[1, 1, 0], repetition=2.0, frequency=0.5, presence=0.25)
         assert row == [2 / 2 - 0.75, -2 * 2 - 1.25, 1.0, 0.0, 4 / 2, -4.0]
 
-    @pytest.mark.parametrize("penalty", [5e-324, 1e-30, 2.0])
+    @pytest.mark.parametrize("penalty", [5e-324, 1e-30, 2.0, 1e30, 1.7e308])
     def test_no_logit_becomes_infinite(self, penalty):
         logits = torch.tensor([[3.4e38, 1.0, 0.0, -1.0, -1e38]])
         out = apply_penalties(logits, [[0, 1, 2, 3, 4]], [[]], [penalty], [0.0], [0.0])
@@ -838,12 +840,164 @@ class TestLogprobs:
         assert [row and len(row) for row in found] == [None, 1, 3]
 
     def test_equally_likely_tokens_have_the_same_rank_whichever_was_chosen(self):
-        logprobs = logits_of(0.3, 0.3, 0.4)[0]
-        if_first, if_second = (gather_logprobs(logprobs, chosen, 3) for chosen in (0, 1))
+        logprobs = logits_of(0.3, 0.3, 0.4)
+        ((if_first,), (if_second,)) = (gather_logprobs(logprobs, [chosen], [3]) for chosen in (0, 1))
         assert [if_first[token].rank for token in range(3)] == [if_second[token].rank for token in range(3)]
+
+    @pytest.mark.parametrize("count", [-1, 50, 10**18])
+    def test_minus_one_gives_the_whole_vocabulary(self, count):
+        logits = random_logits(1, 50)
+        found = self.one(logits, logprobs=count, temperature=0)
+        assert [found[token].rank for token in logits[0].argsort(descending=True).tolist()] == [*range(1, 51)]
+
+    @given(data=st.data())
+    def test_all_rows_at_once_as_each_by_itself(self, data):
+        # Few different values, so that there are ties.
+        values = data.draw(st.lists(st.lists(st.integers(-3, 3), min_size=7, max_size=7), max_size=5))
+        chosen = data.draw(st.lists(st.integers(0, 6), min_size=len(values), max_size=len(values)))
+        counts = data.draw(st.lists(st.sampled_from([-1, 0, 1, 3, 7, 9]), min_size=len(values), max_size=len(values)))
+        logprobs = torch.tensor(values, dtype=torch.float32).reshape(-1, 7).log_softmax(-1)
+        for row, token, count, found in zip(logprobs, chosen, counts, gather_logprobs(logprobs, chosen, counts)):
+            assert next(iter(found)) == token
+            assert len(found) in ({7} if count in (-1, 7, 9) else {count, count + 1} - {0})
+            for other, logprob in found.items():
+                assert logprob == Logprob(row[other].item(), int((row > row[other]).sum()) + 1)
+            least = min((row[other] for other in list(found)[1:]), default=INF)
+            assert all(other in found or row[other] <= least for other in range(7))
+
+    @pytest.mark.parametrize("num_rows", [1, 4, 64])
+    @pytest.mark.parametrize("counts", [[0], [5], [0, 3, -1, 20], [None]])
+    def test_however_many_rows_ask_the_device_is_waited_for_twice(self, num_rows, counts):
+        asking = [SamplingParams(temperature=0, best_of=2, logprobs=counts[i % len(counts)]) for i in range(num_rows)]
+        plain = [SamplingParams(temperature=0)] * num_rows
+        logits = random_logits(num_rows, 100)
+        waits = []
+        for params in (plain, asking):
+            with Waits() as counted:
+                sample(logits, *params, tokenizer=AsciiTokenizer())
+            waits.append(counted.number)
+        assert waits == [2, 4]
+
+    def test_random_rows_too(self):
+        params = [SamplingParams(seed=i, top_k=5, top_p=0.9, min_p=0.01, best_of=2, logprobs=i) for i in range(9)]
+        with Waits() as counted:
+            sample(random_logits(9, 100), *params)
+        assert counted.number <= 5
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls for which a GPU would have to be waited for: a tensor becomes something of Python's."""
+
+    METHODS = frozenset(
+        {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "equal", "is_nonzero"}
+        | {f"__{kind}__" for kind in ("bool", "int", "float", "index", "contains", "array", "iter_items")}
+    )
+
+    def __enter__(self):
+        self.number = 0
+        return super().__enter__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.number += getattr(func, "__name__", "") in self.METHODS
+        return func(*args, **(kwargs or {}))
+
+
+class TestDecodedToken:
+    """Tokens of single bytes: 0xe4 0xb8 0xad is one character, and 0xff is never part of one."""
+
+    class ByteTokenizer(AsciiTokenizer):
+        def decode(self, token_ids, **kwargs):
+            return bytes(token_ids).decode("utf-8", "replace")
+
+    def texts(self, data: bytes) -> list[str]:
+        tokenizer = self.ByteTokenizer()
+        return [decode_token(token, list(data[:i]), tokenizer) for i, token in enumerate(data)]
+
+    def test_nothing_until_a_character_is_whole(self):
+        assert self.texts("a中é🦊b".encode()) == ["a", "", "", "中", "", "é", "", "", "", "🦊", "b"]
+
+    def test_what_becomes_no_character(self):
+        assert self.texts(b"\xffa\xe4\xb8b") == ["", "a", "", "", "b"]
+
+    @given(st.text(max_size=8))
+    def test_together_they_are_the_text(self, text):
+        assume("\ufffd" not in text)
+        data = text.encode("utf-8", "ignore")
+        assert "".join(self.texts(data)) == data.decode()
+
+    def test_a_rows_own_tokens_come_before_it(self):
+        logits = torch.zeros(4, 256)
+        logits[:, 0xAD] = 9.0
+        logits[:, ord("x")] = 8.0
+        output = sample(
+            logits,
+            *[SamplingParams(temperature=0, logprobs=2)] * 4,
+            tokenizer=self.ByteTokenizer(),
+            prompt_token_ids=[[0xE4, 0xB8], [0xE4], [0xE4, 0xB8], [*b"abcdef"]],
+            output_token_ids=[[], [0xB8], [0x61], [0xE4, 0xB8]],
+        )
+        assert [[logprob.decoded_token for logprob in row.values()] for row in output.logprobs] == [
+            ["中", "x"],
+            ["中", "x"],
+            ["", "x"],
+            ["中", "x"],
+        ]
+
+    @pytest.mark.parametrize("split", range(1, 9))
+    def test_a_prompt_in_one_piece_or_in_two(self, split):
+        tokens = [*"a中é🦊".encode()]
+        logits, tokenizer = torch.zeros(len(tokens), 256), self.ByteTokenizer()
+        found = compute_prompt_logprobs(logits, tokens, 0, tokenizer)[1:]
+        assert [logprob.decoded_token for row in found for logprob in row.values()] == self.texts(bytes(tokens))[1:]
+        pieces = compute_prompt_logprobs(logits[:split], tokens[: split + 1], 0, tokenizer)
+        pieces += compute_prompt_logprobs(logits[split:], tokens[split:], 0, tokenizer, context=tokens[:split])[1:]
+        assert pieces[1:] == found
+
+    def test_each_token_is_decoded_once(self):
+        decoded = []
+
+        class Counting(AsciiTokenizer):
+            def decode(self, token_ids, **kwargs):
+                decoded.append(token_ids)
+                return super().decode(token_ids)
+
+        tokenizer = Counting()
+        for _ in range(3):
+            gather_logprobs(torch.zeros(2, 9).log_softmax(-1), [1, 2], [-1, 0], tokenizer)
+        assert len(decoded) == 9
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor of float32 had."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(made, Tensor) and made.dtype == torch.float32:
+                self.size = max(self.size, made.numel())
+        return out
 
 
 class TestPromptLogprobs:
+    @pytest.mark.parametrize("slice_size", [1, 50, 100, 149, 10**6])
+    @pytest.mark.parametrize("count", [0, 3, -1])
+    def test_a_few_rows_at_a_time_or_all(self, slice_size, count, monkeypatch):
+        logits, tokens = random_logits(9, 50).bfloat16(), list(range(9))
+        at_once = compute_prompt_logprobs(logits, tokens, count)
+        monkeypatch.setattr(sampler, "PROMPT_LOGPROBS_SLICE", slice_size)
+        with Largest() as largest:
+            assert compute_prompt_logprobs(logits, tokens, count) == at_once
+        num_rows = max(slice_size // 50, 1)
+        assert largest.size <= num_rows * (50 + 1)  # and the chosen token's own
+
+    def test_each_token_as_by_itself(self):
+        logits = random_logits(5, 50)
+        found = compute_prompt_logprobs(logits, [7, 3, 3, 49, 0], 4)
+        for row, token, given_out in zip(logits.log_softmax(-1), [3, 3, 49, 0], found[1:]):
+            assert [given_out] == gather_logprobs(row[None], [token], [4])
+
     def test_nothing_predicts_the_first_token(self):
         assert compute_prompt_logprobs(torch.zeros(1, 5), [3], 0) == [None]
 
@@ -910,6 +1064,97 @@ class TestErrors:
         metadata = metadata_of(SamplingParams(seed=1), SamplingParams(allowed_token_ids=[9]))
         error_of(Sampler(), torch.zeros(2, 5), metadata)
         assert metadata.generators[0].getstate() == random.Random(1).getstate()
+
+
+# --- rows that cannot be sampled -----------------------------------------------------------------------------------
+
+
+BAD_PARAMS = [
+    {"allowed_token_ids": [0], "min_tokens": 9},
+    {"allowed_token_ids": [ord("a")], "bad_words": ["a"]},
+    {"allowed_token_ids": [128]},
+    {"logit_bias": {2**62: 1.0}},
+    {"stop_token_ids": [128], "min_tokens": 9},
+    {"bad_words": ["\t"]},
+]
+GOOD_PARAMS = [*TestBatch.PARAMS, SamplingParams(temperature=0, logprobs=3), SamplingParams(seed=9, best_of=2)]
+
+
+class TestRowsThatCannotBeSampled:
+    @settings(max_examples=60)
+    @given(data=st.data())
+    def test_the_others_get_what_they_get_without_them(self, data):
+        kinds = st.sampled_from([math.nan, INF, -INF, *range(len(BAD_PARAMS))])
+        rows = data.draw(st.lists(st.sampled_from(range(len(GOOD_PARAMS))) | kinds.map(lambda kind: (kind,))))
+        vocab_size = 128
+        logits = random_logits(len(rows), vocab_size, seed=len(rows))
+        params, bad = [], set()
+        for place, row in enumerate(rows):
+            if not isinstance(row, tuple):
+                params.append(GOOD_PARAMS[row])
+                continue
+            bad.add(place)
+            temperature = data.draw(st.sampled_from([0, 1]))
+            if isinstance(row[0], int):
+                params.append(SamplingParams(temperature=temperature, seed=3, logprobs=2, **BAD_PARAMS[row[0]]))
+                continue
+            params.append(SamplingParams(temperature=temperature, seed=3, top_p=0.9, logprobs=2))
+            everything = row[0] == -INF or data.draw(st.booleans())
+            logits[place, slice(None) if everything else 5] = row[0]
+        where = {
+            "prompt_token_ids": [[place % 7] for place in range(len(rows))],
+            "output_token_ids": [[place % 5, 98] for place in range(len(rows))],
+        }
+        good = [place for place in range(len(rows)) if place not in bad]
+        metadata = metadata_of(*params, **where)
+        without = metadata_of(
+            *(params[place] for place in good), **{k: [v[place] for place in good] for k, v in where.items()}
+        )
+        before = logits.clone()
+        chooser = Sampler(AsciiTokenizer())
+        found, expected = chooser.sample(logits, metadata), chooser(logits[good], without)
+        assert set(found.errors) == bad and len(found.token_ids) == len(rows)
+        assert all("\n" not in reason and "row" not in reason for reason in found.errors.values())
+        assert all(type(token) is int and 0 <= token < vocab_size for token in found.token_ids)
+        assert [found.token_ids[place] for place in good] == expected.token_ids
+        assert [found.logprobs[place] for place in good] == expected.logprobs
+        for place, generator in zip(good, without.generators):
+            if params[place].seed is not None:
+                assert metadata.generators[place].getstate() == generator.getstate()
+        torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize(
+        "fields, reason",
+        [
+            (BAD_PARAMS[0], "the request has no token left: allowed_token_ids, bad_words and min_tokens remove all"),
+            (BAD_PARAMS[2], "the request names token id 128, but the vocabulary has 128 tokens"),
+            (BAD_PARAMS[5], "bad_words must be spelled in at least one token, got '\\t'"),
+        ],
+    )
+    def test_the_reason_is_a_sentence_for_whoever_made_the_request(self, fields, reason):
+        metadata = metadata_of(SamplingParams(), SamplingParams(**fields))
+        assert Sampler(AsciiTokenizer()).sample(torch.zeros(2, 128), metadata).errors == {1: reason}
+
+    def test_a_forward_pass_that_went_wrong(self):
+        logits = torch.zeros(3, 5)
+        logits[0, 1], logits[2, 4] = math.nan, INF
+        errors = Sampler().sample(logits, metadata_of(*[SamplingParams()] * 3)).errors
+        assert list(errors) == [0, 2]
+        assert errors[0] == "the request has a logit of nan: the forward pass went wrong, or logit_bias did"
+
+    def test_without_such_rows_it_is_the_same_as_a_call(self):
+        logits = random_logits(len(GOOD_PARAMS), 128)
+        found = Sampler(AsciiTokenizer()).sample(logits, metadata_of(*GOOD_PARAMS))
+        assert found == sample(logits, *GOOD_PARAMS, tokenizer=AsciiTokenizer()) and found.errors == {}
+
+    def test_a_tokenizer_may_know_more_tokens_than_there_are_logits(self):
+        params = SamplingParams(min_tokens=1, bad_words=["a"], temperature=0)
+        assert Sampler(AsciiTokenizer(), [0, 99]).sample(torch.zeros(1, 3), metadata_of(params)).errors == {}
+
+    @pytest.mark.parametrize("shape", [(1, 5), (5,)])
+    def test_a_wrong_shape_is_nobodys_row(self, shape):
+        metadata = metadata_of(SamplingParams(), SamplingParams())
+        assert "logits must be [2, vocab_size]" in error_of(Sampler().sample, torch.zeros(shape), metadata)
 
 
 # --- others' code --------------------------------------------------------------------------------------------------
@@ -1057,6 +1302,59 @@ class TestStatistics:
         assert stats.chisquare(pairs.numpy()).pvalue > 1e-3
 
 
+# --- any default dtype ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("stage", ["greedy", "random", "probs", "prompt"])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**6), num_rows=st.integers(0, 4))
+def test_torchs_default_dtype_changes_nothing(default_dtype, stage, seed, num_rows):
+    """People set bfloat16 to build models of their own, and float64 for numerics."""
+    rng = random.Random(seed)
+    logits = random_logits(num_rows, 128, seed)
+    tokens = [[rng.randrange(128) for _ in range(3)] for _ in range(num_rows)]
+    params = [
+        SamplingParams(
+            seed=row,
+            temperature=0 if stage == "greedy" else 0.7,
+            top_k=rng.choice([-1, 40]),
+            top_p=rng.choice([1, 0.9]),
+            min_p=rng.choice([0, 0.05]),
+            repetition_penalty=rng.choice([1, 1.1]),
+            frequency_penalty=rng.choice([0, 0.3]),
+            presence_penalty=rng.choice([0, 0.1]),
+            logit_bias=rng.choice([None, {}, {3: 0.1, 5: -7.3}]),
+            allowed_token_ids=rng.choice([None, list(range(100))]),
+            bad_words=rng.choice([None, ["a", "bc"]]),
+            min_tokens=rng.choice([0, 9]),
+            logprobs=rng.choice([None, 0, 3, -1]),
+        )
+        for row in range(num_rows)
+    ]
+
+    def run():
+        if stage == "prompt":
+            return compute_prompt_logprobs(logits, list(range(num_rows)) or [0], 3, AsciiTokenizer())
+        if stage == "probs":
+            return probs_of(logits, *params, tokenizer=AsciiTokenizer(), prompt_token_ids=tokens).tolist()
+        return sample(logits, *params, tokenizer=AsciiTokenizer(), prompt_token_ids=tokens, output_token_ids=tokens)
+
+    before = torch.get_default_dtype()
+    expected = run()
+    torch.set_default_dtype(default_dtype)
+    try:
+        assert run() == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
 # --- anything valid ------------------------------------------------------------------------------------------------
 
 VOCAB = 128
@@ -1070,7 +1368,7 @@ VALID = st.fixed_dictionaries(
         "top_p": NUMBERS.filter(lambda p: p > 0),
         "top_k": st.sampled_from([-1, 1, 2, VOCAB - 1, VOCAB, VOCAB + 1, 10**18]),
         "min_p": NUMBERS,
-        "repetition_penalty": st.floats(0, 2, exclude_min=True) | st.sampled_from([5e-324, 2]),
+        "repetition_penalty": st.floats(0, 2, exclude_min=True) | st.sampled_from([5e-324, 2, 3, 1e30, 1.7e308]),
         "presence_penalty": PENALTIES,
         "frequency_penalty": PENALTIES,
         "logit_bias": st.dictionaries(IDS, st.floats(-100, 100) | st.integers(-100, 100) | st.fractions(-100, 100)),
@@ -1078,7 +1376,7 @@ VALID = st.fixed_dictionaries(
         "bad_words": st.lists(st.text("abc \t", min_size=1, max_size=3), max_size=3),
         "min_tokens": st.integers(0, 3),
         "stop_token_ids": st.lists(IDS, max_size=3),
-        "logprobs": st.sampled_from([0, 1, 5, VOCAB + 1, 10**18]),
+        "logprobs": st.sampled_from([-1, 0, 1, 5, VOCAB + 1, 10**18]),
         "ignore_eos": st.booleans(),
     },
 )
