@@ -84,7 +84,7 @@ class _RowError(ValueError):
 
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(f"row {row} {reason}")
-        self.row, self.reason = row, reason
+        self.reason = reason
 
 
 def _per_row(values: Sequence[float], logits: Tensor) -> Tensor:
@@ -166,8 +166,8 @@ def apply_penalties(
 
     repetition = _per_row(repetition_penalties, logits).clamp(_TINY, _HUGE)
     # Beyond the largest float a logit would be infinite: inf - inf is not a number, and -inf removes a token.
-    scaled = torch.where(logits > 0, logits / repetition, logits * repetition).clamp(-_HUGE, _HUGE)
-    logits = torch.where(used_anywhere & logits.isfinite(), scaled, logits)
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition).clamp_(-_HUGE, _HUGE)
+    logits = torch.where(used_anywhere.logical_and_(logits.abs() < torch.inf), scaled, logits)
     return logits - _per_row(frequency_penalties, logits) * counts - _per_row(presence_penalties, logits) * used
 
 
@@ -378,8 +378,8 @@ class Sampler:
             scores = self._constrain(logits, metadata)
         except ValueError:
             scores = self._constrain_one_by_one(logits, metadata, errors)
-        for error in _find_unusable_rows(scores):
-            errors.setdefault(error.row, f"the request {error.reason}")
+        for row, reason in _find_unusable_rows(scores):
+            errors.setdefault(row, f"the request {reason}")
         if errors:
             scores = scores.index_fill(0, torch.tensor(list(errors), dtype=torch.long, device=scores.device), 0.0)
         token_ids = self._choose(scores, metadata)
@@ -403,8 +403,8 @@ class Sampler:
         """
         _check_shape(logits, metadata)
         scores = self._constrain(logits, metadata)
-        for error in _find_unusable_rows(scores):
-            raise error
+        for row, reason in _find_unusable_rows(scores):
+            raise ValueError(f"row {row} {reason}")
         return scores
 
     def _constrain(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
@@ -509,13 +509,13 @@ def _check_shape(logits: Tensor, metadata: SamplingMetadata) -> None:
         raise ValueError(f"logits must be [{num_rows}, vocab_size], one row a SamplingParams, got {[*logits.shape]}")
 
 
-def _find_unusable_rows(scores: Tensor) -> Iterator[_RowError]:
+def _find_unusable_rows(scores: Tensor) -> Iterator[tuple[int, str]]:
     """The rows that have no token left, or whose logits are not numbers, and why."""
     for row, largest in enumerate(scores.amax(dim=-1).tolist()):
         if largest == -torch.inf:
-            yield _RowError(row, "has no token left: allowed_token_ids, bad_words and min_tokens remove all")
+            yield (row, "has no token left: allowed_token_ids, bad_words and min_tokens remove all")
         elif not math.isfinite(largest):
-            yield _RowError(row, f"has a logit of {largest}: the forward pass went wrong, or logit_bias did")
+            yield (row, f"has a logit of {largest}: the forward pass went wrong, or logit_bias did")
 
 
 def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
