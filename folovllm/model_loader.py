@@ -13,10 +13,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -29,13 +30,20 @@ from folovllm.model.checkpoint import (
     Checkpoint,
     ModelLoadError,
     check_room,
+    check_shapes,
     find_folder,
     find_weight_files,
-    first_line,
-    load_hf_config,
-    read_safetensors_header,
+    missing_weights,
+    one_line,
+    read_headers,
 )
+from folovllm.model.checkpoint import (
+    read_safetensors_header as read_safetensors_header,
+)
+from folovllm.model.hf_config import check_sizes, load_hf_config, read_config, read_json
+from folovllm.sampling_params import SamplingParams
 from folovllm.utils import get_device
+from folovllm.validation import check_bool, check_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +52,6 @@ DEFAULT_MAX_MODEL_LEN = 2048
 PROGRESS_BAR_BYTES = 2**30
 """A checkpoint of at least this size (1 GiB) is worth a progress bar."""
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ class ModelLoader:
         """
         checkpoint = self.open(device)
         code = self.model_config.trust_remote_code
+        _check_model(checkpoint)
         with _transformers_progress_bar(checkpoint.num_bytes >= PROGRESS_BAR_BYTES):
             model = _load_weights(checkpoint.folder, checkpoint.hf_config, checkpoint.dtype, code)
         if model.device != checkpoint.device:  # a walk over all modules, a millisecond for a small model
@@ -144,21 +152,29 @@ class ModelLoader:
         """
         target = get_device(device)
         folder = find_folder(self.model_config.model)
-        hf_config = load_hf_config(folder, self.model_config.trust_remote_code)
+        raw = read_config(folder)
+        files = find_weight_files(folder)
+        headers = read_headers(files)
+        num_elements = sum(math.prod(tensor["shape"]) for tensor in headers.values())
+        check_sizes(folder, raw, num_elements, len(headers))
+        hf_config = load_hf_config(folder, raw, self.model_config.trust_remote_code)
+        _recommendations(folder, hf_config)
         model_max_len = get_model_max_len(hf_config)
         max_model_len = self.model_config.resolve_max_model_len(model_max_len)
         dtype = self._pick_dtype(hf_config, target)
-        files = find_weight_files(folder)
-        headers = [read_safetensors_header(path) for path in files]
-        num_elements = sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
         num_bytes = num_elements * dtype.itemsize
-        check_room(folder, num_bytes, target)
-        return Checkpoint(folder, hf_config, files, num_bytes, dtype, target, max_model_len, model_max_len)
+        advice = "choose a 16-bit dtype or a smaller model" + ("" if target.type == "cpu" else ", or device='cpu'")
+        check_room(f"the weights of {folder}", num_bytes, target, advice)
+        return Checkpoint(folder, hf_config, files, headers, num_bytes, dtype, target, max_model_len, model_max_len)
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self, add_pad_token: bool = True) -> PreTrainedTokenizerBase:
         """The tokenizer, padding on the left, with a pad token.
 
         A missing pad token becomes the end-of-sequence token; where there is none either, ``[PAD]`` is added.
+
+        Args:
+            add_pad_token: False leaves a missing pad token missing, for those who never pad. A ``[PAD]`` that is added
+                is also found in texts, and has an id for which the model may have no embedding.
 
         Raises:
             ModelLoadError: if there is no such tokenizer, or it cannot be read.
@@ -173,12 +189,12 @@ class ModelLoader:
                 padding_side="left",
             )
         except Exception as error:
-            raise ModelLoadError(f"no tokenizer could be read from {folder} ({first_line(error)})") from None
-        if not tokenizer.encode("a", add_special_tokens=False):
+            raise ModelLoadError(f"no tokenizer could be read from {folder} ({one_line(error)})") from None
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
             raise ModelLoadError(f"no tokenizer could be read from {folder}: there is no vocabulary in it")
         if config.tokenizer_mode == "slow" and tokenizer.is_fast:
             logger.warning("tokenizer_mode is 'slow', but %s has only the fast tokenizer, which was loaded", folder)
-        if tokenizer.pad_token_id is None:
+        if tokenizer.pad_token_id is None and add_pad_token:
             if tokenizer.eos_token is not None:
                 tokenizer.pad_token = tokenizer.eos_token
             else:
@@ -227,6 +243,80 @@ def get_model_and_tokenizer(
     return ModelLoader(model_config).load_model_and_tokenizer(device)
 
 
+class GenerationDefaults(NamedTuple):
+    """What a checkpoint says about generating."""
+
+    eos_token_ids: list[int]
+    """Every token that ends a text, the tokenizer's own first."""
+    params: SamplingParams
+    """How to sample where a request does not say."""
+
+
+def read_generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> GenerationDefaults:
+    """What ``generation_config.json`` says about generating, or ``config.json`` where there is none.
+
+    The end tokens are the tokenizer's own and those of the file, as in vLLM (``config/model.py``,
+    ``try_get_generation_config``, and ``SamplingParams.update_from_generation_config``, 0.33.0); those for which the
+    model has no embedding are left out, since it can never say them.
+
+    Raises:
+        ModelLoadError: if the file is broken; the message names the field.
+    """
+    ends, params = _recommendations(checkpoint.folder, checkpoint.hf_config)
+    own = tokenizer.eos_token_id
+    vocab_size = checkpoint.hf_config.get_text_config().vocab_size
+    every = dict.fromkeys([*([] if own is None else [own]), *ends])
+    return GenerationDefaults([token_id for token_id in every if token_id < vocab_size], params)
+
+
+_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def _recommendations(folder: Path, hf_config: Any) -> tuple[list[int], SamplingParams]:
+    """The end tokens and the sampling that a checkpoint's files name."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        raw = read_json(path)
+    else:
+        path, raw = folder / "config.json", hf_config.to_dict()
+    given = {name: raw[name] for name in _RECOMMENDED if raw.get(name) is not None}
+    ends, length = raw.get("eos_token_id"), raw.get("max_new_tokens")
+    try:
+        if given.get("top_k") == 0:
+            given["top_k"] = -1  # transformers' way to say "off"
+        if length is not None:
+            given["max_tokens"] = length
+        if raw.get("do_sample") is not None and not check_bool("do_sample", raw["do_sample"]):
+            given["temperature"] = 0.0
+        ends = [] if ends is None else check_token_ids("eos_token_id", ends if isinstance(ends, list) else [ends])
+        return ends, SamplingParams(**given)
+    except ValueError as error:
+        sentence = str(error).replace("max_tokens", "max_new_tokens")
+        raise ModelLoadError(f"{path} is wrong: {sentence}; correct the file, or remove the field from it") from None
+
+
+def _check_model(checkpoint: Checkpoint) -> None:
+    """Builds the model of transformers without its numbers, and compares its shapes with those in the files."""
+    config, path = checkpoint.hf_config, checkpoint.folder / "config.json"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if getattr(config, "auto_map", None):
+            return  # its class is code of the checkpoint's own
+        raise ModelLoadError(
+            f"{path} describes a {config.architectures[0]}, which transformers does not know as a model that continues "
+            "a text; give the folder of a causal language model"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ModelLoadError(
+            f"transformers cannot build the architecture {config.architectures[0]} from {path} ({one_line(error)}); "
+            "take the config from the checkpoint again"
+        ) from None
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    check_shapes(checkpoint, shapes, sum(shape.numel() for shape in shapes.values()))
+
+
 def _load_weights(folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The model on the CPU, with every one of its weights from the checkpoint."""
     try:
@@ -241,17 +331,18 @@ def _load_weights(folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote
         )
     except Exception as error:
         raise ModelLoadError(
-            f"transformers could not load {folder} ({first_line(error)}); "
+            f"transformers could not load {folder} ({one_line(error)}); "
             "its config and its weights may not belong together"
         ) from None
-    # transformers would fill what is missing or misshapen with random numbers, and only warn.
-    misshapen = {key for key, *_ in info["mismatched_keys"]}
-    for keys, how in ((info["missing_keys"], "missing"), (misshapen, "of another shape than config.json says")):
-        if keys:
-            raise ModelLoadError(
-                f"{len(keys)} of the model's weights ({', '.join(sorted(keys)[:3])}) are {how} in {folder}; "
-                "take config and weights from the same checkpoint"
-            )
+    # transformers would fill what is missing with random numbers, and only warn.
+    if info["missing_keys"]:
+        raise missing_weights(folder, list(info["missing_keys"]))
+    if info["mismatched_keys"]:  # names that transformers has translated; `check_shapes` knows the others
+        names = sorted({key for key, *_ in info["mismatched_keys"]})
+        raise ModelLoadError(
+            f"{len(names)} of the model's weights ({', '.join(names[:3])}) have another shape than the config in "
+            f"{folder} says; take config and weights from the same checkpoint"
+        )
     if info["unexpected_keys"]:
         logger.warning("%s has weights that its model does not use: %s", folder, sorted(info["unexpected_keys"]))
     return model

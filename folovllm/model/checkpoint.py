@@ -10,16 +10,37 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig
+from safetensors import SafetensorError, safe_open
 
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLE = "a pickle, which is refused because reading one can run any code"
+_OTHER_KINDS = (
+    ("adapter_config.json", "a LoRA adapter", "merge it into its base model (peft's merge_and_unload) and save that"),
+    ("*.gguf", "weights in llama.cpp's format GGUF", "take a safetensors version of the checkpoint"),
+    *(
+        (pattern, _PICKLE, "take a safetensors version of the checkpoint, or convert it where you trust it")
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")
+    ),
+    ("*.h5", "weights for TensorFlow", "take a safetensors version of the checkpoint"),
+    ("*.msgpack", "weights for Flax", "take a safetensors version of the checkpoint"),
+    ("*.onnx", "a graph for ONNX", "take a safetensors version of the checkpoint"),
+)
+"""What else a folder may hold: a pattern of file names, what such a file is, and what to do."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""What safetensors calls the dtypes that a weight may be stored in."""
+_BUFFER = re.compile(r"(\brotary_emb\.(inv_freq|cos_cached|sin_cached)|\b(self_)?attn\.(masked_)?bias)$")
+"""Names of tensors that old checkpoints hold and that follow from the config: rotary tables, masks."""
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_scale_inv|SCB|absmax|quant_state\.\w+)$"
+)
+"""Names of tensors that only quantized checkpoints hold (GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes)."""
 
 
 class ModelLoadError(RuntimeError):
@@ -34,6 +55,8 @@ class Checkpoint:
     hf_config: Any
     """transformers' config of the model."""
     weight_files: list[Path]
+    headers: dict[str, dict[str, Any]]
+    """Name of each tensor in them -> its ``dtype`` and ``shape``."""
     num_bytes: int
     """Bytes of all its tensors in ``dtype``."""
     dtype: torch.dtype
@@ -50,11 +73,12 @@ def find_folder(name: str) -> Path:
         folder = Path(name).expanduser()
         is_dir, exists = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelLoadError(f"{name!r} is no name of a folder or model ({first_line(error)})") from None
+        raise ModelLoadError(f"{name!r} is no name of a folder or model ({one_line(error)})") from None
     if is_dir:
         return folder
     if exists:
-        raise ModelLoadError(f"{name} is a file; give the folder of a checkpoint, which holds its config.json")
+        kind = " in llama.cpp's format GGUF, which is not read here" if folder.suffix == ".gguf" else ""
+        raise ModelLoadError(f"{name} is a file{kind}; give the folder of a checkpoint, which holds its config.json")
     if folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2:
         raise ModelLoadError(
             f"there is no folder {name}; give the folder of a checkpoint or a hub name like 'Qwen/Qwen3-0.6B'"
@@ -66,67 +90,72 @@ def find_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise ModelLoadError(
-            f"{name!r} is no folder here and could not be fetched from the hub ({first_line(error)}); "
+            f"{name!r} is no folder here and could not be fetched from the hub ({one_line(error)}); "
             "check the name and the network, or give the folder of a checkpoint"
         ) from None
 
 
-def load_hf_config(folder: Path, trust_remote_code: bool) -> Any:
-    """``config.json`` as an object of transformers, once it is clear that it names a model to build."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelLoadError(f"{folder} has no config.json, so it is no checkpoint; give the folder that holds one")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelLoadError(f"{path} is not valid JSON ({first_line(error)}); copy or download it again") from None
-    if not isinstance(raw, dict) or not raw.get("architectures"):
-        raise ModelLoadError(
-            f'{path} names no architecture; add its model class, as in "architectures": ["Qwen3ForCausalLM"]'
-        )
-    try:
-        if raw.get("model_type") in CONFIG_MAPPING and "auto_map" not in raw:
-            return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)  # AutoConfig would look for and read the file again
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelLoadError(
-            f"transformers cannot build the architecture {raw['architectures']} of {folder} "
-            f"({first_line(error)}); a newer transformers may know it, "
-            "and a checkpoint with code of its own needs trust_remote_code=True"
-        ) from None
+def describe_other_kind(folder: Path) -> str | None:
+    """What a folder holds that is no checkpoint for this engine, as the rest of an error's sentence."""
+    for pattern, what, advice in _OTHER_KINDS:
+        found = sorted(path.name for path in folder.glob(pattern))
+        if found:
+            return f"; it holds {found[0]}, {what}: {advice}"
+    return None
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, all of them there."""
+    """The safetensors files of a checkpoint, all of them there. A whole file goes before an index, as in transformers.
+
+    Raises:
+        ModelLoadError: if there are none, one is missing, or the index names one outside the folder.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ModelLoadError(f"{folder} is no whole model{describe_other_kind(folder)}")
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError("a file name is no string")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelLoadError(
-                f"{index} is not a checkpoint's index ({first_line(error)}); copy or download it again"
-            ) from None
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ModelLoadError(
-                f"{folder} lacks {len(missing)} of its {len(names)} weight files ({', '.join(missing[:3])}); "
-                "copy or download them"
-            )
-        return [folder / name for name in names]
     if single.is_file():
         return [single]
-    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
-    if pickles:
-        raise ModelLoadError(
-            f"{folder} has its weights in {pickles[0]}, a pickle, which is refused because reading one can run any "
-            "code; take a safetensors version of the checkpoint, or convert it where you trust it"
-        )
-    raise ModelLoadError(
-        f"{folder} has no model.safetensors (or model.safetensors.index.json); copy or download the weights "
-        "(a pickle checkpoint, *.bin, is refused, because reading one can run any code)"
+    if index.is_file():
+        return _read_index(index)
+    others = describe_other_kind(folder) or (
+        "; copy or download the weights (a pickle checkpoint, *.bin, is refused, because reading one can run any code)"
     )
+    raise ModelLoadError(f"{folder} has no model.safetensors (or model.safetensors.index.json){others}")
+
+
+def _read_index(index: Path) -> list[Path]:
+    """The files that an index names."""
+    folder = index.parent
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("weight_map must give the name of a file for each weight")
+        strays = [name for name in names if not _is_inside(folder, name)]
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, OSError) as error:
+        raise ModelLoadError(
+            f"{index} is not a checkpoint's index ({one_line(error)}); copy or download it again"
+        ) from None
+    if strays:
+        raise ModelLoadError(
+            f"{index} names the file {strays[0]!r} in its weight_map, which is outside the checkpoint's folder; "
+            "copy or download the checkpoint again"
+        )
+    if missing:
+        raise ModelLoadError(
+            f"{folder} lacks {len(missing)} of its {len(names)} weight files ({', '.join(missing[:3])}); "
+            "copy or download them"
+        )
+    return [folder / name for name in names]
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a file lies in the checkpoint's folder, or where the hub's cache keeps the files of such a folder."""
+    allowed = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append((folder.parent.parent / "blobs").resolve())
+    is_plain = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return is_plain and any((folder / name).resolve().is_relative_to(root) for root in allowed)
 
 
 def read_safetensors_header(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -138,37 +167,109 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, dict[str, Any]
         ModelLoadError: if the file is shorter than its header says, or is no safetensors file.
     """
     path = Path(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _damaged(path, f"it has {size:,} bytes and says that its header alone has {length:,}")
-        try:
-            header = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
-            [math.prod(map(int, entry["shape"])) for entry in tensors.values()]
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
-            raise _damaged(path, "its header is none") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise _damaged(path, f"it has {size:,} bytes where its header promises {expected:,}")
-    return tensors
+    try:
+        with open(path, "rb") as file:
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"it has {size:,} bytes and says that its header alone has {length:,}")
+            with safe_open(path, framework="pt"):  # checks every dtype, shape and offset, and their sum
+                header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ModelLoadError(
+            f"{path} is not a whole safetensors file ({one_line(error)}); copy or download it again"
+        ) from None
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def _damaged(path: Path, why: str) -> ModelLoadError:
-    return ModelLoadError(f"{path} is not a whole safetensors file: {why}; copy or download it again")
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each of whose keys occurs once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"one of {', '.join(name for name, _ in pairs[:3])} occurs twice")
+    return found
 
 
-def check_room(folder: Path, num_bytes: int, device: torch.device) -> None:
-    """Refuses weights larger than what the GPU has free, before any of them is read."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
+def read_headers(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The headers of all weight files in one; buffers that are no weights are left out.
+
+    Raises:
+        ModelLoadError: if a file is damaged, or a tensor says that the checkpoint is quantized.
+    """
+    headers: dict[str, dict[str, Any]] = {}
+    for path in files:
+        for name, entry in read_safetensors_header(path).items():
+            if _QUANTIZED.search(name):
+                raise quantized(path, f"it has a tensor {name}")
+            if not _BUFFER.search(name):
+                headers[name] = entry
+    return headers
+
+
+def quantized(path: Path, why: str) -> ModelLoadError:
+    """The error for a checkpoint whose weights are not floating-point numbers of 16 bits or more."""
+    return ModelLoadError(
+        f"{path} belongs to a quantized checkpoint ({why}), and quantized weights cannot be run yet; "
+        "take the checkpoint in float32, bfloat16 or float16 from which it was made"
+    )
+
+
+def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Sequence[int]], num_elements: int) -> None:
+    """Compares what a model will have with what the files hold, before memory is taken for either.
+
+    Args:
+        checkpoint: the files.
+        expected: name in the files -> shape, for all weights of the model whose name there is known.
+        num_elements: of all the model's weights.
+
+    Raises:
+        ModelLoadError: if a shape differs, a weight is quantized, or the model is far larger than its files.
+    """
+    path = checkpoint.folder / "config.json"
+    for name, shape in expected.items():
+        entry = checkpoint.headers.get(name)
+        if entry is None:
+            continue
+        if entry["shape"] != list(shape):
+            raise ModelLoadError(
+                f"{name} has shape {entry['shape']}, but its config says {list(shape)} "
+                f"({_name_fields(checkpoint.hf_config, entry['shape'], shape)}{path}); "
+                "take config and weights from the same checkpoint"
+            )
+        if entry["dtype"] not in _FLOATS:
+            raise quantized(checkpoint.folder, f"{name} is stored as {entry['dtype']}")
+    stored = sum(math.prod(entry["shape"]) for entry in checkpoint.headers.values())
+    # A few missing ones are named when all are known; here it is about memory.
+    if num_elements > 2 * stored:
+        raise ModelLoadError(
+            f"{path} describes a model of {num_elements:,} numbers, but the weight files hold {stored:,}; "
+            "take config and weights from the same checkpoint"
+        )
+
+
+def _name_fields(hf_config: Any, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """The fields of a config that may give the sizes in which two shapes differ."""
+    sizes = set(wanted) - set(found)
+    fields = hf_config.get_text_config().to_dict().items()
+    names = [f"{name}={value}" for name, value in fields if type(value) is int and value in sizes]
+    return f"{', '.join(names)} in " if names else ""
+
+
+def missing_weights(folder: Path, names: Sequence[str]) -> ModelLoadError:
+    """The error for weights that a model has and its checkpoint lacks."""
+    return ModelLoadError(
+        f"{len(names)} of the model's weights ({', '.join(sorted(names)[:3])}) are missing in {folder}; "
+        "take config and weights from the same checkpoint"
+    )
+
+
+def check_room(what: str, num_bytes: int, device: torch.device, advice: str) -> None:
+    """Refuses what is larger than the memory that a device has free, before any of it is taken."""
+    is_cpu = device.type == "cpu"
+    free = psutil.virtual_memory().available if is_cpu else torch.cuda.mem_get_info(device)[0]
     if num_bytes > free:
         raise ModelLoadError(
-            f"the weights of {folder} take {num_bytes / 2**30:.2f} GiB and {device} has {free / 2**30:.2f} GiB free; "
-            "end what else runs there, choose a 16-bit dtype, a smaller model, or device='cpu'"
+            f"{what} take {num_bytes / 2**30:.2f} GiB and {device} has {free / 2**30:.2f} GiB free; "
+            f"end what else runs there, {advice}"
         )
 
 
@@ -177,9 +278,10 @@ def iterate_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]
     for path in checkpoint.weight_files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
-                yield name, file.get_tensor(name)
+                if name in checkpoint.headers:  # and not a buffer that follows from the config
+                    yield name, file.get_tensor(name)
 
 
-def first_line(error: BaseException) -> str:
-    """An error of somebody else's in one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+def one_line(error: BaseException) -> str:
+    """All that somebody else's error says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"

@@ -10,6 +10,7 @@ subject. Queries, keys and values are one matrix product, and so are the MLP's g
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folovllm.model.checkpoint import Checkpoint, ModelLoadError, iterate_weights
+from folovllm.model.checkpoint import (
+    Checkpoint,
+    ModelLoadError,
+    check_room,
+    check_shapes,
+    iterate_weights,
+    missing_weights,
+)
 from folovllm.model.layers import Linear, RMSNorm
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
-"""The model classes of a checkpoint's config that this module can run."""
+ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+"""The model classes of a checkpoint's config that this module can run, and the ``model_type`` of each."""
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 """Layer, queries ``[num_tokens, num_heads, head_dim]``, keys and then values ``[num_tokens, 2 * num_kv_heads,
@@ -44,7 +52,6 @@ class DecoderConfig:
     rope_theta: float
     rope_scaling: dict[str, Any]
     """``rope_type`` and its numbers; "default", "linear" and "llama3" are known."""
-    max_position_embeddings: int
     qkv_bias: bool
     """Whether the projections to queries, keys and values have a bias (Qwen2)."""
     output_bias: bool
@@ -63,6 +70,11 @@ class DecoderConfig:
         architecture = (hf_config.architectures or ["none"])[0]
         if architecture not in ARCHITECTURES:
             raise ModelLoadError(f"the engine has no architecture {architecture}; it has {', '.join(ARCHITECTURES)}")
+        if hf_config.model_type != ARCHITECTURES[architecture]:
+            raise ModelLoadError(
+                f"the config's model_type {hf_config.model_type!r} does not belong to its architecture {architecture}; "
+                "take it from the checkpoint again"
+            )
         rope = dict(getattr(hf_config, "rope_parameters", None) or {})
         rope_type = rope.setdefault("rope_type", "default")
         if rope_type not in ("default", "linear", "llama3"):
@@ -71,6 +83,7 @@ class DecoderConfig:
             "hidden_act": hf_config.hidden_act != "silu",
             "mlp_bias": getattr(hf_config, "mlp_bias", False),
             "use_sliding_window": getattr(hf_config, "use_sliding_window", False),
+            "layer_types": set(getattr(hf_config, "layer_types", None) or ()) - {"full_attention"},
         }
         for name, is_unknown in unknown.items():
             if is_unknown:
@@ -88,7 +101,6 @@ class DecoderConfig:
             rms_norm_eps=hf_config.rms_norm_eps,
             rope_theta=rope.get("rope_theta", 10_000.0),
             rope_scaling=rope,
-            max_position_embeddings=hf_config.max_position_embeddings,
             qkv_bias=bias or architecture == "Qwen2ForCausalLM",
             output_bias=bias,
             qk_norm=architecture == "Qwen3ForCausalLM",
@@ -166,16 +178,25 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A decoder-only transformer over flat batches."""
+    """A decoder-only transformer over flat batches.
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    Args:
+        config: its shape.
+        num_positions: the longest sequence in tokens; the rotary tables have a row for each position.
+        dtype: of weights and activations.
+        device: where they are.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, num_positions: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = torch.empty(shape, dtype=dtype, device=device)
         self.layers = [DecoderLayer(config, i, dtype, self.device) for i in range(config.num_layers)]
         self.norm = RMSNorm(torch.empty(shape[1:], dtype=dtype, device=device), config.rms_norm_eps)
         self.head = Linear(self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding))
-        angles = torch.outer(torch.arange(config.max_position_embeddings).float(), rotary_frequencies(config))
+        angles = torch.outer(torch.arange(num_positions).float(), rotary_frequencies(config))
         self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
 
@@ -211,7 +232,7 @@ class Decoder:
         """Copies a checkpoint's tensors, by their names in transformers, into the fused ones here.
 
         Raises:
-            ModelLoadError: if one is missing, unknown, or of another shape than the config says.
+            ModelLoadError: if one is unknown.
         """
         places = self._places()
         for name, tensor in weights:
@@ -219,17 +240,13 @@ class Decoder:
                 continue
             if name not in places:
                 raise ModelLoadError(f"the checkpoint has a weight {name}, which {type(self).__name__} does not know")
-            place = places.pop(name)
-            # One norm serves all heads of a layer; here each head has its copy.
-            shape = place.shape[1:] if name.endswith(("q_norm.weight", "k_norm.weight")) else place.shape
-            if tensor.shape != shape:
-                raise ModelLoadError(
-                    f"the checkpoint's {name} has shape {[*tensor.shape]}, but its config says {[*shape]}"
-                )
-            place.copy_(tensor)
-        if places:
-            names = ", ".join(sorted(places)[:3])
-            raise ModelLoadError(f"{len(places)} of the model's weights ({names}) are missing in the checkpoint")
+            places[name].copy_(tensor)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of a checkpoint's tensors, by their names in transformers."""
+        # One norm serves all heads of a layer; here each head has its copy.
+        is_shared = re.compile(r"[qk]_norm\.weight$").search
+        return {name: (*place.shape[1 if is_shared(name) else 0 :],) for name, place in self._places().items()}
 
     def _places(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint goes: name -> a view of our weights."""
@@ -266,7 +283,18 @@ def load_decoder(checkpoint: Checkpoint) -> Decoder:
         ModelLoadError: if the engine has no such architecture, or config and weights do not belong together.
     """
     config = DecoderConfig.from_hf(checkpoint.hf_config)
-    decoder = Decoder(config, checkpoint.dtype, checkpoint.device)
+    num_positions, dtype, device = checkpoint.max_model_len, checkpoint.dtype, checkpoint.device
+    shapes = Decoder(config, 0, dtype, "meta").weight_shapes()  # nothing is allocated there
+    check_shapes(checkpoint, shapes, sum(math.prod(shape) for shape in shapes.values()))
+    if missing := sorted(shapes.keys() - checkpoint.headers.keys()):
+        raise missing_weights(checkpoint.folder, missing)
+    check_room(
+        f"the rotary tables of {checkpoint.folder} for {num_positions:,} positions",
+        2 * num_positions * config.head_dim * dtype.itemsize,
+        device,
+        "or lower max_model_len",
+    )
+    decoder = Decoder(config, num_positions, dtype, device)
     decoder.load_weights(iterate_weights(checkpoint))
     decoder.process_weights_after_loading()
     return decoder

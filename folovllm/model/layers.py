@@ -77,7 +77,7 @@ class RMSNorm:
         if self.weight.device.type == "cpu":
             size = self.weight.shape[-1]
             self._scaled = self.weight * math.sqrt(size)
-            self._shortest = torch.tensor(math.sqrt(size * self.eps))
+            self._shortest = torch.tensor(math.sqrt(size * self.eps), dtype=torch.float32, device=self.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The shape and dtype of ``x``."""

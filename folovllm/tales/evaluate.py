@@ -129,6 +129,8 @@ else: outside the tales its answers mean nothing.
 - **Made by** `python -m folovllm.tales.train`: Muon and AdamW, 1,600 steps of 32 documents, seed 0; about 25 minutes
   on one CPU core.
 - **Trained on** documents of up to 290 tokens. `max_position_embeddings` is 2,048, but nothing longer was ever seen.
+- **Sample with** temperature 1 and `min_p` 0.01, as `generation_config.json` recommends: at temperature 1 alone, one
+  token in 4,000 is one that the model itself finds impossible, and it derails the tale.
 - **Measured by** `python -m folovllm.tales.evaluate` on {num_documents} held-out documents of each kind:
 
 | | English tales | Chinese tales | conversations |
