@@ -33,6 +33,7 @@ from folovllm.model.checkpoint import (
     check_shapes,
     find_folder,
     find_weight_files,
+    is_buffer,
     missing_weights,
     one_line,
     read_headers,
@@ -253,7 +254,7 @@ class GenerationDefaults(NamedTuple):
 
 
 def read_generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> GenerationDefaults:
-    """What ``generation_config.json`` says about generating, or ``config.json`` where there is none.
+    """What ``generation_config.json`` says about generating; where there is none, ``config.json`` has the end tokens.
 
     The end tokens are the tokenizer's own and those of the file, as in vLLM (``config/model.py``,
     ``try_get_generation_config``, and ``SamplingParams.update_from_generation_config``, 0.33.0); those for which the
@@ -278,7 +279,7 @@ def _recommendations(folder: Path, hf_config: Any) -> tuple[list[int], SamplingP
     if path.is_file():
         raw = read_json(path)
     else:
-        path, raw = folder / "config.json", hf_config.to_dict()
+        path, raw = folder / "config.json", {"eos_token_id": getattr(hf_config.get_text_config(), "eos_token_id", None)}
     given = {name: raw[name] for name in _RECOMMENDED if raw.get(name) is not None}
     ends, length = raw.get("eos_token_id"), raw.get("max_new_tokens")
     try:
@@ -343,8 +344,8 @@ def _load_weights(folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote
             f"{len(names)} of the model's weights ({', '.join(names[:3])}) have another shape than the config in "
             f"{folder} says; take config and weights from the same checkpoint"
         )
-    if info["unexpected_keys"]:
-        logger.warning("%s has weights that its model does not use: %s", folder, sorted(info["unexpected_keys"]))
+    if unused := sorted(name for name in info["unexpected_keys"] if not is_buffer(name)):
+        logger.warning("%s has weights that its model does not use: %s", folder, unused)
     return model
 
 

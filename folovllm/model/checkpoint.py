@@ -200,9 +200,14 @@ def read_headers(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
         for name, entry in read_safetensors_header(path).items():
             if _QUANTIZED.search(name):
                 raise quantized(path, f"it has a tensor {name}")
-            if not _BUFFER.search(name):
+            if not is_buffer(name):
                 headers[name] = entry
     return headers
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of this name is no weight, but follows from the config."""
+    return _BUFFER.search(name) is not None
 
 
 def quantized(path: Path, why: str) -> ModelLoadError:
@@ -225,7 +230,7 @@ def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Sequence[int]], 
         ModelLoadError: if a shape differs, a weight is quantized, or the model is far larger than its files.
     """
     path = checkpoint.folder / "config.json"
-    for name, shape in expected.items():
+    for name, shape in sorted(expected.items()):
         entry = checkpoint.headers.get(name)
         if entry is None:
             continue

@@ -117,10 +117,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelLoadError(
-            f"{folder} has no config.json, so it is no checkpoint"
-            f"{describe_other_kind(folder) or '; give the folder that holds one'}"
+        others = describe_other_kind(folder) or (
+            "; it holds a tokenizer alone: give the folder that holds the model's config.json and weights as well"
+            if any(folder.glob("tokenizer*"))
+            else "; give the folder that holds one"
         )
+        raise ModelLoadError(f"{folder} has no config.json, so it is no checkpoint{others}")
     raw = read_json(path)
     names = raw.get("architectures")
     if not (isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)):
