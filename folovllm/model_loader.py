@@ -257,17 +257,20 @@ def read_generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenize
     """What ``generation_config.json`` says about generating; where there is none, ``config.json`` has the end tokens.
 
     The end tokens are the tokenizer's own and those of the file, as in vLLM (``config/model.py``,
-    ``try_get_generation_config``, and ``SamplingParams.update_from_generation_config``, 0.33.0); those for which the
-    model has no embedding are left out, since it can never say them.
+    ``try_get_generation_config``, and ``SamplingParams.update_from_generation_config``, 0.33.0). Left out are
+    those for which the model has no embedding, since it can never say them, and the default of transformers' class
+    (Llama's 2) where it is an ordinary word of another tokenizer, since nobody chose it.
 
     Raises:
         ModelLoadError: if the file is broken; the message names the field.
     """
+    config = checkpoint.hf_config.get_text_config()
     ends, params = _recommendations(checkpoint.folder, checkpoint.hf_config)
     own = tokenizer.eos_token_id
-    vocab_size = checkpoint.hf_config.get_text_config().vocab_size
-    every = dict.fromkeys([*([] if own is None else [own]), *ends])
-    return GenerationDefaults([token_id for token_id in every if token_id < vocab_size], params)
+    if own is not None:
+        default = getattr(type(config), "eos_token_id", None)
+        ends = [own, *(end for end in ends if end != default or end in tokenizer.added_tokens_decoder)]
+    return GenerationDefaults([end for end in dict.fromkeys(ends) if end < config.vocab_size], params)
 
 
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

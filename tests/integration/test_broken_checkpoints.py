@@ -15,7 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from folovllm import ModelConfig, ModelLoader
 from folovllm.model.checkpoint import ModelLoadError
@@ -349,7 +358,7 @@ class TestSafetensors:
             ({"a": {**ENTRY, "shape": [1], "data_offsets": [4, 8]}}, "offset"),
             ({"a": {**ENTRY, "shape": [3]}}, "shape"),
             ([], "sequence"),
-            ('{"a": %s, "a": %s}' % (json.dumps(ENTRY), json.dumps(ENTRY)), "twice"),
+            ('{"a": ENTRY, "a": ENTRY}'.replace("ENTRY", json.dumps(ENTRY)), "twice"),
             ("[" * 5000, "sequence"),
             ('{"a":' * 5000, "recursion"),
             ("{}", "not fully covered"),
@@ -420,6 +429,15 @@ class TestGenerationConfig:
         self.write(copy, eos_token_id=ends)
         assert self.read(copy).eos_token_ids == expected
 
+    def test_the_default_of_a_class_is_no_end_token_of_another_tokenizer(self, copy):
+        """LlamaConfig's own 2 is a word here; a file that names another word means it."""
+        words = {word: i for i, word in enumerate(["<eos>", "A", "C", "G"])}
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)), eos_token="<eos>").save_pretrained(copy)
+        for named, expected in ((2, [0]), ([2, 3], [0, 3]), (0, [0])):
+            self.write(copy, eos_token_id=named)
+            assert self.read(copy).eos_token_ids == expected
+        assert loader(copy).load_tokenizer().convert_tokens_to_ids("G") == 3  # no "a" is needed
+
     def test_without_one_the_config_says_it(self, copy):
         (copy / "generation_config.json").unlink()
         edit(copy, eos_token_id=[3, 4])
@@ -431,10 +449,9 @@ class TestGenerationConfig:
 class TestAnything:
     """Values and bytes changed at random: the checkpoint is loaded, or one sentence says why not."""
 
-    ODD = st.sampled_from(
-        [None, True, False, -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 10**12, 10**30, -0.5, 0.5, 4.0, 1e300]
-        + [float("nan"), float("inf"), "", "x", "4", [], [1], [None], {}, {"a": 1}, {"rope_type": "linear"}, ["x"]]
-    )
+    NUMBERS = (-1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 10**12, 10**30, -0.5, 0.5, 4.0, 1e300, float("nan"), float("inf"))
+    OTHERS = (None, True, False, "", "x", "4", [], [1], [None], ["x"], {}, {"a": 1}, {"rope_type": "linear"})
+    ODD = st.sampled_from([*NUMBERS, *OTHERS])
     FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "safetensors")
 
     @staticmethod

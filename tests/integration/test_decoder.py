@@ -135,3 +135,29 @@ def test_the_engine_generates_what_transformers_does(name, tmp_path):
             torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0
         )
         assert finished[request_id] == ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["qwen3", "llama, llama3 RoPE, tied"])
+@torch.inference_mode()
+def test_torchs_default_dtype_changes_no_number(name, dtype, tmp_path):
+    save(CONFIGS[name], tmp_path)
+
+    def run():
+        decoder = load(tmp_path)
+        return decoder.compute_logits(decoder(torch.arange(20), torch.arange(20), attend)), decoder.cos, decoder.sin
+
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_the_tables_have_a_row_for_each_position_that_is_served(tmp_path):
+    save(CONFIGS["llama"], tmp_path)
+    decoder = load_decoder(ModelLoader(ModelConfig(str(tmp_path), max_model_len=7)).open("cpu"))
+    assert decoder.cos.shape == decoder.sin.shape == (7, 1, 16)
+    assert torch.equal(decoder.cos, load(tmp_path).cos[:7])

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folovllm import ModelConfig, ModelLoader, SamplingParams
-from folovllm.model_loader import get_model_max_len
+from folovllm import LLM, ModelConfig, ModelLoader, SamplingParams
+from folovllm.model_loader import get_model_max_len, read_generation_config
 from folovllm.sample.sampler import Sampler, SamplingMetadata
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.tales.evaluate import evaluate
 from folovllm.tales.grammar import CARD_SLOTS, continuations
 from folovllm.tales.tokenizer import VOCAB_LIMIT, next_token_probs
+from folovllm.tales.train import generation_config
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
@@ -79,6 +81,10 @@ class TestCheckpoint:
         assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
         assert model.config.eos_token_id == tokenizer.eos_token_id == ends[0]
         assert model.config.pad_token_id == tokenizer.pad_token_id == ends[1]
+
+    def test_training_writes_the_same_generation_config(self, model):
+        written = generation_config(model.generation_config.eos_token_id).to_diff_dict()
+        assert written == model.generation_config.to_diff_dict()
 
     def test_the_model_card_has_no_path_of_a_machine(self):
         for path in EMBEDDED_MODEL.glob("*.json"):
@@ -222,3 +228,14 @@ class TestTales:
         text = tell(model, tokenizer, "Once upon a time", lambda logits: sampler(logits, metadata).token_ids[0])
         assert continuations(text) == {}
         assert text != tell(model, tokenizer, "Once upon a time")
+
+    def test_as_recommended_no_tale_has_a_token_that_the_model_finds_impossible(self):
+        """1,000 seeds were counted: none; the least likely token had a log probability of -3.7."""
+        loader = ModelLoader(ModelConfig(str(EMBEDDED_MODEL)))
+        params = read_generation_config(loader.open("cpu"), loader.load_tokenizer()).params
+        params = [replace(params, max_tokens=256, logprobs=0, seed=seed) for seed in range(60)]
+        llm = LLM(str(EMBEDDED_MODEL), device="cpu")
+        for output in llm.generate(["Once upon a time"] * 60, params, use_tqdm=False):
+            (answer,) = output.outputs
+            assert answer.finish_reason == "stop"
+            assert min(found[token].logprob for found, token in zip(answer.logprobs, answer.token_ids)) > -7

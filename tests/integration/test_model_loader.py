@@ -456,6 +456,12 @@ class TestLoadTokenizer:
         assert tokenizer.pad_token == "[PAD]" and tokenizer.pad_token_id == 256
         assert len(tokenizer) == 257
 
+    def test_whoever_never_pads_gets_the_vocabulary_as_it_is(self, tmp_path):
+        make_tokenizer().save_pretrained(tmp_path)
+        tokenizer = ModelLoader(ModelConfig(str(tmp_path))).load_tokenizer(add_pad_token=False)
+        assert tokenizer.pad_token is None and len(tokenizer) == 256
+        assert tokenizer.decode(ids := tokenizer.encode("a [PAD]")) == "a [PAD]" and max(ids) < 256
+
     def test_it_may_lie_elsewhere(self, checkpoint, tmp_path):
         make_tokenizer(eos_token="<other>").save_pretrained(tmp_path)
         tokenizer = self.load(checkpoint, tokenizer=str(tmp_path))
