@@ -9,7 +9,9 @@ the end. Stop strings are looked for here, since they may begin in one token and
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from folovllm.sampling_params import SamplingParams
 
@@ -18,27 +20,23 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-CONTEXT = 5
+CONTEXT = 2
 """Tokens that are decoded again in front of a new one, at least; the first of them are the prompt's."""
 
+NOT_WHOLE = "\ufffd"
+"""Stands in a text for bytes that make no character, or none yet."""
 
-def _make_decode(tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> Callable[[list[int]], str]:
-    """A function from token ids to their text, as the params want it."""
-    skip = params.skip_special_tokens
-    if tokenizer.is_fast and not tokenizer.clean_up_tokenization_spaces:
-        backend = tokenizer.backend_tokenizer  # the same text in a third of the time: two calls a token add up
-        return lambda token_ids: str(backend.decode(token_ids, skip_special_tokens=skip))
-    spaces = params.spaces_between_special_tokens
-    return lambda token_ids: str(
-        tokenizer.decode(token_ids, skip_special_tokens=skip, spaces_between_special_tokens=spaces)
-    )
+_MAY_LOSE_SPACES = re.compile(r" [ ']*(?:n[ ']*|[vr])?$")
+"""The end of a text in which ``clean_up_tokenization`` may yet find something: the beginnings of what it looks for."""
+
+_special_ids: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
 
 
 class Detokenizer:
-    """The text of one sequence's output.
+    """The text of one sequence's output: what the tokenizer's ``decode`` makes of prompt and output, less the prompt's.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's, of any kind, fast or slow; nothing in it is changed.
         params: stop strings, and what to do with special tokens.
         prompt_token_ids: what the output follows on.
     """
@@ -48,14 +46,22 @@ class Detokenizer:
     ) -> None:
         self.params = params
         self.stops = list(params.stop or [])
-        self._decode = _make_decode(tokenizer, params)
-        self._text = ""
-        self._window = list(prompt_token_ids[-CONTEXT:])
-        """The newest tokens; of their text, the first ``_num_given`` characters have been given out."""
-        self._num_given = len(self._decode(self._window))
-        self._is_read = True  # whether all of the window's tokens have been looked at
         self._held_back = 0 if params.include_stop_str_in_output else max(map(len, self.stops), default=1) - 1
+        self._decode = _make_decode(tokenizer, params.skip_special_tokens)
+        self._skipped = _find_special_ids(tokenizer) if params.skip_special_tokens else frozenset()
+        self._unspaced = {} if params.skip_special_tokens or params.spaces_between_special_tokens else _added(tokenizer)
+        """What added tokens read as right after another, where no space may be between them."""
+        self._follows_added = False
+        self._text = ""
         self._num_tokens = 0
+        self._is_finished = False
+        self._unread: list[int] = []
+        """The tokens that nobody has asked for yet."""
+        self._window, self._window_text = self._find_context(list(prompt_token_ids))
+        """The newest tokens that were read, and the part of their text that has been given out or is the prompt's."""
+        self._num_given = len(self._window)
+        """How many of the window's tokens that text is of; the others wait for the rest of their character."""
+        self._clean_up = _CleanUp(tokenizer, self._decode(list(prompt_token_ids))) if _cleans_up(tokenizer) else None
 
     @property
     def text(self) -> str:
@@ -63,43 +69,100 @@ class Detokenizer:
         self._read()
         return self._text
 
-    def add(self, token_id: int) -> str | None:
+    def add(self, token_id: int, stop_terminated: bool = False) -> str | None:
         """Takes in one token.
 
+        Args:
+            token_id: the token.
+            stop_terminated: whether it is an end token or a stop token that ends the output. It is no text then,
+                unless ``include_stop_str_in_output``.
+
         Returns:
-            the stop string that its text completes, None if there is none.
+            the stop string that its text completes, None if there is none. What the first ``min_tokens`` tokens
+            complete does not count.
         """
         self._num_tokens += 1
-        self._window.append(token_id)
-        self._is_read = False
+        if token_id not in self._skipped and not (stop_terminated and not self.params.include_stop_str_in_output):
+            self._unread.append(token_id)
         if not self.stops:
             return None  # and nothing is decoded before somebody asks for it
         before = len(self._text)
         self._read()
-        return self._find_stop(before) if self._num_tokens >= self.params.min_tokens else None
+        return self._find_stop(before) if self._num_tokens > self.params.min_tokens else None
 
     def finish(self) -> None:
-        """Gives out what was waiting for the rest of its character, which will not come."""
-        self._text += self._decode(self._window)[self._num_given :]
-        self._window.clear()
-        self._is_read = True
+        """No token will follow: nothing is held back any more. Bytes of a character that is not whole are no text."""
+        self._read()
+        if self._clean_up is not None and not self._is_finished:
+            self._text += self._clean_up("", is_last=True)
+        self._is_finished = True
 
     def visible_text(self) -> str:
-        """What a stream may show while the output grows: not what may turn out to be the beginning of a stop string."""
-        return self.text[: max(len(self.text) - self._held_back, 0)]
+        """What a stream may show: while the output grows, not what may yet become the beginning of a stop string."""
+        text = self.text
+        return text if self._is_finished else text[: max(len(text) - self._held_back, 0)]
 
     def _read(self) -> None:
-        """Decodes the window again, if it has grown, and adds what is new and whole to the text."""
-        if self._is_read:
+        """Adds the text of the unread tokens to the text."""
+        if self._unread:
+            token_ids, self._unread = self._unread, []
+            self._read_tokens(token_ids)
+
+    def _read_tokens(self, token_ids: list[int]) -> None:
+        """Decodes the window with these tokens behind it, and gives out what is new and whole.
+
+        All at once is the same as one by one, and faster; only around bytes that make no character it is not.
+        """
+        window = self._window + token_ids
+        text = self._decode(window)
+        if len(token_ids) > 1 and (self._unspaced or NOT_WHOLE in text[len(self._window_text) :]):
+            for token_id in token_ids:
+                self._read_tokens([token_id])
             return
-        self._is_read = True
-        text = self._decode(self._window)
-        whole = text.rstrip("\ufffd")  # which stands for bytes that make no character, or none yet
-        self._text += whole[self._num_given :]
-        self._num_given = max(self._num_given, len(whole))
-        if len(whole) == len(text) and len(self._window) > 2 * CONTEXT:
-            self._window = self._window[-CONTEXT:]
-            self._num_given = len(self._decode(self._window))
+        self._window = window
+        if not text.endswith(NOT_WHOLE):
+            self._give_out(text)
+        self._follows_added = token_ids[-1] in self._unspaced
+
+    def _give_out(self, text: str) -> None:
+        """Adds to the text what is new in the window's, and lets old tokens go."""
+        if not text.startswith(self._window_text):
+            text = self._find_border(text)
+        new = text[len(self._window_text) :]
+        if not new:
+            return  # the newest tokens may get a text with those that follow
+        if self._follows_added:
+            new = self._unspaced.get(self._window[-1], new)
+        self._text += new if self._clean_up is None else self._clean_up(new)
+        if len(self._window) > 2 * CONTEXT:
+            self._window, text = self._find_context(self._window)
+        self._window_text, self._num_given = text, len(self._window)
+
+    def _find_border(self, text: str) -> str:
+        """The window's text again, with what has been given out of it in front, where bytes read otherwise by now.
+
+        Either the prompt ended within a character: then as much of the text is the prompt's as it may have meant. Or
+        byte tokens that make no character follow on some that did, and the tokenizer now reads all of them as invalid:
+        what has been given out stays, and only the new ones are.
+        """
+        if self._window_text.endswith(NOT_WHOLE):
+            meant = (self._decode(self._window[: max(self._num_given - num, 0)]) for num in range(4))
+            self._window_text = text[: max(_count_shared(text, each) for each in meant)]
+            return text
+        self._window, self._window_text, self._num_given = self._window[self._num_given :], "", 0
+        return self._decode(self._window)
+
+    def _find_context(self, token_ids: list[int]) -> tuple[list[int], str]:
+        """The last few tokens, enough to read on from, and their text.
+
+        Their first may be cut off within a character, or within a run of byte tokens, of which not one can be read
+        then. That does no harm if another text follows; if not, one of four cuts in a row is between two characters.
+        """
+        for num in range(CONTEXT, min(CONTEXT + 4, len(token_ids))):
+            text = self._decode(token_ids[-num:])
+            if text.strip(NOT_WHOLE):
+                return token_ids[-num:], text
+        return token_ids, self._decode(token_ids)
 
     def _find_stop(self, before: int) -> str | None:
         """Cuts the text at the stop string that is complete first, of those that were not complete ``before``."""
@@ -112,4 +175,71 @@ class Detokenizer:
             return None
         end = min(ends)
         self._text = self._text[: end if self.params.include_stop_str_in_output else end - len(ends[end])]
+        self._is_finished = True
         return ends[end]
+
+
+class _CleanUp:
+    """Takes the spaces out that a tokenizer's ``clean_up_tokenization_spaces`` wants gone, once that is certain.
+
+    Args:
+        tokenizer: whose rules.
+        before: the prompt's text, whose end may lose its spaces, too, with what follows.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: str) -> None:
+        self._tokenizer = tokenizer
+        self._rest = before[_find_certain(before) :]
+        self._prompt_end = tokenizer.clean_up_tokenization(self._rest)
+
+    def __call__(self, text: str, is_last: bool = False) -> str:
+        """What is certain now that ``text`` follows on what came before; all of it if it ``is_last``."""
+        rest = self._rest + text
+        num = len(rest) if is_last else _find_certain(rest)
+        clean, self._rest = self._tokenizer.clean_up_tokenization(rest[:num]), rest[num:]
+        if clean:
+            clean, self._prompt_end = clean[_count_shared(clean, self._prompt_end) :], ""
+        return clean
+
+
+def _count_shared(a: str, b: str) -> int:
+    """How many characters two texts have in common from the beginning on."""
+    return next((num for num, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _find_certain(text: str) -> int:
+    """How many characters of a text keep or lose their spaces, whatever follows."""
+    found = _MAY_LOSE_SPACES.search(text)
+    return found.start() if found else len(text)
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ``decode`` takes spaces out; for BPE transformers ignores the setting, unless told twice."""
+    if not tokenizer.clean_up_tokenization_spaces:
+        return False
+    is_bpe = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    return not is_bpe or bool(tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output)
+
+
+def _make_decode(tokenizer: PreTrainedTokenizerBase, skip: bool) -> Callable[[list[int]], str]:
+    """A function from token ids to their text, without special tokens if ``skip``; it takes no spaces out."""
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer  # the same text in a third of the time: a call a token adds up
+        return lambda token_ids: str(backend.decode(token_ids, skip_special_tokens=skip))
+    return lambda token_ids: str(
+        tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    )
+
+
+def _find_special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that ``skip_special_tokens`` leaves out. To leave them out at once keeps the window short."""
+    if tokenizer not in _special_ids:
+        added = tokenizer.added_tokens_decoder.items()
+        fast = (token_id for token_id, token in added if token.special)
+        _special_ids[tokenizer] = frozenset(fast if tokenizer.is_fast else tokenizer.all_special_ids)
+    return _special_ids[tokenizer]
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokens that were added to the tokenizer's vocabulary, by id."""
+    return {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}

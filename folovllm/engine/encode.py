@@ -1,0 +1,69 @@
+"""From a text to tokens, at the engine's door: what cannot be served is refused before the work begins."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from folovllm.validation import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_longest_tokens: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()
+_unlimited: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_model_len: int, add_special_tokens: bool = True
+) -> list[int]:
+    """The tokens of a text: all of them, without padding. Several threads may call it at once.
+
+    Args:
+        tokenizer: the model's; nothing in it is changed.
+        text: any text.
+        max_model_len: tokens that the model can take. That a text of this many tokens fits is for the caller to see;
+            here only one is refused that would have more, even if every token were the longest there is (as in vLLM).
+        add_special_tokens: whether the tokenizer may add its own, such as one at the beginning.
+
+    Raises:
+        ValueError: if the text is much too long, or has a character that no text can have (half a surrogate pair).
+    """
+    if len(text) > max_model_len:  # a token has a character, at least: a short text needs no second look
+        longest = _longest_token(tokenizer)
+        require(
+            len(text) <= max_model_len * longest,
+            f"prompt must have at most {max_model_len * longest} characters (max_model_len {max_model_len} times "
+            f"{longest}, the longest token's), got {len(text)}",
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt must be text, but its character {error.start} is {text[error.start]!a}, half a surrogate pair; "
+            "read it anew with the encoding that it is written in"
+        ) from None
+    return list(_without_limits(tokenizer).encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token; read from the vocabulary once per tokenizer."""
+    if tokenizer not in _longest_tokens:
+        _longest_tokens[tokenizer] = max(map(len, tokenizer.get_vocab()))
+    return _longest_tokens[tokenizer]
+
+
+def _without_limits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or a copy if its backend pads or truncates.
+
+    ``encode`` would switch both off, under the feet of another thread that has just switched them on.
+    """
+    if tokenizer not in _unlimited:
+        if (
+            not tokenizer.is_fast
+            or (tokenizer.backend_tokenizer.padding or tokenizer.backend_tokenizer.truncation) is None
+        ):
+            return tokenizer
+        _unlimited[tokenizer] = copy.deepcopy(tokenizer)
+    return _unlimited[tokenizer]

@@ -1,0 +1,50 @@
+"""From a text to tokens: what cannot be served is refused first, and no tokenizer is changed."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from tokenizer_kinds import FAST, SLOW, TEXTS, byte_level
+from unit_helpers import error_of
+
+from folovllm.engine.encode import encode_text
+
+TOKENIZER = FAST["embedded"]
+
+
+@pytest.mark.parametrize("kind", FAST | SLOW)
+@given(text=TEXTS)
+def test_the_tokens_are_the_tokenizers_own(kind, text):
+    tokenizer = (FAST | SLOW)[kind]
+    for special in (True, False):
+        assert encode_text(tokenizer, text, 512, special) == tokenizer.encode(text, add_special_tokens=special)
+
+
+def test_a_text_much_too_long_is_refused_before_it_is_encoded():
+    longest = max(map(len, TOKENIZER.get_vocab()))
+
+    class Refusing:
+        is_fast = True
+        get_vocab = staticmethod(TOKENIZER.get_vocab)
+
+    message = error_of(encode_text, Refusing(), "a" * (8 * longest + 1), 8)
+    assert f"at most {8 * longest} characters" in message and f"got {8 * longest + 1}" in message
+    assert len(encode_text(TOKENIZER, "a" * (8 * longest), 8)) > 8
+
+
+@pytest.mark.parametrize("text, index", [("\udce9", 0), ("caf\udce9!", 3), ("\ud83e\udd8a", 0)])
+def test_half_a_surrogate_pair_is_refused(text, index):
+    assert f"its character {index} is '\\ud" in error_of(encode_text, TOKENIZER, text, 64)
+
+
+def test_no_padding_nor_truncation_of_the_tokenizer_matters_or_is_changed():
+    tokenizer = byte_level()
+    want = tokenizer.encode("a fox 🦊")
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    before = (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(map(tuple, pool.map(lambda _: encode_text(tokenizer, "a fox 🦊", 64), range(64)))) == {tuple(want)}
+    assert (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation) == before
