@@ -53,16 +53,19 @@ def make_workload(
     ]
 
 
-def run_engine(llm: LLM, work: Workload) -> None:
-    """Our side."""
+def run_engine(llm: LLM, work: Workload) -> list[list[int]]:
+    """Our side: the tokens of each request."""
     params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=wanted) for _, wanted in work]
     outputs = llm.generate([prompt for prompt, _ in work], params, use_tqdm=False)
-    assert [len(output.outputs[0].token_ids) for output in outputs] == [wanted for _, wanted in work]
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    assert [len(answer) for answer in answers] == [wanted for _, wanted in work]
+    return answers
 
 
 @torch.inference_mode()
-def run_padded(model: Any, work: Workload) -> None:
-    """The other side: all requests as one batch, padded on the left, until the longest has its tokens."""
+def run_padded(model: Any, work: Workload) -> list[list[int]]:
+    """The other side: all requests as one batch, padded on the left, until the longest has its tokens. Returns those
+    that were asked for."""
     width = max(len(prompt) for prompt, _ in work)
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in work])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in work])
@@ -72,6 +75,7 @@ def run_padded(model: Any, work: Workload) -> None:
         pad_token_id=0,
     )  # fmt: skip
     assert out.shape[1] == width + longest
+    return [row[width : width + wanted].tolist() for row, (_, wanted) in zip(out, work)]
 
 
 def make_large_checkpoint(folder: Path) -> None:

