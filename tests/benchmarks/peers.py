@@ -206,6 +206,7 @@ def measure(row: Row, peers: list[str], env: Path, scratch: Path, repeat: int) -
     ours = Side("folovllm", env, task)
     try:
         for peer in peers:
+            print(f"… {row.title}: {peer}", file=sys.stderr)
             theirs = Side(peer, env, task)
             try:
                 seconds = alternate({"ours": ours, "theirs": theirs}, repeat)
