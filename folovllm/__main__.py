@@ -2,7 +2,7 @@
 
 Every field of the configs is an option under its own name, and so are those of `SamplingParams` that make sense for
 one streamed answer. What goes wrong is one line on standard error and the exit status: 1 for a mistake that was found
-while running, 2 for one in the options, 130 after Ctrl-C, 141 when nobody reads the output any more.
+while running, 2 for one in the options, 130 after Ctrl-C, 141 when the reader of the output is gone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: the usage of so many options would hide it."""
+    """Reports an error in one line: the usage of so many options would hide it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the options)\n")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as after `| head`: whoever read has had enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         _discard_output()
         return 141
     except (ValueError, RuntimeError, OSError) as error:
@@ -143,7 +143,7 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
 
 
 def _add_option(group: argparse._ArgumentGroup, kind: type, field: Field[Any], show_default: bool) -> None:
-    """One field as an option; a field that holds a class, which nobody can type, is none."""
+    """Adds one field as an option; a field that holds a class cannot be typed and is left out."""
     # torch takes seconds to import, and the names of its dtypes are known without it.
     dtypes = types.SimpleNamespace(dtype=Literal[tuple(DTYPES)])  # type: ignore[valid-type]
     hint = get_type_hints(kind, localns={"torch": dtypes})[field.name]
@@ -167,7 +167,7 @@ def _add_option(group: argparse._ArgumentGroup, kind: type, field: Field[Any], s
 
 
 def _field_docstrings(kind: type) -> dict[str, str]:
-    """The texts under the fields of a dataclass, from its source; without the source, none."""
+    """The docstrings under the fields of a dataclass, from its source; empty without the source."""
     try:
         source = inspect.getsource(kind)
     except OSError:
@@ -182,7 +182,7 @@ def _field_docstrings(kind: type) -> dict[str, str]:
 
 
 def _text_file(path: str) -> str:
-    """What a file says, for argparse."""
+    """The text of a file, for argparse."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # a ValueError: not UTF-8, or no path at all
@@ -191,12 +191,12 @@ def _text_file(path: str) -> str:
 
 
 def _json_file(path: str) -> Any:
-    """What a JSON file says, for argparse."""
+    """The object in a JSON file, for argparse."""
     return _json(_text_file(path))
 
 
 def _json(text: str) -> Any:
-    """What a JSON text says, for argparse."""
+    """The object in a JSON text, for argparse."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -205,7 +205,7 @@ def _json(text: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back what libraries have to say to programmers: their warnings, and what they log below errors."""
+    """Silences what libraries say to programmers: their warnings, and log messages below errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers  # noqa: F401  # sets its logger's level when it is imported
@@ -250,7 +250,7 @@ def _read_prompt(prompt: str) -> str:
 
 
 def _read(read: Callable[[], str]) -> str:
-    """What ``read`` gets from standard input; bytes that are no text are a `ValueError`."""
+    """What ``read`` reads from standard input; bytes that are not text raise a `ValueError`."""
     if sys.stdin is None:
         raise ValueError("there is no standard input to read from")
     try:
@@ -262,7 +262,7 @@ def _read(read: Callable[[], str]) -> str:
 
 
 def _show(pieces: Iterator[str], stop_on_interrupt: bool = False) -> str:
-    """Prints a text as it comes, and gives it back whole, or as far as it got before Ctrl-C."""
+    """Prints a text as it comes, and returns all of it, or what came before Ctrl-C."""
     text = ""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
@@ -278,7 +278,7 @@ def _show(pieces: Iterator[str], stop_on_interrupt: bool = False) -> str:
 
 
 def _chat(llm: LLM, params: SamplingParams, args: argparse.Namespace) -> None:
-    """Reads a line, answers it, until a line is empty or there are no more."""
+    """Answers line after line, until one is empty or the input ends."""
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     write = partial(
         apply_chat_template,
@@ -329,13 +329,13 @@ def _fit(
 
 
 def _complain(error: Exception) -> None:
-    """Says in one line what went wrong."""
-    with contextlib.suppress(OSError):  # nobody reads it
+    """Prints in one line what went wrong."""
+    with contextlib.suppress(OSError):  # standard error may be closed
         print("error:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def _discard_output() -> None:
-    """Sends what is left in standard output's buffer nowhere, because Python would try to write it again at its end."""
+    """Discards what is left in standard output's buffer, which Python would try to write again at exit."""
     with contextlib.suppress(OSError, AttributeError):  # an output without a file descriptor, or none at all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -83,7 +83,7 @@ def render_chat_template(
     add_generation_prompt: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> str:
-    """The text of a conversation; arguments and errors are those of `apply_chat_template`."""
+    """The text of a conversation; arguments and errors as for `apply_chat_template`."""
     require(
         bool(chat_template or tokenizer.chat_template),
         "this tokenizer has no chat template, so it cannot say how messages are written; "
@@ -102,7 +102,7 @@ def render_chat_template(
     require(len(conversation) > 0, f"messages must have at least one message such as {_EXAMPLE}, got none")
     try:
         text = str(render(conversation))
-    except Exception as error:  # a template is somebody else's program: it may raise anything
+    except Exception as error:  # a template is third-party code: it may raise anything
         raise ValueError(f"the chat template cannot write these messages: {error}") from error
     return check_unicode("messages", text)
 
@@ -154,7 +154,7 @@ def _normalize_message(name: str, message: Any, content_format: ContentFormat) -
     else:
         normal["content"] = "\n".join(texts)
     if message.get("reasoning") is not None:
-        normal.setdefault("reasoning_content", message["reasoning"])  # the name that most templates know it by
+        normal.setdefault("reasoning_content", message["reasoning"])  # the name that most templates use
     calls = normal.pop("tool_calls", None)
     if calls:
         name = f"{name}['tool_calls']"
@@ -210,7 +210,7 @@ def _parse_arguments(name: str, arguments: Any) -> dict[str, Any]:
 def _detect_content_format(render: Callable[[list[dict[str, Any]]], Any]) -> ContentFormat:
     """What the template reads as ``content``, found by trying.
 
-    vLLM looks for a loop over ``content`` in the template's syntax tree, and hands on parts wherever there is one.
+    vLLM looks for a loop over ``content`` in the template's syntax tree, and passes parts wherever there is one.
     """
     reads_strings = _shows_probe(render, _PROBE)
     reads_parts = _shows_probe(render, [{"type": "text", "text": _PROBE}])

@@ -3,15 +3,16 @@
 Four dataclasses: `ModelConfig` (which checkpoint, in which numbers), `CacheConfig` (the memory for keys and
 values), `SchedulerConfig` (how much work one step may hold) and `EngineConfig` (the three together). Each checks its
 own fields when it is made, so a mistake is reported where it was typed. As in vLLM (``vllm/config/``, 0.33.0), with
-one dataclass a subject; torch is imported only when somebody asks for a `torch.dtype`.
+one dataclass per subject; torch is imported only when a `torch.dtype` is asked for.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, cast
 
+from folovllm.utils.html import table
 from folovllm.validation import check_bool, check_choice, check_class, check_int, check_number, check_str, require
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class ModelConfig:
     tokenizer_mode: Literal["auto", "slow"] = "auto"
     """"auto" takes the fast tokenizer, "slow" the one in Python where there is one."""
     trust_remote_code: bool = False
-    """Whether code that lies inside the checkpoint may run on this machine."""
+    """Whether code inside the checkpoint may run on this machine."""
     dtype: str | torch.dtype = "auto"
     """Number format of weights and activations: a name from `DTYPES` or a `torch.dtype`."""
     max_model_len: int | None = None
@@ -70,7 +71,7 @@ class ModelConfig:
 
     def _dtype_name(self) -> str | None:
         """Name of the torch dtype that ``dtype`` means, without importing torch for it."""
-        torch = sys.modules.get("torch")  # nobody can hold a torch.dtype before torch is imported
+        torch = sys.modules.get("torch")  # without torch imported, dtype cannot be a torch.dtype
         is_torch_dtype = torch is not None and isinstance(self.dtype, torch.dtype)
         name = str(self.dtype).removeprefix("torch.") if is_torch_dtype else self.dtype
         if not isinstance(name, str) or name not in DTYPES:
@@ -88,7 +89,7 @@ class ModelConfig:
         return cast("torch.dtype", getattr(torch, name))
 
     def resolve_max_model_len(self, model_max_len: int) -> int:
-        """Settles ``max_model_len`` once the checkpoint is known, and gives it back.
+        """Settles ``max_model_len`` once the checkpoint is known, and returns it.
 
         Args:
             model_max_len: the most tokens the checkpoint was made for.
@@ -107,18 +108,18 @@ class ModelConfig:
 
 @dataclass
 class CacheConfig:
-    """The memory that keys and values of past tokens live in."""
+    """The memory for the keys and values of past tokens."""
 
     block_size: int = 16
     """Tokens in one KV block."""
     gpu_memory_utilization: float = 0.9
     """Fraction of the GPU's memory the engine may use in all: weights, activations and cache."""
     swap_space: float = 4.0
-    """GiB of CPU memory for the blocks of requests that had to make room."""
+    """GiB of CPU memory for the blocks of preempted sequences."""
     enable_prefix_caching: bool = False
-    """Whether requests that begin alike share blocks."""
+    """Whether requests with the same beginning share blocks."""
     num_blocks: int | None = None
-    """KV blocks to make; None: what ``gpu_memory_utilization`` leaves on a GPU, a stated default on a CPU."""
+    """KV blocks; None: as many as ``gpu_memory_utilization`` leaves room for on a GPU, at most 1 GiB on a CPU."""
     kv_cache_manager_cls: type | None = None
     """A class to use in place of `folovllm.core.kv_cache.KVCacheManager`."""
 
@@ -142,19 +143,19 @@ class SchedulerConfig:
     """How much work one step of the engine may hold."""
 
     max_num_batched_tokens: int | None = None
-    """Most tokens in one step; None: settled by the engine."""
+    """Most tokens per step; None: the engine's default."""
     max_num_seqs: int = 256
-    """Most sequences in one step."""
+    """Most sequences per step."""
     max_model_len: int | None = None
     """Longest sequence in tokens; filled in by `EngineConfig`."""
     enable_chunked_prefill: bool = False
     """Whether a long prompt may be spread over several steps."""
     policy: Literal["fcfs", "priority"] = "fcfs"
-    """Who is served first: who came first, or who has the lowest ``priority`` (then who came first)."""
+    """Order of service: "fcfs" by arrival, "priority" by the lowest ``priority``, then by arrival."""
     batching: Literal["continuous", "static"] = "continuous"
     """"continuous" lets a waiting request in as soon as there is room, "static" when all others are done."""
     preemption_mode: Literal["recompute", "swap"] = "recompute"
-    """What becomes of the blocks of a sequence that must make room: computed again later, or kept in CPU memory."""
+    """What a preemption does with a sequence's blocks: frees them, to be recomputed, or keeps them in CPU memory."""
     scheduler_reserve_full_isl: bool = True
     """Whether a prompt that is read in chunks is admitted only when there are free blocks for the whole of it."""
     scheduler_cls: type | None = None
@@ -193,7 +194,7 @@ class EngineConfig:
         self._agree_on_max_model_len()
 
     def _agree_on_max_model_len(self) -> None:
-        """Gives the longest length that only one of model and scheduler knows to the other."""
+        """Copies ``max_model_len`` between model and scheduler, if only one of them has it."""
         model, scheduler = self.model_config, self.scheduler_config
         if scheduler.max_model_len is None:
             scheduler.max_model_len = model.max_model_len
@@ -205,8 +206,15 @@ class EngineConfig:
             f"{scheduler.max_model_len}; set it on the ModelConfig only",
         )
 
+    def _repr_html_(self) -> str:
+        """The settings as tables, one for each part, as a notebook shows them."""
+        parts = (self.model_config, self.cache_config, self.scheduler_config)
+        return "".join(
+            table(type(part).__name__, ((f.name, repr(getattr(part, f.name))) for f in fields(part))) for part in parts
+        )
+
     def resolve_max_model_len(self, model_max_len: int) -> int:
-        """Settles ``max_model_len`` for model and scheduler once the checkpoint is known, and gives it back.
+        """Settles ``max_model_len`` for model and scheduler once the checkpoint is known, and returns it.
 
         Args:
             model_max_len: the most tokens the checkpoint was made for (``LoadReport.model_max_len``).

@@ -1,27 +1,32 @@
-"""The front door: texts in, texts out. Chapter 6 is about this module.
+"""The main interface: texts in, texts out. Chapter 6 is about this module.
 
 As in vLLM (``vllm/entrypoints/llm.py``, 0.33.0).
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import fields
-from typing import Any, cast
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, cast
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from folovllm.chat import Message, apply_chat_template, split_conversations
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.engine.input_processor import Prompt
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.output_processor import OutputSink
 from folovllm.outputs import RequestOutput
-from folovllm.sampling_params import SamplingParams
-from folovllm.utils import generate_request_id, set_random_seed
-from folovllm.validation import require
+from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from folovllm.utils import generate_request_id
+from folovllm.validation import require, show
 
-Prompt = str | SequenceOf[int] | dict[str, Any]
-"""A text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def make_engine_config(model: str, **kwargs: Any) -> EngineConfig:
@@ -37,7 +42,7 @@ def make_engine_config(model: str, **kwargs: Any) -> EngineConfig:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             raise ValueError(f"LLM has no argument {name!r}; the nearest is {near!r}")
     made = {kind: {name: value for name, value in kwargs.items() if name in names} for kind, names in parts.items()}
-    made[SchedulerConfig].pop("max_model_len", None)  # the model's, which EngineConfig hands on
+    made[SchedulerConfig].pop("max_model_len", None)  # the model's; EngineConfig passes it on
     return EngineConfig(
         ModelConfig(model, **made[ModelConfig]),
         CacheConfig(**made[CacheConfig]),
@@ -46,7 +51,7 @@ def make_engine_config(model: str, **kwargs: Any) -> EngineConfig:
 
 
 class LLM:
-    """A model that answers.
+    """A model that answers. Any number of threads may ask it.
 
     Args:
         model: name or path of a checkpoint.
@@ -55,115 +60,193 @@ class LLM:
     """
 
     def __init__(self, model: str, *, device: str | None = None, **kwargs: Any) -> None:
-        config = make_engine_config(model, **kwargs)
-        set_random_seed(config.model_config.seed)
-        self.engine = LLMEngine(config, device)
+        self.engine = LLMEngine(make_engine_config(model, **kwargs), device)
 
     def generate(
         self,
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: SequenceOf[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, all at once.
 
         Args:
             prompts: one, or a list of them.
             sampling_params: one for all, or one for each; None takes the checkpoint's own generation config.
-            use_tqdm: whether to show requests done and tokens per second.
+            use_tqdm: whether to show a progress bar with tokens per second.
+            priority: one for each prompt, lower is served first; it needs ``policy="priority"``.
 
         Returns:
             one `RequestOutput` for each prompt, in the order asked.
 
         Raises:
-            ValueError: if the numbers of prompts and params differ, or a prompt cannot be served. Nothing has been
+            ValueError: if the numbers of prompts and params differ, or a prompt cannot be served; nothing has been
                 computed then.
         """
         prompts = _as_list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)  # type: ignore[list-item]
+        all_params = _one_each("sampling_params", sampling_params, SamplingParams, len(prompts))
+        priorities = [0] * len(prompts) if priority is None else list(priority)
         require(
-            len(sampling_params) == len(prompts),
-            f"sampling_params must be one, or one for each of {len(prompts)} prompts, got {len(sampling_params)}",
+            len(priorities) == len(prompts),
+            f"priority must have one entry for each of {len(prompts)} prompts, got {len(priorities)}",
         )
-        request_ids: list[str] = []
-        try:
-            for prompt, params in zip(prompts, sampling_params):
-                request_id = generate_request_id()
-                self.engine.add_request(request_id, _text_or_token_ids(prompt), params, final_only=True)
-                request_ids.append(request_id)
-            finished = self._run(request_ids, use_tqdm)
-        except BaseException:
-            for request_id in request_ids:
-                self.engine.abort_request(request_id)
-            self.engine.take_late_outputs()
-            raise
+        with self._open_sink() as sink:
+            request_ids = [
+                self._add(sink, prompt, params, RequestOutputKind.FINAL_ONLY, each)
+                for prompt, params, each in zip(prompts, all_params, priorities)
+            ]
+            finished = self._run(sink, len(request_ids), use_tqdm)
         return [finished[request_id] for request_id in request_ids]
 
     def chat(
         self,
-        messages: list[dict[str, str]] | list[list[dict[str, str]]],
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        **template: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation or several: `generate` on what the checkpoint's chat template makes of them.
 
-        A message is ``{"role": "user", "content": "…"}``.
+        Args:
+            messages: ``{"role": "user", "content": "…"}`` and so on, or a list of such conversations.
+            sampling_params: as for `generate`.
+            use_tqdm: as for `generate`.
+            template: keywords of `folovllm.chat.apply_chat_template`: ``tools``, ``chat_template_kwargs``, ….
+
+        Raises:
+            ValueError: if a message or the template is malformed, and for what `generate` refuses.
         """
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
-        return self.generate([self.apply_chat_template(c) for c in conversations], sampling_params, use_tqdm)  # type: ignore[arg-type]
+        prompts: list[Prompt] = []
+        for conversation in split_conversations(messages):
+            text, token_ids = apply_chat_template(self.engine.tokenizer, conversation, **template)
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """Answers one prompt, and yields the text as it comes, in complete characters."""
+        """Answers one prompt, and yields the text as it comes, in complete characters.
+
+        When the caller stops reading, this request ends, and no other.
+
+        Raises:
+            ValueError: if the prompt cannot be served, or more than one answer is asked for.
+            RuntimeError: while it is read, if the request is ended by an error; the sentence names it.
+        """
+        params = self._own_params(sampling_params).clone()
+        params.check()
+        require(
+            params.n == params.best_of == 1,
+            f"a stream is one answer, got n={params.n} and best_of={params.best_of}; use generate",
+        )
+        sink = OutputSink()
+        self._add(sink, prompt, params, RequestOutputKind.DELTA)
+        return self._pieces(sink)
+
+    def apply_chat_template(self, messages: SequenceOf[Message], **template: Any) -> str:
+        """The text of a conversation, up to where the assistant's answer begins.
+
+        It contains the beginning-of-text token, if the model has one: for an answer use `chat`, which adds no second.
+        """
+        return apply_chat_template(self.engine.tokenizer, messages, **template)[0]
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """A copy of the params that a request without any gets: the checkpoint's recommendation."""
+        return self.engine.default_params.clone()
+
+    def reset_prefix_cache(self) -> bool:
+        """Empties the prefix cache, if no block is in use; returns whether it did."""
+        return self.engine.reset_prefix_cache()
+
+    def _own_params(self, params: SamplingParams | None) -> SamplingParams:
+        params = self.engine.default_params if params is None else params
+        require(
+            isinstance(params, SamplingParams), f"sampling_params must be a SamplingParams or None, got {show(params)}"
+        )
+        return params
+
+    def _add(
+        self,
+        sink: OutputSink,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        kind: RequestOutputKind,
+        priority: int = 0,
+    ) -> str:
+        """Adds a request whose outputs, of this kind, go to ``sink``; returns its id."""
+        params = self._own_params(params).clone()
+        params.output_kind = kind
         request_id = generate_request_id()
-        self.engine.add_request(request_id, _text_or_token_ids(prompt), sampling_params)
-        shown = 0
+        self.engine.add_request(request_id, prompt, params, priority=priority, sink=sink)
+        return request_id
+
+    @contextlib.contextmanager
+    def _open_sink(self) -> Iterator[OutputSink]:
+        """A sink whose requests end when the ``with`` block does, whatever the reason."""
+        sink = OutputSink()
         try:
-            while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        text = output.outputs[0].text
-                        if len(text) > shown:
-                            yield text[shown:]
-                        shown = len(text)
+            yield sink
         finally:
-            self.engine.abort_request(request_id)
-            self.engine.take_late_outputs()
+            self.engine.close(sink)
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
-        """The text of a conversation, up to where the assistant's answer begins."""
-        return str(self.engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def _pieces(self, sink: OutputSink) -> Iterator[str]:
+        """The text of a sink's one request, as it comes."""
+        try:
+            while sink.unfinished or sink:
+                for output in self.engine.wait(sink):
+                    answer = output.outputs[0]
+                    if answer.text:
+                        yield answer.text
+                    if answer.finish_reason == "abort":
+                        raise RuntimeError(
+                            f"the request was ended before its answer was complete: {answer.stop_reason}"
+                        )
+        finally:
+            self.engine.close(sink)
 
-    def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:
-        """Steps until the requests are finished."""
+    def _run(self, sink: OutputSink, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+        """Steps until the requests of a sink are finished."""
         finished: dict[str, RequestOutput] = {}
         tokens_in = tokens_out = 0
-        with tqdm(total=len(request_ids), unit="request", disable=not use_tqdm, dynamic_ncols=True) as progress:
-            while len(finished) < len(request_ids):
-                for output in self.engine.step():
-                    if output.finished:
-                        finished[output.request_id] = output
-                        tokens_in += len(output.prompt_token_ids)
-                        tokens_out += sum(len(answer.token_ids) for answer in output.outputs)
-                        seconds = max(progress.format_dict["elapsed"], 1e-9)
-                        progress.set_postfix_str(
-                            f"in {tokens_in / seconds:,.0f}, out {tokens_out / seconds:,.0f} tokens/s", refresh=False
-                        )
-                        progress.update()
+        with tqdm(total=num_requests, unit="request", disable=not use_tqdm, dynamic_ncols=True) as progress:
+            while len(finished) < num_requests:
+                for output in self.engine.wait(sink):
+                    finished[output.request_id] = output
+                    tokens_in += len(output.prompt_token_ids)
+                    tokens_out += sum(len(answer.token_ids) for answer in output.outputs)
+                    seconds = max(progress.format_dict["elapsed"], 1e-9)
+                    progress.set_postfix_str(
+                        f"in {tokens_in / seconds:,.0f}, out {tokens_out / seconds:,.0f} tokens/s", refresh=False
+                    )
+                    progress.update()
         return finished
 
 
 def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     """One prompt or many as a list of prompts; a list of integers is one prompt."""
-    if isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if isinstance(prompts, (str, bytes, Mapping)):
         return [cast(Prompt, prompts)]
-    return list(cast("SequenceOf[Prompt]", prompts))
+    try:
+        many: list[Any] = list(prompts)
+    except TypeError:
+        raise ValueError(
+            f"prompts must be texts, token ids or dicts, or a list of these, got {show(prompts)}"
+        ) from None
+    if many and all(isinstance(each, Integral) and not isinstance(each, bool) for each in many):
+        return [many]
+    return many
 
 
-def _text_or_token_ids(prompt: Prompt) -> str | SequenceOf[int]:
-    if not isinstance(prompt, dict):
-        return prompt
-    for key in ("prompt_token_ids", "prompt"):
-        if key in prompt:
-            return prompt[key]
-    raise ValueError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
+def _one_each(name: str, values: Any, kind: type, count: int) -> list[Any]:
+    """One value for all prompts, or None, or one for each, as a list of ``count``."""
+    if values is None or isinstance(values, (kind, str, bytes, Mapping)):
+        return [values] * count
+    try:
+        values = list(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a {kind.__name__}, a list of them or None, got {show(values)}") from None
+    require(len(values) == count, f"{name} must be one, or one for each of {count} prompts, got {len(values)}")
+    return values

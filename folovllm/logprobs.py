@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NUM_CONTEXT_TOKENS = 4
 """Tokens before a token that can hold the start of its character: no character of UTF-8 has more bytes."""
 
-_REPLACEMENT = "\ufffd"  # what tokenizers decode bytes to that are no whole character
+_REPLACEMENT = "\ufffd"  # what tokenizers decode an incomplete character to
 
 _texts: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDictionary()
 # The same tokens are likely again and again, and decoding one takes longer than finding it.
@@ -24,7 +24,7 @@ _texts: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDict
 
 @dataclass
 class Logprob:
-    """How likely the model found one token at one place."""
+    """How likely the model found one token at one position."""
 
     logprob: float
     """Log probability in nats, before penalties and temperature."""
@@ -40,7 +40,7 @@ def decode_token(token_id: int, context: Sequence[int], tokenizer: PreTrainedTok
     A token that ends inside a character adds none, and the one that completes the character all of it.
 
     Args:
-        context: the tokens before it; the last `NUM_CONTEXT_TOKENS` are looked at, and only after half a character.
+        context: the tokens before it; only the last `NUM_CONTEXT_TOKENS` are used, after an incomplete character.
     """
     texts = _texts.setdefault(tokenizer, {})
     text = texts.get(token_id)

@@ -147,7 +147,7 @@ class ModelLoader:
         return model
 
     def open(self, device: str | torch.device | None = None) -> Checkpoint:
-        """Finds the checkpoint and everything that can be wrong with it, before a weight is read.
+        """Finds the checkpoint and checks all of it, before a weight is read.
 
         Settles ``model_config.max_model_len`` when it was None. Arguments and errors are those of `load_model`.
         """
@@ -174,8 +174,8 @@ class ModelLoader:
         A missing pad token becomes the end-of-sequence token; where there is none either, ``[PAD]`` is added.
 
         Args:
-            add_pad_token: False leaves a missing pad token missing, for those who never pad. A ``[PAD]`` that is added
-                is also found in texts, and has an id for which the model may have no embedding.
+            add_pad_token: False leaves a missing pad token missing, for callers that never pad. A ``[PAD]`` that is
+                added is also found in texts, and has an id for which the model may have no embedding.
 
         Raises:
             ModelLoadError: if there is no such tokenizer, or it cannot be read.
@@ -240,7 +240,7 @@ class ModelLoader:
 def get_model_and_tokenizer(
     model_config: ModelConfig, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """`ModelLoader.load_model_and_tokenizer` for those who need no report."""
+    """`ModelLoader.load_model_and_tokenizer`, without the report."""
     return ModelLoader(model_config).load_model_and_tokenizer(device)
 
 
@@ -259,7 +259,7 @@ def read_generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenize
     The end tokens are the tokenizer's own and those of the file, as in vLLM (``config/model.py``,
     ``try_get_generation_config``, and ``SamplingParams.update_from_generation_config``, 0.33.0). Left out are
     those for which the model has no embedding, since it can never say them, and the default of transformers' class
-    (Llama's 2) where it is an ordinary word of another tokenizer, since nobody chose it.
+    (Llama's 2) where it is an ordinary word of the tokenizer, since the checkpoint did not ask for it.
 
     Raises:
         ModelLoadError: if the file is broken; the message names the field.
@@ -354,7 +354,7 @@ def _load_weights(folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote
 
 @contextlib.contextmanager
 def _transformers_progress_bar(shown: bool) -> Iterator[None]:
-    """Lets transformers show its progress bar, or not; its warnings are kept back, since we turn them into errors."""
+    """Switches transformers' progress bars on or off and silences its warnings, which become errors here."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     was_shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()

@@ -5,12 +5,14 @@ The same names as in vLLM (``vllm/outputs.py``, 0.33.0).
 
 from __future__ import annotations
 
+import html
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from folovllm.logprobs import Logprob
 from folovllm.request import Request, Sequence, SequenceStatus
+from folovllm.utils.html import tinted_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ FINISH_REASONS = {
     SequenceStatus.FINISHED_LENGTH_CAPPED: "length",
     SequenceStatus.FINISHED_ABORTED: "abort",
 }
-"""What a user is told about each way a sequence ends."""
+"""The ``finish_reason`` of each status that ends a sequence."""
 
 
 @dataclass
@@ -45,8 +47,18 @@ class CompletionOutput:
         return self.finish_reason is not None
 
     @classmethod
-    def from_sequence(cls, index: int, seq: Sequence, tokenizer: PreTrainedTokenizerBase) -> CompletionOutput:
-        """The present state of a sequence, as its user sees it."""
+    def from_sequence(
+        cls, index: int, seq: Sequence, tokenizer: PreTrainedTokenizerBase, first_token: int = 0, first_char: int = 0
+    ) -> CompletionOutput:
+        """The present state of a sequence, as its user sees it, or what is new of it.
+
+        Args:
+            index: its number among the answers.
+            seq: the sequence; its ``output_text`` is used if an engine has set it.
+            tokenizer: makes the text otherwise.
+            first_token: tokens and log probabilities before this one are left out.
+            first_char: text before this character is left out.
+        """
         params, text = seq.sampling_params, seq.output_text
         if text is None:
             # A token that ended the answer is one of its tokens and no part of its text.
@@ -59,18 +71,35 @@ class CompletionOutput:
             )
         return cls(
             index=index,
-            text=text,
-            token_ids=list(seq.data.output_token_ids),
+            text=text[first_char:],
+            token_ids=seq.data.output_token_ids[first_token:],
             cumulative_logprob=seq.data.cumulative_logprob,
-            logprobs=None if params.logprobs is None else list(seq.logprobs),
+            logprobs=None if params.logprobs is None else seq.logprobs[first_token:],
             finish_reason=FINISH_REASONS.get(seq.status),
             stop_reason=seq.stop_reason,
         )
 
 
+def best_sequences(request: Request) -> list[Sequence]:
+    """The sequences that answer a request: all, or of ``best_of`` > ``n`` the ``n`` with the highest log probability.
+
+    A sequence whose log probability was never reported comes after those whose was, and one that was aborted after
+    all others: the less there is of a text, the likelier it is.
+    """
+
+    def likelihood(seq: Sequence) -> tuple[bool, float]:
+        logprob = seq.data.cumulative_logprob
+        return seq.status is not SequenceStatus.FINISHED_ABORTED, -math.inf if logprob is None else logprob
+
+    seqs = [seq for seq in request.get_seqs() if seq.status is not SequenceStatus.FINISHED_IGNORED]
+    if request.sampling_params.best_of == request.sampling_params.n:
+        return seqs
+    return sorted(seqs, key=likelihood, reverse=True)[: request.sampling_params.n]
+
+
 @dataclass
 class RequestMetrics:
-    """When things happened to a request, and what it cost. Times are seconds since the epoch."""
+    """Times and costs of a request. Times are seconds since the epoch."""
 
     arrival_time: float
     first_token_time: float | None = None
@@ -78,9 +107,9 @@ class RequestMetrics:
     num_computed_tokens: int = 0
     """Tokens that went through the model, those that a preemption made it compute again included."""
     num_cached_tokens: int = 0
-    """Tokens whose keys and values were found in the prefix cache."""
+    """Tokens whose keys and values were in the prefix cache when an answer was first admitted."""
     num_shared_tokens: int = 0
-    """Tokens of the prompt that later answers took over from the first one."""
+    """Prompt tokens that later answers shared with the first one instead of computing them."""
     num_preemptions: int = 0
 
 
@@ -95,7 +124,7 @@ class RequestOutput:
     finished: bool
     """Whether every answer is complete."""
     metrics: RequestMetrics | None = None
-    """Times and counts of the request, where an engine keeps them."""
+    """Times and counts of the request; None outside an engine."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """For each token of the prompt what ``SamplingParams.prompt_logprobs`` asked for; None for the first token."""
 
@@ -107,26 +136,53 @@ class RequestOutput:
         metrics: RequestMetrics | None = None,
         prompt_logprobs: list[dict[int, Logprob] | None] | None = None,
     ) -> RequestOutput:
-        """The ``n`` likeliest of the ``best_of`` sequences, by cumulative log probability.
-
-        A sequence whose log probability was never reported comes after those whose was.
-        """
-
-        def likelihood(seq: Sequence) -> float:
-            logprob = seq.data.cumulative_logprob
-            return -math.inf if logprob is None else logprob
-
-        seqs = [seq for seq in request.get_seqs() if seq.status is not SequenceStatus.FINISHED_IGNORED]
-        best = sorted(seqs, key=likelihood, reverse=True)[: request.sampling_params.n]
+        """All answers in the order of their number, or of ``best_of`` > ``n`` the likeliest ``n``, likeliest first."""
         return cls(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=[CompletionOutput.from_sequence(i, seq, tokenizer) for i, seq in enumerate(best)],
+            outputs=[CompletionOutput.from_sequence(seq.index, seq, tokenizer) for seq in best_sequences(request)],
             finished=request.is_finished(),
             metrics=metrics,
             prompt_logprobs=prompt_logprobs,
         )
+
+    @property
+    def num_cached_tokens(self) -> int | None:
+        """Tokens found in the prefix cache when the request was admitted; None outside an engine."""
+        return None if self.metrics is None else self.metrics.num_cached_tokens
+
+    def add(self, newer: RequestOutput) -> None:
+        """Appends a later delta to this one; both are of the same request, with ``RequestOutputKind.DELTA``."""
+        by_index = {answer.index: answer for answer in self.outputs}
+        for answer in newer.outputs:
+            if answer.index not in by_index:
+                self.outputs.append(answer)
+                continue
+            old = by_index[answer.index]
+            old.text += answer.text
+            old.token_ids = [*old.token_ids, *answer.token_ids]
+            if answer.logprobs is not None:
+                old.logprobs = [*(old.logprobs or []), *answer.logprobs]
+            old.cumulative_logprob = answer.cumulative_logprob
+            old.finish_reason, old.stop_reason = answer.finish_reason, answer.stop_reason
+        self.finished, self.metrics, self.prompt_logprobs = newer.finished, newer.metrics, newer.prompt_logprobs
+
+    def _repr_html_(self) -> str:
+        """The prompt and the answers, as a notebook shows them: no id and no times, so it is the same in every run."""
+        prompt = f"{len(self.prompt_token_ids)} tokens" if self.prompt is None else self.prompt
+        shown = [f"<p><b>prompt</b> {html.escape(prompt)}</p>"]
+        for answer in self.outputs:
+            why = "running" if answer.finish_reason is None else answer.finish_reason
+            why += "" if answer.stop_reason is None else f", {answer.stop_reason!r}"
+            shown.append(f"<p><b>answer {answer.index}</b> ({len(answer.token_ids)} tokens, {html.escape(why)})</p>")
+            if answer.logprobs is None:
+                shown.append(f"<p>{html.escape(answer.text)}</p>")
+            else:
+                found = [entry[token_id] for entry, token_id in zip(answer.logprobs, answer.token_ids)]
+                tokens = [logprob.decoded_token or "" for logprob in found]
+                shown.append(tinted_text(tokens, [math.exp(logprob.logprob) for logprob in found]))
+        return "".join(shown)
 
     def __repr__(self) -> str:
         prompt = self.prompt
@@ -136,3 +192,17 @@ class RequestOutput:
             f"RequestOutput(request_id={self.request_id!r}, prompt={prompt!r}, "
             f"outputs={self.outputs!r}, finished={self.finished})"
         )
+
+
+@dataclass
+class RunnerOutput:
+    """What a runner returns for one step (vLLM: ``v1/outputs.py``, ``ModelRunnerOutput``)."""
+
+    token_ids: list[int]
+    """One token for each entry of the step's ``sampled``."""
+    logprobs: list[dict[int, Logprob] | None]
+    """For each token the log probabilities that were asked for, or None."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """Entries that got no token: index in ``token_ids`` -> the reason, one sentence."""
+    prompt_logprobs: dict[str, tuple[int, list[dict[int, Logprob] | None]]] = field(default_factory=dict)
+    """``seq_id`` -> position in the prompt of the first token reported, and the log probabilities from there on."""

@@ -1,14 +1,16 @@
 """What has to be remembered about a text that is not finished. Chapter 3 is about this module.
 
-A `Request` is what somebody asked for; it owns one `Sequence` for each answer it may give; a sequence owns its
-tokens (`SequenceData`) and the list of KV blocks they live in. The layering is that of vLLM's first engine
+A `Request` is what a user asked for. It owns one `Sequence` per answer, and a sequence owns its tokens
+(`SequenceData`) and the list of its KV blocks. The layering is that of vLLM's first engine
 (``vllm/sequence.py``, 0.6); its present one (``vllm/v1/request.py``, 0.33.0) keeps a single ``Request``.
 """
 
 from __future__ import annotations
 
+import copy
+import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from folovllm.logprobs import Logprob
@@ -17,22 +19,22 @@ from folovllm.validation import check_token_ids, require
 
 
 class SequenceStatus(Enum):
-    """Where a sequence is in its life."""
+    """The states of a sequence."""
 
     WAITING = "waiting"
-    """Not started, or started and made to give up its blocks; its tokens must be computed (again)."""
+    """Not started, or preempted without its blocks; its tokens must be computed (again)."""
     RUNNING = "running"
     """Gets a token in every step."""
     SWAPPED = "swapped"
-    """Its blocks wait in CPU memory for room on the GPU."""
+    """Preempted, with its blocks in CPU memory until there is room on the GPU."""
     FINISHED_STOPPED = "finished_stopped"
     """Ended by an end-of-sequence token, a stop token or a stop text."""
     FINISHED_LENGTH_CAPPED = "finished_length_capped"
     """Ended by ``max_tokens`` or ``max_model_len``."""
     FINISHED_ABORTED = "finished_aborted"
-    """Ended by whoever asked for it, or by an error."""
+    """Ended by the caller, or by an error."""
     FINISHED_IGNORED = "finished_ignored"
-    """One of ``best_of`` that was not among the ``n`` likeliest."""
+    """Finished, but not among the ``n`` likeliest of ``best_of``."""
 
     def is_finished(self) -> bool:
         """Whether nothing more will be generated."""
@@ -40,7 +42,7 @@ class SequenceStatus(Enum):
 
 
 class RequestStatus(Enum):
-    """Where a request is in its life."""
+    """The states of a request."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -64,7 +66,7 @@ class SequenceData:
     """Sum of the log probabilities of the output's tokens; None while none has been reported."""
 
     def __post_init__(self) -> None:
-        # Lists of its own: whoever made this object may go on changing theirs.
+        # Copies, since the caller may go on changing its lists.
         self.prompt_token_ids = check_token_ids("prompt_token_ids", self.prompt_token_ids)
         self.output_token_ids = check_token_ids("output_token_ids", self.output_token_ids)
         require(
@@ -88,7 +90,7 @@ class SequenceData:
         """Prompt and output in one new list, or the part of it from ``start`` to before ``end``."""
         prompt_len = len(self.prompt_token_ids)
         end = self.get_len() if end is None else end
-        # Only what is asked for is copied: an engine asks for a few tokens of a long text in every step.
+        # Only the slice is copied: an engine asks for a few tokens of a long text in every step.
         return (
             self.prompt_token_ids[start:end]
             + self.output_token_ids[max(start - prompt_len, 0) : max(end - prompt_len, 0)]
@@ -123,7 +125,15 @@ class Sequence:
     num_computed_tokens: int = 0
     """How many of its tokens, from the first, have their keys and values in ``block_ids``."""
     output_text: str | None = None
-    """The output's text as far as an engine has it; None where nobody keeps one."""
+    """The output's text so far; None outside an engine, where no text is kept."""
+    index: int = 0
+    """Its number among the answers to the request, from 0."""
+    cache_salt: str | None = None
+    """The request's: only sequences with the same one share cached blocks."""
+    num_preemptions: int = 0
+    """How often it was preempted."""
+    generator: random.Random | None = None
+    """Its own random numbers; made when the first of them is needed."""
 
     def get_len(self) -> int:
         """Tokens in prompt and output together."""
@@ -157,26 +167,25 @@ class Sequence:
         """A second sequence with the same past and its own future.
 
         Tokens, logprobs and the list of blocks are copied; the sampling params are shared, and so are the blocks
-        themselves, until one of the two writes (copy-on-write, Kwon et al. 2023, section 4.4).
+        themselves, until one of the two writes (copy-on-write, Kwon et al. 2023, section 4.4). Its random numbers are
+        its own.
         """
-        data = SequenceData(self.data.prompt_token_ids, self.data.output_token_ids, self.data.cumulative_logprob)
-        return Sequence(
-            new_seq_id,
-            self.request_id,
-            data,
-            self.sampling_params,
-            self.status,
-            list(self.block_ids),
-            list(self.logprobs),
-            self.stop_reason,
-            self.num_computed_tokens,
-            self.output_text,
+        data = copy.copy(self.data)  # which was checked when it was made
+        data.prompt_token_ids, data.output_token_ids = list(data.prompt_token_ids), list(data.output_token_ids)
+        return replace(
+            self,
+            seq_id=new_seq_id,
+            data=data,
+            block_ids=list(self.block_ids),
+            logprobs=list(self.logprobs),
+            num_preemptions=0,
+            generator=None,
         )
 
 
 @dataclass
 class Request:
-    """What somebody asked for, and the sequences that will answer it.
+    """A prompt with its sampling params, and the sequences that answer it.
 
     Raises:
         ValueError: if the prompt has no token.
@@ -190,26 +199,52 @@ class Request:
     arrival_time: float = field(default_factory=time.time)
     """Seconds since the epoch."""
     sequences: dict[str, Sequence] = field(default_factory=dict)
-    """By ``seq_id``; when none are given, ``best_of`` new ones."""
+    """By ``seq_id``; when none are given and none are pending, ``best_of`` new ones."""
     status: RequestStatus = RequestStatus.WAITING
+    priority: int = 0
+    """Lower is served first, where the scheduler's policy is "priority"."""
+    cache_salt: str | None = None
+    """A secret of one user or group: only requests with the same salt find each other's cached blocks."""
+    eos_token_id: int | None = None
+    """The end-of-sequence token; it ends an answer without a ``stop_reason``."""
+    num_pending: int = 0
+    """Answers without a sequence yet; the scheduler starts them when the batch has room."""
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = SequenceData(self.prompt_token_ids).prompt_token_ids
-        if self.sequences:
-            return
-        for i in range(self.sampling_params.best_of or self.sampling_params.n):
-            seq_id = f"{self.request_id}-{i}"
+        for index, seq in enumerate(self.sequences.values()):
+            seq.index = index
+        if not self.sequences and not self.num_pending:
+            self.num_pending = self.sampling_params.best_of or self.sampling_params.n
+            while self.num_pending:
+                self.start_answer()
+
+    def start_answer(self, parent: Sequence | None = None) -> Sequence:
+        """Makes a sequence of the next pending answer.
+
+        Args:
+            parent: another answer, which has the prompt and nothing else; the new one is a fork of it.
+        """
+        index = len(self.sequences)
+        seq_id = f"{self.request_id}-{index}"
+        if parent is None:
             data = SequenceData(self.prompt_token_ids)
-            self.sequences[seq_id] = Sequence(seq_id, self.request_id, data, self.sampling_params)
+            seq = Sequence(seq_id, self.request_id, data, self.sampling_params, cache_salt=self.cache_salt)
+        else:
+            seq = parent.fork(seq_id)
+        seq.index = index
+        self.sequences[seq_id] = seq
+        self.num_pending -= 1
+        return seq
 
     def get_seqs(self, status: SequenceStatus | None = None) -> list[Sequence]:
-        """The sequences, or only those in one status."""
+        """The sequences, all or only those with one status."""
         return [seq for seq in self.sequences.values() if status is None or seq.status == status]
 
     def get_num_seqs(self, status: SequenceStatus | None = None) -> int:
-        """How many sequences there are, or are in one status."""
+        """The number of sequences, all or only those with one status."""
         return len(self.get_seqs(status))
 
     def is_finished(self) -> bool:
-        """Whether all sequences are."""
-        return all(seq.is_finished() for seq in self.sequences.values())
+        """Whether all sequences are finished and no answer is pending."""
+        return not self.num_pending and all(seq.is_finished() for seq in self.sequences.values())

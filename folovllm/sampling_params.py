@@ -1,7 +1,7 @@
 """What one request asks for. Chapter 2 is about this module and `folovllm.sample.sampler`, which does what it says.
 
 The fields are those of vLLM (``vllm/sampling_params.py``), those it has dropped since included; the chapter says
-which. Every field is checked when the object is made, and what only fits some vocabularies when a request is added
+which. Every field is checked when the object is made, and what depends on the vocabulary when a request is added
 (`check_params`), so a request that is accepted can be sampled.
 """
 
@@ -48,9 +48,9 @@ class SamplingParams:
     """How the tokens of one request are to be chosen, when they end, and what is reported about them."""
 
     n: int = 1
-    """Answers to give back; at most 16,384."""
+    """Answers to return; at most 16,384."""
     best_of: int | None = None
-    """Answers to generate, of which the ``n`` likeliest are given back; None becomes ``n``."""
+    """Answers to generate, of which the ``n`` likeliest are returned; None becomes ``n``."""
     presence_penalty: float = 0.0
     """Taken from the logit of every token the output already has; in [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -105,12 +105,19 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     """Whether special tokens are set apart by spaces in the text."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    """What the outputs hold while the request is running."""
+    """What the outputs contain while the request is running."""
     skip_reading_prefix_cache: bool | None = None
     """Whether cached blocks are left unread; None: if ``prompt_logprobs`` needs all of the prompt to be computed."""
 
     def __post_init__(self) -> None:
+        self._derived: dict[str, Any] = {}
         self.check()
+
+    def _derive(self, name: str, value: Any) -> None:
+        """Fills in a field that was left out."""
+        if getattr(self, name) is None:
+            self._derived[name] = value
+            setattr(self, name, value)
 
     def check(self) -> None:
         """Checks every field and brings it into its own type; again, if a field has been changed since.
@@ -119,6 +126,11 @@ class SamplingParams:
             ValueError: names the first field that is wrong, its value and what is allowed.
             NotImplementedError: for ``use_beam_search``.
         """
+        # What followed from another field follows it again, if that has been changed: ``params.n = 3`` is enough.
+        derived, self._derived = self._derived, {}
+        for name, value in derived.items():
+            if getattr(self, name) == value:
+                setattr(self, name, None)
         self._check_beam_search()
         self._check_counts()
         self._check_logprobs()
@@ -147,7 +159,8 @@ class SamplingParams:
     def _check_counts(self) -> None:
         self.n = check_int("n", self.n)
         require(self.n >= 1, f"n must be at least 1, got {self.n}")
-        self.best_of = self.n if self.best_of is None else check_int("best_of", self.best_of)
+        self._derive("best_of", self.n)
+        self.best_of = check_int("best_of", self.best_of)
         for name, count in (("n", self.n), ("best_of", self.best_of)):
             require(count <= MAX_NUM_SEQUENCES, f"{name} must be at most {MAX_NUM_SEQUENCES}, got {count}")
         require(self.best_of >= self.n, f"best_of ({self.best_of}) must be >= n ({self.n})")
@@ -171,8 +184,7 @@ class SamplingParams:
                 count = check_int(name, count)
                 require(count >= -1, f"{name} must be 0 or more, or -1 for the whole vocabulary, got {count}")
                 setattr(self, name, count)
-        if self.skip_reading_prefix_cache is None:
-            self.skip_reading_prefix_cache = self.prompt_logprobs is not None
+        self._derive("skip_reading_prefix_cache", self.prompt_logprobs is not None)
         check_bool("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
 
     def _check_probabilities(self) -> None:

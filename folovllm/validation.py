@@ -65,7 +65,7 @@ def _unwrap(value: Any) -> Any:
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely behaves like one."""
+    """True or False, and nothing that merely behaves like them."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {show(value)}")
     return value

@@ -1,6 +1,6 @@
-"""What attention is told about a step: which tokens belong to which sequence, and where the cache has them. Chapter 6.
+"""What attention needs to know of a step: whose each token is, and where the cache has its past. Chapter 6.
 
-As in vLLM, how the cache is read is a backend's own affair (``v1/attention/backends/``, 0.33.0); ours is
+As in vLLM, how the cache is read is up to each backend (``v1/attention/backends/``, 0.33.0); ours is
 `folovllm.attention.gather`.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class AttentionMetadata:
-    """Whose token is whose in a flat batch, and where the cache has each."""
+    """Which sequence each token of a flat batch belongs to, and where the cache has its keys and values."""
 
     query_start_loc: np.ndarray
     """Where each sequence's tokens begin in the batch, and where the last one's end, ``[num_seqs + 1]``."""
@@ -23,4 +23,4 @@ class AttentionMetadata:
     slot_mapping: Tensor
     """The cache slot of each token of the batch, ``[num_tokens]``."""
     block_table: Tensor
-    """The blocks of each sequence, ``[num_seqs, most blocks of any]``; what is behind its last one is arbitrary."""
+    """The blocks of each sequence, ``[num_seqs, max_num_blocks]``; a row is filled up with its last block."""

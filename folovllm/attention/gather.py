@@ -6,15 +6,16 @@ new token are computed together: the blocks of all of them are gathered from the
 products do the rest. Those with more new tokens are computed by torch's ``scaled_dot_product_attention``: prompts of
 like length together, those with a past one by one.
 
-Why so, on a CPU (two cores, float32): gathering whole blocks by ``index_select`` takes a fifth of the time of gathering
-tokens. Heads stand before blocks, so that what was gathered is a batch of matrices without another copy; with it, the
+Why, on a CPU (two cores, float32): gathering whole blocks by ``index_select`` takes a fifth of the time of gathering
+tokens. Heads come before blocks in the layout, so the gathered blocks are a batch of matrices without another copy. The
 products take 69 microseconds where ``scaled_dot_product_attention`` takes 190 (36 sequences of 96 tokens, 2 heads of
-32), since that is made for many queries, and are on a par for 16 sequences of 512 tokens and 8 heads of 128. Where much
-is gathered, some heads come after the others: for 16 sequences of 600 tokens a layer takes 9.2 ms with all heads at
-once, 4.0 ms two by two, since what was gathered is still near the processor when it is read. Keeping it for the next
-step was tried and gained nothing: with 36 sequences and blocks of 16, some table grows in nearly every step.
+32), which is made for many queries; they are on a par for 16 sequences of 512 tokens and 8 heads of 128. Where much
+is gathered, only some heads are done at a time: for 16 sequences of 600 tokens each layer takes 9.2 ms with all heads
+at once and 4.0 ms with two at a time, since the gathered blocks are then still in the processor's cache when they are
+read. Keeping them for the next step was tried and gained nothing: with 36 sequences and blocks of 16, some table grows
+in nearly every step.
 
-As in vLLM, where the table is read is the backend's affair (``v1/attention/backends/``, 0.33.0).
+As in vLLM, how the table is read is up to the backend (``v1/attention/backends/``, 0.33.0).
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from folovllm.attention import AttentionMetadata
 
 GATHER_BYTES = 2**24
-"""Bytes of keys that are gathered at once on a CPU (16 MiB), if one head has no more: what stays near the processor."""
+"""Most bytes of keys gathered at once on a CPU (16 MiB), so that they stay in its cache; at least one head's."""
 
 
 class PagedAttention:
-    """The attention of one step after the other, layer by layer, over one cache.
+    """Attention over one cache: `begin` for each step, then a call for each layer.
 
     Args:
         kv_cache: ``[num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim]``.
@@ -43,14 +44,14 @@ class PagedAttention:
         self.kv_cache = kv_cache
         self.num_kv_heads, self.num_blocks, self.block_size = kv_cache.shape[2:5]
         self._slots = kv_cache.flatten(3, 4).flatten(1, 2)  # [num_layers, 2 * num_kv_heads, num_slots, head_dim]
-        # index_select is fast along the first dimension only, so a head's blocks follow those of the head before it.
+        # index_select is fast along the first dimension only, so blocks are numbered across heads.
         self._head_starts = torch.arange(self.num_kv_heads, device=kv_cache.device).unsqueeze(1) * self.num_blocks
-        # Memory of our own for gathered blocks: fresh memory for each layer would cost as much again. Keys and values
-        # take turns in it, since the less it is, the nearer to the processor it stays.
+        # A scratch buffer for gathered blocks: allocating it for each layer would double the cost. Keys and values use
+        # it in turn, since a smaller buffer is more likely to stay in the processor's cache.
         self._scratch = kv_cache.new_empty(0)
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        """Takes in a step: what is the same in all of its layers is worked out here."""
+        """Prepares a step: computes what is the same for all of its layers."""
         self.metadata = metadata
         query_lens, seq_lens = np.diff(metadata.query_start_loc), metadata.seq_lens
         decodes = np.flatnonzero(query_lens == 1)
@@ -66,17 +67,17 @@ class PagedAttention:
         return torch.from_numpy(array).to(self.kv_cache.device)
 
     def _pad(self, group: np.ndarray) -> tuple[int, Tensor, Tensor]:
-        """A group of prompts as rows: how many, and where each place of the padded batch is in the flat one, and which
-        of them are real."""
+        """A group of prompts as a padded batch: its number of rows, the flat batch's row for each of its places, and
+        which of its places are real tokens."""
         firsts, ends = self.metadata.query_start_loc[group, None], self.metadata.query_start_loc[group + 1, None]
         places = firsts + np.arange((ends - firsts).max())
-        # Padding stands on the right, where a causal row never looks; any token will do.
+        # Padding is on the right, where causal attention never looks, so any token will do.
         real = np.flatnonzero(places < ends)
         return len(group), self._to_device(np.minimum(places, ends - 1).flatten()), self._to_device(real)
 
     def _look_back(self, i: int) -> tuple[slice, Tensor, Tensor]:
-        """A sequence with several new tokens and a past: where they are in the batch, its blocks, and the mask
-        ``[num_new, num_tokens]`` of what each of them sees."""
+        """A sequence with several new tokens and earlier ones: the slice of the new ones in the batch, its blocks, and
+        the mask ``[num_new, num_tokens]`` of what each new one sees."""
         start, end = self.metadata.query_start_loc[i : i + 2].tolist()
         num_new, num_tokens = end - start, int(self.metadata.seq_lens[i])
         blocks = self.metadata.block_table[i, : -(-num_tokens // self.block_size)]
@@ -84,11 +85,11 @@ class PagedAttention:
         return slice(start, end), blocks, mask
 
     def _begin_decodes(self, decodes: np.ndarray) -> None:
-        """Works out what sequences with one new token need: their blocks, the mask, the places of the new tokens."""
+        """Prepares the sequences with one new token: their blocks, the mask, the rows of the new tokens."""
         lens = self.metadata.seq_lens[decodes]
         longest = int(lens.max())
         num_blocks = -(-longest // self.block_size)
-        width = min(self.block_size, longest)  # of a block longer than any sequence, only the beginning is read
+        width = min(self.block_size, longest)  # if a block is longer than any sequence, only its beginning is read
         table, self._decode_tokens = self.metadata.block_table[:, :num_blocks], None
         if len(decodes) < len(self.metadata.seq_lens):
             table = table[self._to_device(decodes)]
@@ -103,7 +104,7 @@ class PagedAttention:
         self._decode_mask = self._to_device(mask).to(self.kv_cache.dtype)
 
     def _heads_at_once(self, num_keys: int) -> int:
-        """How many key heads to compute at once, if ``num_keys`` keys are gathered for each."""
+        """How many key heads to compute at once, if ``num_keys`` keys are gathered per head."""
         if self.kv_cache.device.type != "cpu":
             return self.num_kv_heads
         head_bytes = num_keys * self.kv_cache.shape[-1] * self.kv_cache.itemsize
@@ -157,12 +158,12 @@ class PagedAttention:
         return out.reshape(num_rows, num_heads * head_dim)
 
     def _gather(self, layer: int, index: int, part: int) -> Tensor:
-        """The keys (0) or values (1) of all decoding sequences, of some heads, block after block."""
+        """The keys (``index`` 0) or values (1) of all decoding sequences, for one part of the heads."""
         return torch.index_select(self._readable[layer, index, part], 0, self._decode_blocks, out=self._gathered)
 
 
 def _alike(rows: np.ndarray, lens: np.ndarray) -> list[np.ndarray]:
-    """Rows in groups in which none is less than half as long as the longest: padding at most doubles the work."""
+    """Groups rows so that none is less than half as long as its group's longest: padding at most doubles the work."""
     rows = rows[np.argsort(-lens[rows], kind="stable")]
     groups = []
     while len(rows):

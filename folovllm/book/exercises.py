@@ -95,8 +95,8 @@ def check_num_blocks(attempt: Callable[[int, int], int]) -> None:
 def check_budget(attempt: type) -> None:
     """``attempt``: a dataclass with ``num_tokens: int = 512`` (positive) and ``requests: list`` (empty, its own)."""
     first, second = attempt(), attempt()
-    expect(getattr(first, "num_tokens", None) == 512, "num_tokens should be 512 when nobody says otherwise.")
-    expect(getattr(first, "requests", None) == [], "requests should be an empty list when nobody says otherwise.")
+    expect(getattr(first, "num_tokens", None) == 512, "num_tokens should be 512 by default.")
+    expect(getattr(first, "requests", None) == [], "requests should be an empty list by default.")
     first.requests.append("r1")
     expect(second.requests == [], "a request added to one budget appears in the other: they share one list.")
     expect(attempt(num_tokens=1).num_tokens == 1, "a budget of 1 token is small, and right.")
@@ -111,7 +111,7 @@ def check_budget(attempt: type) -> None:
             raise NotYet(f"num_tokens={wrong} was accepted: check it in __post_init__ and raise a ValueError.")
 
 
-@exercise("what is left after the weights, divided by what one token keeps, in whole blocks.")
+@exercise("the memory left after the weights, divided by what one token takes, in whole blocks.")
 def check_tokens_that_fit(attempt: Callable[[float, float, float, int, int], int]) -> None:
     """``attempt(total_gib, utilization, weights_gib, bytes_per_token, block_size)``: tokens the cache has room for."""
     got = attempt(24, 0.9, 16, 131072, 16)
@@ -178,7 +178,7 @@ def check_top_p(attempt: Callable[[list[float], float], list[int]]) -> None:
         f"at p = 0.4 the likeliest token alone crosses, yours keeps {list(attempt(probs, 0.4))}.",
     )
     met = list(attempt(probs, 0.5))
-    expect(met == [1], f"at p = 0.5 token 1 reaches the line exactly, and nobody else is needed; yours keeps {met}.")
+    expect(met == [1], f"at p = 0.5 token 1 reaches the line exactly, and no other is needed; yours keeps {met}.")
     expect(sorted(attempt(probs, 1.0)) == [0, 1, 2, 3], "at p = 1 every token stays.")
 
 
@@ -233,15 +233,15 @@ def check_finish_status(attempt: Callable[[Any, int], Any]) -> None:
     expect(status([5, 5, 2], min_tokens=3) is stopped, "at min_tokens an end token counts again.")
 
 
-@exercise("full blocks of the prompt are counted once, and all that somebody writes into once for each.")
+@exercise("full blocks of the prompt are counted once, and blocks that are written into once for each fork.")
 def check_blocks_of_forks(attempt: Callable[[int, int, int, int], int]) -> None:
     """``attempt(prompt_len, output_len, block_size, n)``: blocks that ``n`` forks of one prompt take."""
     for args, right, why in (
         ((32, 16, 16, 1), 3, "a single sequence shares nothing"),
         ((32, 16, 16, 4), 6, "two shared blocks and one of its own for each of four"),
-        ((40, 8, 16, 4), 6, "two shared blocks; the third is half prompt, and copied by all who write into it"),
+        ((40, 8, 16, 4), 6, "two shared blocks; the third is half prompt, and copied by each fork"),
         ((40, 16, 16, 4), 10, "the output begins in a copied block, so 16 more tokens touch two blocks"),
-        ((40, 0, 16, 4), 3, "nobody has written yet, so even the partly full block is shared"),
+        ((40, 0, 16, 4), 3, "nothing has been written yet, so even the partly full block is shared"),
     ):
         got = attempt(*args)
         expect(
@@ -278,13 +278,13 @@ def check_count_weights(attempt: Callable[[str], int]) -> None:
 
 @exercise("a key and a value, for each layer and each KV head.")
 def check_kv_bytes(attempt: Callable[[int, int, int, int, int], int]) -> None:
-    """``attempt(num_layers, num_heads, num_kv_heads, head_dim, bytes_per_number)``: bytes a token keeps."""
+    """``attempt(num_layers, num_heads, num_kv_heads, head_dim, bytes_per_number)``: bytes of KV cache per token."""
     got = attempt(32, 32, 8, 128, 4)
     expect(got != 2 * 32 * 32 * 128 * 4, "that counts the query heads: only the KV heads are kept.")
     expect(got not in (32 * 32 * 128 * 4, 32 * 8 * 128 * 4), "there are two vectors for each token, a key and a value.")
-    expect(got == 262144, f"Llama 3 8B in float32 keeps 262,144 bytes a token, yours says {got}.")
+    expect(got == 262144, f"Llama 3 8B in float32 keeps 262,144 bytes per token, yours says {got}.")
     got = attempt(4, 4, 2, 32, 2)
-    expect(got == 1024, f"the embedded model in bfloat16 keeps 1,024 bytes a token, yours says {got}.")
+    expect(got == 1024, f"the embedded model in bfloat16 keeps 1,024 bytes per token, yours says {got}.")
 
 
 @exercise("the last place of every row is a real token, and the mask hides the rest.")
@@ -366,14 +366,14 @@ def check_generate(attempt: Callable[[Any, list[int], int], list[int]]) -> None:
 # Chapter 6
 
 
-@exercise("who comes first is served first, and a prompt that does not fit waits or is cut.")
+@exercise("the first to come is served first, and a prompt that does not fit waits or is cut.")
 def check_schedule(attempt: Callable[[list[int], int, bool], list[int]]) -> None:
     """``attempt(num_left, budget, chunked)``: how many tokens each sequence computes now, first come first served."""
     cases = (
-        (([1, 1, 1], 10, False), [1, 1, 1], "everybody fits"),
+        (([1, 1, 1], 10, False), [1, 1, 1], "all of them fit"),
         (([1, 1, 1], 2, True), [1, 1, 0], "the budget holds two tokens"),
         (([1, 30, 1], 16, True), [1, 15, 0], "a prompt may be cut to what is left"),
-        (([1, 30, 1], 16, False), [1, 0, 0], "a prompt that may not be cut waits, and nobody overtakes it"),
+        (([1, 30, 1], 16, False), [1, 0, 0], "a prompt that may not be cut waits, and nothing overtakes it"),
     )
     for (num_left, budget, chunked), right, why in cases:
         got = list(attempt(list(num_left), budget, chunked))

@@ -1,4 +1,4 @@
-"""The figures of the book: each is one call in a notebook, and gives back its Axes so that tests can read it.
+"""The figures of the book: each is one call in a notebook, and returns its Axes so that tests can read it.
 
 They share one style: a white card that stays white on a dark page, type that is legible at the width of a phone,
 and the colours of Okabe and Ito (2008), which readers with any kind of colour vision can tell apart.
@@ -106,7 +106,7 @@ def plot_path(*here: str, told_by: str | None = None) -> Axes:
 
 
 def plot_token_bars(series: Mapping[str, Tensor], tokenizer: Any, top: int = 10) -> Axes:
-    """Probabilities ``[vocab_size]`` of the likeliest tokens, one bar a series; the first series decides the order."""
+    """Probabilities ``[vocab_size]`` of the likeliest tokens, one bar per series; the first decides the order."""
     first = next(iter(series.values()))
     token_ids = first.topk(top).indices.tolist()
     with _figure(0.9 + 0.33 * top) as ax:
@@ -134,7 +134,7 @@ def plot_temperatures(probs: Mapping[float, Tensor], tokenizer: Any, top: int = 
         ax.barh(range(len(probs)), 1 - left, left=left, color=LIGHT, label="all others", edgecolor="white")
         ax.set(yticks=range(len(probs)), yticklabels=[f"T = {t:g}" for t in probs], xlim=(0, 1), xlabel="probability")
         ax.invert_yaxis()
-        # Given by name, since a label of its own that begins with an underscore would be left out.
+        # Passed explicitly, since matplotlib leaves out labels that begin with an underscore.
         ax.legend(
             ax.containers,
             [*names, "all others"],
@@ -159,7 +159,7 @@ def plot_entropy(temperatures: Sequence[float], entropies: Sequence[float], limi
 
 
 def plot_kept(probs: Tensor, kept: Mapping[str, Tensor], tokenizer: Any, top: int = 14) -> np.ndarray:
-    """What each filter keeps of one distribution ``[vocab_size]``: a panel each, kept tokens filled, others hollow."""
+    """What each filter keeps of a distribution ``[vocab_size]``: one panel each, kept tokens filled, others hollow."""
     token_ids = probs.topk(top).indices
     heights = _values(probs[token_ids])
     with _figure(0.9 + 1.45 * len(kept), rows=len(kept), sharex=True, sharey=True) as axes:
@@ -221,7 +221,7 @@ def plot_memory_split(
     """A GPU's memory by part at each ``gpu_memory_utilization``, and the tokens that the KV cache has room for."""
     weights = weight_bytes / GIB
     usable = np.array(utilizations) * total_gib
-    # Weights that do not fit leave no cache; the bar shows how much of them would stand outside.
+    # Weights that do not fit leave no cache; the bar shows by how much they exceed the memory.
     cache = np.maximum(usable - weights, 0)
     block_bytes = bytes_per_token * block_size
     tokens = (cache * GIB // block_bytes).astype(int) * block_size
@@ -283,7 +283,7 @@ STATUS_COLORS = {
     "finished_aborted": RED,
     "finished_ignored": LIGHT,
 }
-"""One colour a `SequenceStatus`, the same in every figure."""
+"""One colour per `SequenceStatus`, the same in every figure."""
 
 
 def plot_state_machine() -> Axes:
@@ -400,7 +400,7 @@ def plot_weights_by_layer(model: Any) -> Axes:
 
 
 def plot_weights_by_dtype(models: Mapping[str, Any], bits: Mapping[str, float]) -> np.ndarray:
-    """GiB of each model's weights by kind, a panel each, in formats of so many bits a weight."""
+    """GiB of each model's weights by kind, one panel per model, in formats of so many bits per weight."""
     with _figure(0.7 + 1.15 * len(models), rows=len(models)) as axes:
         for ax, (name, model) in zip(np.atleast_1d(axes), models.items()):
             counts = dict.fromkeys(KINDS, 0)
@@ -439,7 +439,7 @@ def plot_measured_against_predicted(predicted: Sequence[float], measured: Mappin
 def plot_kv_capacity(
     bytes_per_token: Mapping[str, int], weights: Mapping[str, int], gpu_gib: float, length: int
 ) -> Axes:
-    """KV bytes a token of each model, and how many sequences of ``length`` tokens one GPU holds beside the weights."""
+    """KV bytes per token of each model, and the sequences of ``length`` tokens that a GPU holds beside the weights."""
     names = list(bytes_per_token)
     fit = {
         name: max(int((0.9 * gpu_gib * GIB - weights[name]) // (bytes_per_token[name] * length)), 0) for name in names
@@ -510,7 +510,7 @@ def plot_product_times(rows: Sequence[int], seconds: Mapping[str, Sequence[float
 
 
 def plot_along_text(values: Mapping[str, Sequence[float]], ylabel: str, choices: Sequence[int] = ()) -> Axes:
-    """Numbers along a text, one a token; ``choices`` marks the tokens at which the grammar had a choice."""
+    """Numbers along a text, one per token; ``choices`` marks the tokens at which the grammar had a choice."""
     with _figure(3.2) as ax:
         for place in choices:
             ax.axvspan(place - 0.5, place + 0.5, color=YELLOW, alpha=0.45, lw=0)
@@ -547,7 +547,7 @@ def plot_running(runs: Mapping[str, Sequence[Any]]) -> Axes:
 
 
 def plot_block_tables(tables: Sequence[Mapping[str, Sequence[int]]], num_blocks: int) -> Axes:
-    """The cache after each step, a row a step and a square a block, with the name and colour of who owns it."""
+    """The cache after each step, one row per step and one square per block, with its owner's name and colour."""
     names = list(dict.fromkeys(name for table in tables for name in table))
     with _figure(1.1 + 0.42 * len(tables)) as ax:
         for row, table in enumerate(tables):

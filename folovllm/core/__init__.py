@@ -1,1 +1,1 @@
-"""Who runs in a step, and which blocks of the cache they have. No tensors here."""
+"""Which sequences run in a step, and which cache blocks they have. No tensors here."""

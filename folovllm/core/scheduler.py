@@ -1,18 +1,22 @@
-"""Who runs in the next step, and how many of its tokens. Chapter 6 is about this module.
+"""Which sequences run in the next step, and how many tokens of each. Chapter 6 is about this module.
 
-There is no prefill phase and no decode phase. A sequence has tokens, and a number that says how many of them the model
-has computed; a step moves that number towards the end, within one budget of tokens. A prompt is a long way to go, a
-generated token a short one. As in vLLM (``v1/core/sched/scheduler.py``, 0.33.0); the unit is a sequence here.
+There is no prefill phase and no decode phase. A sequence has tokens, and ``num_computed_tokens`` of them have been
+computed; each step raises that number, within one token budget for all sequences. A new prompt has many tokens left to
+compute, a generating sequence one. As in vLLM (``v1/core/sched/scheduler.py``, 0.33.0), where the unit is a request;
+here it is a sequence.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import itertools
 from dataclasses import dataclass, field
+from typing import cast
 
 from folovllm.config import SchedulerConfig
 from folovllm.core.kv_cache import KVCacheManager
-from folovllm.request import Sequence, SequenceStatus
+from folovllm.outputs import RunnerOutput
+from folovllm.request import Request, Sequence, SequenceStatus
 
 
 @dataclass
@@ -21,19 +25,23 @@ class SchedulerOutput:
 
     seqs: list[Sequence] = field(default_factory=list)
     num_new_tokens: list[int] = field(default_factory=list)
-    """For each sequence, how many of its tokens are computed now, counted from ``num_computed_tokens``."""
+    """For each sequence, how many tokens after ``num_computed_tokens`` are computed in this step."""
+    sampled: list[tuple[Sequence, int]] = field(default_factory=list)
+    """The sequences that get a token, each with the row of the flat batch whose logits it is drawn from."""
+    forks: list[tuple[Sequence, Sequence]] = field(default_factory=list)
+    """``(parent, child)``: answers that start in this step, forked from the one that has just computed the prompt."""
     admitted: list[tuple[Sequence, int]] = field(default_factory=list)
-    """The sequences that left the queue, each with the number of its tokens that the prefix cache had."""
+    """The sequences that left the waiting queue, each with the number of its tokens found in the prefix cache."""
     preempted: list[Sequence] = field(default_factory=list)
     swap_out: list[tuple[int, int]] = field(default_factory=list)
-    """``(block, CPU block)``, to copy before anything else."""
+    """``(block, CPU block)``, copied first."""
     swap_in: list[tuple[int, int]] = field(default_factory=list)
-    """``(CPU block, block)``, to copy next."""
+    """``(CPU block, block)``, copied second."""
     copies: list[tuple[int, int]] = field(default_factory=list)
-    """``(block, block)``: what copy-on-write asks for, to copy last."""
+    """``(from, to)``, the copies of copy-on-write, copied last."""
 
     def add(self, seq: Sequence, num_new_tokens: int) -> None:
-        """Takes a sequence into the step."""
+        """Adds a sequence to the step."""
         self.seqs.append(seq)
         self.num_new_tokens.append(num_new_tokens)
 
@@ -42,44 +50,69 @@ class Scheduler:
     """Keeps the queues: WAITING, RUNNING and SWAPPED.
 
     Args:
-        config: with ``max_num_batched_tokens`` and ``max_model_len`` settled.
+        config: with ``max_num_batched_tokens`` and ``max_model_len`` filled in.
         cache: where running sequences get their blocks.
     """
 
     def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
         self.config, self.cache = config, cache
-        self.waiting: deque[Sequence] = deque()
+        self.max_model_len = cast(int, config.max_model_len)
+        self.max_num_batched_tokens = cast(int, config.max_num_batched_tokens)
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.swapped: deque[Sequence] = deque()
-        self._batch_is_open = True  # static batching's: whether the present batch may still grow
+        self.swapped: list[Sequence] = []
+        self._ranks: dict[str, tuple[int, float, int]] = {}
+        self._arrivals = itertools.count()
+        self._batch_is_open = True  # for static batching: whether the current batch may still grow
 
-    def add(self, seq: Sequence) -> None:
-        """Puts a new sequence at the end of the queue."""
-        self.waiting.append(seq)
+    def add_request(self, request: Request) -> None:
+        """Queues the first answer to a new request; the others start once its prompt has been computed."""
+        self.requests[request.request_id] = request
+        by_priority = self.config.policy == "priority"
+        order = (request.priority, request.arrival_time) if by_priority else (0, 0.0)
+        self._ranks[request.request_id] = (*order, next(self._arrivals))
+        self._enqueue(self.waiting, request.start_answer() if request.num_pending else request.get_seqs()[0])
+
+    def forget(self, request_id: str) -> None:
+        """Drops a request that was not scheduled yet, wherever `add_request` was interrupted."""
+        self.waiting = [seq for seq in self.waiting if seq.request_id != request_id]
+        self.requests.pop(request_id, None)
+        self._ranks.pop(request_id, None)
 
     def has_unfinished(self) -> bool:
-        """Whether anybody waits or runs."""
+        """Whether any sequence waits or runs."""
         return bool(self.running or self.waiting or self.swapped)
 
     def schedule(self) -> SchedulerOutput:
-        """Decides the next step: those who run go on, then others are admitted, all within one budget."""
+        """Decides the next step: running sequences first, then waiting ones are admitted, all within one budget."""
         output = SchedulerOutput()
+        if self.config.policy == "priority":
+            self.running.sort(key=self._rank)  # the victim of a preemption is taken from the end
         budget = self._continue_running(output)
         if not output.preempted:
             self._admit(output, budget)
+        self._choose_sampled(output)
         output.copies, self.cache.copies = self.cache.copies, []
         return output
 
+    def _rank(self, seq: Sequence) -> tuple[int, float, int, int]:
+        """Sort key of the queues: priority if that is the policy, then arrival, then the answer's index."""
+        return *self._ranks[seq.request_id], seq.index
+
+    def _enqueue(self, queue: list[Sequence], seq: Sequence) -> None:
+        bisect.insort(queue, seq, key=self._rank)
+
     def _continue_running(self, output: SchedulerOutput) -> int:
-        """Gives running sequences their next tokens, and room for them; returns what is left of the budget."""
-        budget = self._budget()
+        """Schedules the next tokens of running sequences and allocates their slots; returns the rest of the budget."""
+        budget = self.max_num_batched_tokens
         i = 0
         while i < len(self.running):
             seq = self.running[i]
             num_new = min(seq.get_len() - seq.num_computed_tokens, budget)
             if num_new == 0:
                 break
-            while not self.cache.reserve(seq, seq.num_computed_tokens + num_new):
+            while not self.cache.allocate_slots(seq, seq.num_computed_tokens + num_new):
                 victim = self.running.pop()
                 self._preempt(victim, output)
                 if victim is seq:
@@ -90,94 +123,156 @@ class Scheduler:
         return budget
 
     def _admit(self, output: SchedulerOutput, budget: int) -> None:
-        """Lets sequences in: those in CPU memory first, then the queue, each in its order, until one does not fit."""
+        """Admits waiting and swapped sequences, in order of rank, until one does not fit."""
         if not self.running:
             self._batch_is_open = True
         if self.config.batching == "static" and not self._batch_is_open:
             return
         num_before = len(self.running)
         while budget > 0 and len(self.running) < self.config.max_num_seqs and (self.swapped or self.waiting):
-            num_new = self._admit_swapped(output, budget) if self.swapped else self._admit_waiting(output, budget)
+            heads = [queue[0] for queue in (self.swapped, self.waiting) if queue]
+            seq = min(heads, key=self._rank)
+            admit = self._admit_swapped if seq.status is SequenceStatus.SWAPPED else self._admit_waiting
+            num_new = admit(seq, output, budget)
             if num_new == 0:
                 break
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+            output.add(seq, num_new)
             budget -= num_new
         self._batch_is_open = len(self.running) > num_before
 
-    def _admit_swapped(self, output: SchedulerOutput, budget: int) -> int:
-        """Brings the first swapped sequence back; returns its tokens in this step, 0 if it does not fit."""
-        seq = self.swapped[0]
+    def _admit_swapped(self, seq: Sequence, output: SchedulerOutput, budget: int) -> int:
+        """Swaps in the first swapped sequence; returns its tokens in this step, 0 if it does not fit."""
         num_new = min(seq.get_len() - seq.num_computed_tokens, budget)
         pairs = self.cache.swap_in(seq, seq.num_computed_tokens + num_new)
         if pairs is None:
             return 0
         output.swap_in += pairs
-        self._start(self.swapped.popleft(), num_new, output)
+        self.swapped.pop(0)
         return num_new
 
-    def _admit_waiting(self, output: SchedulerOutput, budget: int) -> int:
+    def _admit_waiting(self, seq: Sequence, output: SchedulerOutput, budget: int) -> int:
         """Starts the first waiting sequence; returns its tokens in this step, 0 if it does not fit."""
-        seq = self.waiting[0]
-        seq.num_computed_tokens = self.cache.take_prefix(seq)
-        num_left = seq.get_len() - seq.num_computed_tokens
-        num_new = min(num_left, budget) if self.config.enable_chunked_prefill else num_left
-        if num_new > budget or not self.cache.reserve(seq, seq.num_computed_tokens + num_new):
+        chunked = self.config.enable_chunked_prefill
+        seq.num_computed_tokens = num_cached = self.cache.get_computed_blocks(seq)
+        num_left = seq.get_len() - num_cached
+        num_new = min(num_left, budget) if chunked else num_left
+        whole = chunked and self.config.scheduler_reserve_full_isl
+        if num_new > budget or not self.cache.allocate_slots(seq, num_cached + num_new, whole):
             self.cache.release(seq)
             seq.num_computed_tokens = 0
             return 0
-        output.admitted.append((seq, seq.num_computed_tokens))
-        self._start(self.waiting.popleft(), num_new, output)
+        output.admitted.append((seq, num_cached))
+        self.waiting.pop(0)
         return num_new
 
-    def _start(self, seq: Sequence, num_new: int, output: SchedulerOutput) -> None:
-        seq.status = SequenceStatus.RUNNING
-        self.running.append(seq)
-        output.add(seq, num_new)
+    def _choose_sampled(self, output: SchedulerOutput) -> None:
+        """Lists the sequences that get a token, and forks further answers from prompts that this step completes."""
+        end = 0
+        for seq, num_new in zip(output.seqs, output.num_new_tokens):
+            end += num_new
+            if seq.num_computed_tokens + num_new < seq.get_len():
+                continue
+            output.sampled.append((seq, end - 1))
+            request = self.requests[seq.request_id]
+            if not request.num_pending or seq.get_output_len():
+                continue
+            while request.num_pending and len(self.running) < self.config.max_num_seqs:
+                child = request.start_answer(seq)
+                self.cache.fork(seq, child)
+                self.running.append(child)
+                output.forks.append((seq, child))
+                output.sampled.append((child, end - 1))
+            if request.num_pending:
+                self._enqueue(self.waiting, request.start_answer())
 
-    def _budget(self) -> int:
-        assert self.config.max_num_batched_tokens is not None  # the engine has settled it
-        return self.config.max_num_batched_tokens
+    def update_from_output(self, scheduler_output: SchedulerOutput, runner_output: RunnerOutput) -> None:
+        """Records a step's results: tokens, their log probabilities, and which sequences have ended."""
+        for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
+            seq.num_computed_tokens += num_new
+        for parent, child in scheduler_output.forks:
+            child.num_computed_tokens = parent.num_computed_tokens
+        for i, (seq, _) in enumerate(scheduler_output.sampled):
+            if i in runner_output.errors:
+                seq.stop_reason = runner_output.errors[i]
+                self.finish(seq, SequenceStatus.FINISHED_ABORTED)
+                continue
+            token_id, logprobs = runner_output.token_ids[i], runner_output.logprobs[i]
+            seq.add_token_id(token_id, None if logprobs is None else logprobs[token_id].logprob)
+            if logprobs is not None and seq.sampling_params.logprobs is not None:
+                seq.logprobs.append(logprobs)
+            status = check_stop(seq, self.requests[seq.request_id].eos_token_id, self.max_model_len)
+            if status is not None:
+                self.finish(seq, status)
 
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
-        """Takes a running sequence's blocks: to CPU memory if that is the way and there is room, else for good."""
+        """Takes a running sequence's blocks: swaps them out if the mode says so and there is room, else frees them."""
         output.preempted.append(seq)
+        seq.num_preemptions += 1
         pairs = self.cache.swap_out(seq) if self.config.preemption_mode == "swap" else None
         if pairs is not None:
             output.swap_out += pairs
             seq.status = SequenceStatus.SWAPPED
-            self.swapped.appendleft(seq)  # as in the queue: who came first returns first
+            self._enqueue(self.swapped, seq)
         else:
             self.cache.release(seq)
             self._put_back(seq)
 
-    def restart(self, seq: Sequence) -> None:
-        """Forgets what CPU memory has of a swapped sequence; it is computed again."""
-        if seq.status is SequenceStatus.SWAPPED:
-            self.finish(seq, SequenceStatus.WAITING)
-            self._put_back(seq)
-
     def _put_back(self, seq: Sequence) -> None:
-        """Makes a sequence without blocks the next to be started."""
+        """Puts a sequence without blocks back in the waiting queue, at its rank: before all later arrivals."""
         seq.num_computed_tokens = 0
         seq.status = SequenceStatus.WAITING
-        self.waiting.appendleft(seq)
+        self._enqueue(self.waiting, seq)
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Starts another answer to a prompt that has just been computed: beside it if there is a place, else later."""
-        if len(self.running) < self.config.max_num_seqs:
-            self.cache.fork(parent, child)
-            self.running.append(child)
-        else:
-            child.block_ids.clear()
-            self._put_back(child)
+    def reset(self) -> list[str]:
+        """Begins anew after a failed step, trusting no block; returns the requests that were running."""
+        self.cache.reset()
+        self.running, self.waiting, self.swapped = [], [], []
+        seqs = [seq for request in self.requests.values() for seq in request.get_seqs() if not seq.is_finished()]
+        for seq in seqs:
+            seq.block_ids.clear()
+            if seq.status is not SequenceStatus.RUNNING:
+                self._put_back(seq)
+        return list(dict.fromkeys(seq.request_id for seq in seqs if seq.status is SequenceStatus.RUNNING))
 
     def finish(self, seq: Sequence, status: SequenceStatus) -> None:
-        """Ends a sequence: out of its queue, its blocks back."""
-        # Only the queue it stands in is searched: thousands may wait.
-        if seq.status is SequenceStatus.RUNNING:
-            self.running = [other for other in self.running if other is not seq]
-        elif seq.status is SequenceStatus.SWAPPED:
-            self.swapped = deque(other for other in self.swapped if other is not seq)
-        else:
-            self.waiting = deque(other for other in self.waiting if other is not seq)
+        """Ends a sequence: removes it from its queue and frees its blocks."""
+        # Only its own queue is searched: thousands may wait.
+        queue = {SequenceStatus.RUNNING: self.running, SequenceStatus.SWAPPED: self.swapped}.get(
+            seq.status, self.waiting
+        )
+        queue[:] = [other for other in queue if other is not seq]
         seq.status = status
         self.cache.free(seq)
+        self._forget_if_finished(seq.request_id)
+
+    def finish_request(self, request_id: str, status: SequenceStatus, reason: str | None = None) -> None:
+        """Ends every unfinished answer to a request, including those that have not started."""
+        request = self.requests[request_id]
+        while request.num_pending:
+            seq = request.start_answer()
+            seq.status, seq.stop_reason = status, reason
+        for seq in request.get_seqs():
+            if not seq.is_finished():
+                seq.stop_reason = reason
+                self.finish(seq, status)
+        self._forget_if_finished(request_id)
+
+    def _forget_if_finished(self, request_id: str) -> None:
+        if request_id in self.requests and self.requests[request_id].is_finished():
+            del self.requests[request_id], self._ranks[request_id]
+
+
+def check_stop(seq: Sequence, eos_token_id: int | None, max_model_len: int) -> SequenceStatus | None:
+    """The status a sequence ends with after its newest token, None if it goes on (vLLM: ``v1/core/sched/utils.py``)."""
+    params, num_tokens, token_id = seq.sampling_params, seq.get_output_len(), seq.get_last_token_id()
+    if num_tokens >= params.min_tokens:
+        if token_id == eos_token_id and not params.ignore_eos:
+            return SequenceStatus.FINISHED_STOPPED
+        if token_id in (params.stop_token_ids or []):
+            seq.stop_reason = token_id
+            return SequenceStatus.FINISHED_STOPPED
+    if num_tokens == params.max_tokens or seq.get_len() >= max_model_len:
+        return SequenceStatus.FINISHED_LENGTH_CAPPED
+    return None

@@ -1,9 +1,9 @@
 """From tokens to text, as they come. Chapter 6 is about this module.
 
-A token is a piece of bytes, not of text: a character may take several, and what a token reads as may depend on the one
-before it. So a few tokens are decoded again with every new one, and what is new at the end is the text; while it ends
-within a character, nothing is given out. Where nobody asks and no stop string is looked for, all is decoded at once at
-the end. Stop strings are looked for here, since they may begin in one token and end in another. As in vLLM
+A token is a piece of bytes, not of text: a character may take several tokens, and a token's text may depend on the one
+before it. So every new token is decoded together with a few earlier ones, and what is new at the end is its text. Text
+that ends within a character is held back. Where the text is not asked for and there are no stop strings, everything is
+decoded once, at the end. Stop strings are found here, since they may begin in one token and end in another. As in vLLM
 (``tokenizers/detokenizer_utils.py``, ``v1/engine/detokenizer.py``, 0.33.0).
 """
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 2
-"""Tokens that are decoded again in front of a new one, at least; the first of them are the prompt's."""
+"""At least so many earlier tokens are decoded with a new one; at first they are the prompt's last."""
 
 NOT_WHOLE = "\ufffd"
-"""Stands in a text for bytes that make no character, or none yet."""
+"""Replacement character: stands for bytes that form no character, or none yet."""
 
 _MAY_LOSE_SPACES = re.compile(r" [ ']*(?:n[ ']*|[vr])?$")
-"""The end of a text in which ``clean_up_tokenization`` may yet find something: the beginnings of what it looks for."""
+"""The end of a text that ``clean_up_tokenization`` may still change, depending on what follows."""
 
 _special_ids: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
 
 
 class Detokenizer:
-    """The text of one sequence's output: what the tokenizer's ``decode`` makes of prompt and output, less the prompt's.
+    """The text of one sequence's output: ``decode`` of prompt and output, without the prompt's text.
 
     Args:
         tokenizer: the model's, of any kind, fast or slow; nothing in it is changed.
         params: stop strings, and what to do with special tokens.
-        prompt_token_ids: what the output follows on.
+        prompt_token_ids: the tokens before the output.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class Detokenizer:
         self._decode = _make_decode(tokenizer, params.skip_special_tokens)
         self._skipped = _find_special_ids(tokenizer) if params.skip_special_tokens else frozenset()
         self._unspaced = {} if params.skip_special_tokens or params.spaces_between_special_tokens else _added(tokenizer)
-        """What added tokens read as right after another, where no space may be between them."""
+        """The text of added tokens that follow one another, where no space may be put between them."""
         self._follows_added = False
         self._text = ""
         self._num_tokens = 0
         self._is_finished = False
         self._unread: list[int] = []
-        """The tokens that nobody has asked for yet."""
+        """Tokens that have not been decoded yet."""
         self._window, self._window_text = self._find_context(list(prompt_token_ids))
-        """The newest tokens that were read, and the part of their text that has been given out or is the prompt's."""
+        """The last tokens decoded, and the part of their text that was appended to ``_text`` or is the prompt's."""
         self._num_given = len(self._window)
-        """How many of the window's tokens that text is of; the others wait for the rest of their character."""
+        """How many of the window's tokens that part covers; the others wait for the rest of their character."""
         self._clean_up = _CleanUp(tokenizer, self._decode(list(prompt_token_ids))) if _cleans_up(tokenizer) else None
 
     @property
@@ -70,48 +70,48 @@ class Detokenizer:
         return self._text
 
     def add(self, token_id: int, stop_terminated: bool = False) -> str | None:
-        """Takes in one token.
+        """Adds one token.
 
         Args:
             token_id: the token.
-            stop_terminated: whether it is an end token or a stop token that ends the output. It is no text then,
+            stop_terminated: whether it is the end token or stop token that ends the output. It then adds no text,
                 unless ``include_stop_str_in_output``.
 
         Returns:
-            the stop string that its text completes, None if there is none. What the first ``min_tokens`` tokens
-            complete does not count.
+            the stop string that its text completes, or None. One that the first ``min_tokens`` tokens complete does not
+            count.
         """
         self._num_tokens += 1
         if token_id not in self._skipped and not (stop_terminated and not self.params.include_stop_str_in_output):
             self._unread.append(token_id)
         if not self.stops:
-            return None  # and nothing is decoded before somebody asks for it
+            return None  # decoded when the text is asked for
         before = len(self._text)
         self._read()
         return self._find_stop(before) if self._num_tokens > self.params.min_tokens else None
 
     def finish(self) -> None:
-        """No token will follow: nothing is held back any more. Bytes of a character that is not whole are no text."""
+        """No token will follow, so nothing is held back any more. The bytes of an incomplete character are dropped."""
         self._read()
         if self._clean_up is not None and not self._is_finished:
             self._text += self._clean_up("", is_last=True)
         self._is_finished = True
 
     def visible_text(self) -> str:
-        """What a stream may show: while the output grows, not what may yet become the beginning of a stop string."""
+        """The text to stream: while the output grows, an end that may become a stop string is held back."""
         text = self.text
         return text if self._is_finished else text[: max(len(text) - self._held_back, 0)]
 
     def _read(self) -> None:
-        """Adds the text of the unread tokens to the text."""
+        """Decodes the unread tokens and appends their text."""
         if self._unread:
             token_ids, self._unread = self._unread, []
             self._read_tokens(token_ids)
 
     def _read_tokens(self, token_ids: list[int]) -> None:
-        """Decodes the window with these tokens behind it, and gives out what is new and whole.
+        """Decodes the window followed by these tokens, and appends what is new and complete.
 
-        All at once is the same as one by one, and faster; only around bytes that make no character it is not.
+        All at once gives the same text as one by one, and is faster, except around bytes that form no character.
         """
         window = self._window + token_ids
         text = self._decode(window)
@@ -125,12 +125,12 @@ class Detokenizer:
         self._follows_added = token_ids[-1] in self._unspaced
 
     def _give_out(self, text: str) -> None:
-        """Adds to the text what is new in the window's, and lets old tokens go."""
+        """Appends what is new in the window's text, and drops old tokens from the window."""
         if not text.startswith(self._window_text):
             text = self._find_border(text)
         new = text[len(self._window_text) :]
         if not new:
-            return  # the newest tokens may get a text with those that follow
+            return  # the newest tokens may only have a text together with those that follow
         if self._follows_added:
             new = self._unspaced.get(self._window[-1], new)
         self._text += new if self._clean_up is None else self._clean_up(new)
@@ -139,11 +139,11 @@ class Detokenizer:
         self._window_text, self._num_given = text, len(self._window)
 
     def _find_border(self, text: str) -> str:
-        """The window's text again, with what has been given out of it in front, where bytes read otherwise by now.
+        """Sets the known part of the window's text anew where later bytes changed how it decodes; returns the text.
 
-        Either the prompt ended within a character: then as much of the text is the prompt's as it may have meant. Or
-        byte tokens that make no character follow on some that did, and the tokenizer now reads all of them as invalid:
-        what has been given out stays, and only the new ones are.
+        Either the prompt ended within a character: then the longest beginning that its tokens can account for is the
+        prompt's. Or invalid byte tokens follow valid ones, and the tokenizer now decodes all of them as invalid: then
+        the text already appended stays, and only the new tokens count as invalid.
         """
         if self._window_text.endswith(NOT_WHOLE):
             meant = (self._decode(self._window[: max(self._num_given - num, 0)]) for num in range(4))
@@ -153,10 +153,10 @@ class Detokenizer:
         return self._decode(self._window)
 
     def _find_context(self, token_ids: list[int]) -> tuple[list[int], str]:
-        """The last few tokens, enough to read on from, and their text.
+        """The last few tokens, enough context for what follows, and their text.
 
-        Their first may be cut off within a character, or within a run of byte tokens, of which not one can be read
-        then. That does no harm if another text follows; if not, one of four cuts in a row is between two characters.
+        The cut may fall within a character, or within a run of byte tokens, which then decodes to nothing valid. That
+        does no harm if other text follows. If not, one of four neighbouring cuts is between two characters.
         """
         for num in range(CONTEXT, min(CONTEXT + 4, len(token_ids))):
             text = self._decode(token_ids[-num:])
@@ -165,7 +165,7 @@ class Detokenizer:
         return token_ids, self._decode(token_ids)
 
     def _find_stop(self, before: int) -> str | None:
-        """Cuts the text at the stop string that is complete first, of those that were not complete ``before``."""
+        """Cuts the text at the first stop string that ends after character ``before``, and returns that string."""
         ends: dict[int, str] = {}
         for stop in self.stops:
             found = self._text.find(stop, max(before - len(stop) + 1, 0))
@@ -180,11 +180,11 @@ class Detokenizer:
 
 
 class _CleanUp:
-    """Takes the spaces out that a tokenizer's ``clean_up_tokenization_spaces`` wants gone, once that is certain.
+    """Removes the spaces that a tokenizer's ``clean_up_tokenization_spaces`` removes, once later text cannot matter.
 
     Args:
         tokenizer: whose rules.
-        before: the prompt's text, whose end may lose its spaces, too, with what follows.
+        before: the prompt's text; what follows may take spaces from its end, too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: str) -> None:
@@ -193,7 +193,7 @@ class _CleanUp:
         self._prompt_end = tokenizer.clean_up_tokenization(self._rest)
 
     def __call__(self, text: str, is_last: bool = False) -> str:
-        """What is certain now that ``text`` follows on what came before; all of it if it ``is_last``."""
+        """The cleaned text that is final now that ``text`` has come; all of it if ``is_last``."""
         rest = self._rest + text
         num = len(rest) if is_last else _find_certain(rest)
         clean, self._rest = self._tokenizer.clean_up_tokenization(rest[:num]), rest[num:]
@@ -203,18 +203,18 @@ class _CleanUp:
 
 
 def _count_shared(a: str, b: str) -> int:
-    """How many characters two texts have in common from the beginning on."""
+    """Length of the longest common prefix of two texts."""
     return next((num for num, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _find_certain(text: str) -> int:
-    """How many characters of a text keep or lose their spaces, whatever follows."""
+    """How many characters, from the first, clean up the same whatever follows."""
     found = _MAY_LOSE_SPACES.search(text)
     return found.start() if found else len(text)
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ``decode`` takes spaces out; for BPE transformers ignores the setting, unless told twice."""
+    """Whether ``decode`` removes spaces; for BPE, transformers ignores the setting unless a second one is set."""
     if not tokenizer.clean_up_tokenization_spaces:
         return False
     is_bpe = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
@@ -222,9 +222,9 @@ def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _make_decode(tokenizer: PreTrainedTokenizerBase, skip: bool) -> Callable[[list[int]], str]:
-    """A function from token ids to their text, without special tokens if ``skip``; it takes no spaces out."""
+    """A function from token ids to their text, without special tokens if ``skip``; it removes no spaces."""
     if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer  # the same text in a third of the time: a call a token adds up
+        backend = tokenizer.backend_tokenizer  # same text in a third of the time, which matters for a call per token
         return lambda token_ids: str(backend.decode(token_ids, skip_special_tokens=skip))
     return lambda token_ids: str(
         tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
@@ -232,7 +232,7 @@ def _make_decode(tokenizer: PreTrainedTokenizerBase, skip: bool) -> Callable[[li
 
 
 def _find_special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that ``skip_special_tokens`` leaves out. To leave them out at once keeps the window short."""
+    """The tokens that ``skip_special_tokens`` leaves out; dropping them at once keeps the window short."""
     if tokenizer not in _special_ids:
         added = tokenizer.added_tokens_decoder.items()
         fast = (token_id for token_id, token in added if token.special)

@@ -1,4 +1,4 @@
-"""From a text to tokens, at the engine's door: what cannot be served is refused before the work begins."""
+"""From a prompt's text to token ids; a text that can never be served is refused before it is encoded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def encode_text(
     Args:
         tokenizer: the model's; nothing in it is changed.
         text: any text.
-        max_model_len: tokens that the model can take. That a text of this many tokens fits is for the caller to see;
-            here only one is refused that would have more, even if every token were the longest there is (as in vLLM).
+        max_model_len: tokens that the model can take. The caller checks the number of tokens; here a text is refused
+            only if it must have more, even when every token is the longest in the vocabulary (as in vLLM).
         add_special_tokens: whether the tokenizer may add its own, such as one at the beginning.
 
     Raises:
-        ValueError: if the text is much too long, or has a character that no text can have (half a surrogate pair).
+        ValueError: if the text is much too long, or contains half a surrogate pair, which cannot be encoded.
     """
-    if len(text) > max_model_len:  # a token has a character, at least: a short text needs no second look
+    if len(text) > max_model_len:  # a token has at least one character, so a shorter text always passes
         longest = _longest_token(tokenizer)
         require(
             len(text) <= max_model_len * longest,
@@ -48,7 +48,7 @@ def encode_text(
 
 
 def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Characters of the longest token; read from the vocabulary once per tokenizer."""
+    """Characters of the longest token, read from the vocabulary once per tokenizer."""
     if tokenizer not in _longest_tokens:
         _longest_tokens[tokenizer] = max(map(len, tokenizer.get_vocab()))
     return _longest_tokens[tokenizer]
@@ -57,7 +57,7 @@ def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def _without_limits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or a copy if its backend pads or truncates.
 
-    ``encode`` would switch both off, under the feet of another thread that has just switched them on.
+    ``encode`` would switch both off, while another thread may have just switched them on.
     """
     if tokenizer not in _unlimited:
         if (

@@ -96,7 +96,7 @@ def find_folder(name: str) -> Path:
 
 
 def describe_other_kind(folder: Path) -> str | None:
-    """What a folder holds that is no checkpoint for this engine, as the rest of an error's sentence."""
+    """The rest of an error's sentence: what the folder holds instead of a checkpoint for this engine."""
     for pattern, what, advice in _OTHER_KINDS:
         found = sorted(path.name for path in folder.glob(pattern))
         if found:
@@ -172,17 +172,30 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, dict[str, Any]
             size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise ValueError(f"it has {size:,} bytes and says that its header alone has {length:,}")
-            with safe_open(path, framework="pt"):  # checks every dtype, shape and offset, and their sum
-                header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
-    except (SafetensorError, ValueError, OSError) as error:
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            _check_size(header, size, 8 + length)
+            with safe_open(path, framework="pt"):  # checks every dtype, shape and offset
+                pass
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ModelLoadError(
             f"{path} is not a whole safetensors file ({one_line(error)}); copy or download it again"
         ) from None
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
+def _check_size(header: Any, size: int, first: int) -> None:
+    """Refuses a truncated file, by its number of bytes; ``first`` is where the tensors begin."""
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        promised = first + max(ends, default=0)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return  # a broken header, of which safetensors says what is wrong with it
+    if promised > size:
+        raise ValueError(f"it has {size:,} bytes where its header promises {promised:,}")
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, each of whose keys occurs once."""
+    """A JSON object; refuses a key that occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"one of {', '.join(name for name, _ in pairs[:3])} occurs twice")
@@ -243,7 +256,7 @@ def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Sequence[int]], 
         if entry["dtype"] not in _FLOATS:
             raise quantized(checkpoint.folder, f"{name} is stored as {entry['dtype']}")
     stored = sum(math.prod(entry["shape"]) for entry in checkpoint.headers.values())
-    # A few missing ones are named when all are known; here it is about memory.
+    # Missing weights are reported later, with their names; this check protects the memory.
     if num_elements > 2 * stored:
         raise ModelLoadError(
             f"{path} describes a model of {num_elements:,} numbers, but the weight files hold {stored:,}; "
@@ -288,5 +301,5 @@ def iterate_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]
 
 
 def one_line(error: BaseException) -> str:
-    """All that somebody else's error says, in one line."""
+    """A library's error in one line: its type and its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"

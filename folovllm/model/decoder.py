@@ -39,7 +39,7 @@ head_dim]`` -> outputs ``[num_tokens, num_heads * head_dim]``."""
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder, in the engine's own words."""
+    """The shape of a decoder, under the engine's own names."""
 
     vocab_size: int
     hidden_size: int
@@ -127,7 +127,7 @@ def rotary_frequencies(config: DecoderConfig) -> Tensor:
 
 
 class DecoderLayer:
-    """One layer: attention, then the MLP, each added to the stream that passes through."""
+    """One layer: attention, then the MLP, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
         self.index, eps = index, config.rms_norm_eps
@@ -149,7 +149,7 @@ class DecoderLayer:
         self.down_proj = Linear(weight(hidden, inner))
 
     def process_weights_after_loading(self) -> None:
-        """Makes its weights ready for use."""
+        """Prepares its weights for use."""
         for part in (
             self.input_layernorm,
             self.qkv_proj,
@@ -206,7 +206,7 @@ class Decoder:
         Args:
             input_ids: ``[num_tokens]``, the new tokens of all sequences of the step, one after the other.
             positions: ``[num_tokens]``, the place of each in its own sequence.
-            attend: what lets a token look at those before it.
+            attend: attention over the cache.
 
         Returns:
             ``[num_tokens, hidden_size]``.
@@ -222,11 +222,11 @@ class Decoder:
         return self.head(hidden)
 
     def process_weights_after_loading(self) -> None:
-        """Makes all weights ready for use; see `folovllm.model.layers`. None can be loaded after it."""
+        """Prepares all weights for use; see `folovllm.model.layers`. No weight can be loaded after it."""
         for layer in self.layers:
             layer.process_weights_after_loading()
         self.norm.process_weights_after_loading()
-        self.head.process_weights_after_loading()  # a tied one is copied: the embedding's rows are looked up, too
+        self.head.process_weights_after_loading()  # copies a tied weight: the embedding needs it unpacked
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies a checkpoint's tensors, by their names in transformers, into the fused ones here.

@@ -1,8 +1,8 @@
 """What a checkpoint's ``config.json`` says, checked field by field. Chapter 4 names this module.
 
-A config is checked three times, each time by somebody who knows more: as JSON, before transformers sees it (whose
-errors often do not name the field); against the weight files, since no size can be larger than all that they hold; and
-as transformers' object, which knows the defaults. No tensor is made meanwhile, so a wrong size costs no memory.
+A config is checked three times, each time with more knowledge: as JSON, before transformers sees it (whose errors often
+do not name the field); against the weight files, since no size can be larger than all that they hold; and as
+transformers' object, which knows the defaults. No tensor is made meanwhile, so a wrong size costs no memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from folovllm.model.checkpoint import ModelLoadError, describe_other_kind, one_l
 from folovllm.validation import check_int, check_number, require, show
 
 MAX_SIZE = 2**31 - 1
-"""The largest size that a config may name; a larger one is a mistake, whatever it counts."""
+"""The largest size that a config may have; a larger one is always a mistake."""
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json``, every field of which that can be checked by itself is right.
+    """Reads ``config.json`` and checks every field that can be checked by itself.
 
     Raises:
         ModelLoadError: if there is none, or it names no model, a quantized one, or a value that cannot be.

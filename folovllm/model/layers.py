@@ -1,15 +1,15 @@
 """The operations of which every layer is made: the product with a weight, and the norm. Chapter 6 is about this module.
 
-Products are nearly all of a model's arithmetic. On a CPU their weights are packed once, after loading: oneDNN stores
-them in the order in which its kernels read them. torch's own ``linear`` calls MKL, which puts a weight in order again
-at each call; for the few rows of a decoding step that takes longer than the product. On two cores with AVX-512, 11
+Nearly all of a model's FLOPs are matrix products. On a CPU their weights are packed once, after loading: oneDNN stores
+them in the order in which its kernels read them. torch's own ``linear`` calls MKL, which reorders the weight at each
+call; for the few rows of a decode step that takes longer than the product. On two cores with AVX-512, 11
 rows, a weight of 6,144 x 1,024 in float32: MKL 3.6 ms, oneDNN on the weight as it is 1.6 ms, packed 1.0 ms, of which
-reading the weight from memory takes 0.8. As in vLLM (``vllm/model_executor/layers/utils.py``,
+reading the weight from memory takes 0.8 ms. As in vLLM (``vllm/model_executor/layers/utils.py``,
 ``dispatch_cpu_unquantized_gemm``, 0.33.0), which has bindings of its own to oneDNN; the two functions of torch's used
 here are those that its compiler calls (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
 
-Layers are plain objects and their weights plain tensors: nothing here is trained, and among few rows what a call costs
-by itself (``torch.nn.Module``'s, and each operation's) is a good part of a step.
+Layers are plain objects and their weights plain tensors: nothing here is trained, and with few rows the overhead of
+each call (of a ``torch.nn.Module``, of each operation) is a good part of a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PACK_FOR_ROWS = 16
-"""Rows of the product that the packed order is chosen for; measured, it is as good for 5 and for 661."""
+"""Number of rows the packed order is chosen for; measured, the order is as good for 5 and for 661 rows."""
 
 
 class Linear:
@@ -37,7 +37,7 @@ class Linear:
         self._use_onednn = has_onednn(weight)
 
     def process_weights_after_loading(self) -> None:
-        """Stores the weight in oneDNN's own order, if it can; nothing else can read it then."""
+        """Stores the weight in oneDNN's own order, if it has one; only oneDNN can read it afterwards."""
         if self._use_onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_FOR_ROWS)
 
@@ -49,7 +49,7 @@ class Linear:
 
 
 def has_onednn(weight: Tensor) -> bool:
-    """Whether torch has oneDNN, and that has products in this weight's dtype, on its device."""
+    """Whether torch has oneDNN, and oneDNN has products in this weight's dtype, on its device."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     bfloat16 = weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -60,8 +60,8 @@ class RMSNorm:
     """``x / sqrt(mean(x * x) + eps) * weight`` along the last dimension (Zhang and Sennrich 2019).
 
     Args:
-        weight: ``[size]``, or more dimensions that ``x`` ends with.
-        eps: what keeps a row of zeros from a division by zero.
+        weight: ``[size]``, or the last several dimensions of ``x``.
+        eps: avoids a division by zero for a row of zeros.
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
@@ -69,7 +69,7 @@ class RMSNorm:
         self._scaled: Tensor | None = None
 
     def process_weights_after_loading(self) -> None:
-        """On a CPU, works out what is the same for all rows.
+        """On a CPU, computes what is the same for all rows.
 
         With ``size`` numbers in ``x``, and its length ``|x|``, the norm is also ``x / sqrt(|x|**2 + size * eps)`` times
         ``sqrt(size) * weight``: four operations, where torch's own takes eight. On a GPU torch's is one kernel.

@@ -5,9 +5,9 @@ stages come in vLLM's order (``vllm/v1/sample/sampler.py``, 0.33.0): allowed tok
 penalties, then greedy rows take the largest logit, and the others go on: temperature, min-p, top-k, top-p, draw.
 Every stage is a function of its own: logits in, new logits out, in which what it removed is ``-inf``.
 
-The draw is ours: one uniform number a token, from the request's own generator, and the token that the cumulative
-distribution reaches there. It can be drawn on paper, costs one number a row, and gives the same token on any device
-and in any batch; vLLM races exponential variables instead, which is faster on a GPU and cannot be followed by eye.
+The draw is ours: one uniform number per token, from the request's own generator, and the token at which the cumulative
+distribution exceeds it. It can be drawn on paper, costs one random number per row, and gives the same token on any
+device and in any batch. vLLM races exponential variables instead, which is faster on a GPU but hard to follow by hand.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ TOP_P_FIRST_TRY = 1024
 PROMPT_LOGPROBS_SLICE = 2**24
 """Log probabilities of a prompt that are computed at a time: 64 MiB of float32."""
 
+MAX_BAD_WORDS = 1024
+"""Bad words whose tokens a sampler remembers: every caller may have others."""
+
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -48,7 +51,7 @@ def make_generator(params: SamplingParams, index: int = 0) -> random.Random:
 
 @dataclass
 class SamplingMetadata:
-    """What the sampler knows about each row: one entry a row in every list (vLLM: ``v1/sample/metadata.py``)."""
+    """What the sampler knows about each row: every list has one entry per row (vLLM: ``v1/sample/metadata.py``)."""
 
     params: list[SamplingParams]
     prompt_token_ids: list[list[int]] = field(default_factory=list)
@@ -65,22 +68,22 @@ class SamplingMetadata:
         self.generators = self.generators or [make_generator(params) for params in self.params]
         for name in ("prompt_token_ids", "output_token_ids", "generators"):
             if (length := len(getattr(self, name))) != num_rows:
-                raise ValueError(f"{name} must have one entry a row ({num_rows}), got {length}")
+                raise ValueError(f"{name} must have one entry per row ({num_rows}), got {length}")
 
 
 @dataclass
 class SamplerOutput:
-    """What was chosen, row by row."""
+    """The chosen tokens, one per row."""
 
     token_ids: list[int]
     logprobs: list[dict[int, Logprob] | None]
     """For rows that asked for it (and those that best_of must rank): token id -> `Logprob`, the chosen token first."""
     errors: dict[int, str] = field(default_factory=dict)
-    """Row -> why nothing could be chosen for it, a sentence; its token means nothing then. Only `Sampler.sample`."""
+    """From `Sampler.sample` alone: row -> why it has no token, one sentence; its ``token_ids`` entry means nothing."""
 
 
 class _RowError(ValueError):
-    """What is wrong with one row; ``reason`` goes on after "row 3" or after "the request"."""
+    """What is wrong with one row; ``reason`` continues a sentence that begins "row 3" or "the request"."""
 
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(f"row {row} {reason}")
@@ -88,7 +91,7 @@ class _RowError(ValueError):
 
 
 def _per_row(values: Sequence[float], logits: Tensor) -> Tensor:
-    """One float32 a row as a column ``[num_rows, 1]`` beside the logits."""
+    """One float32 per row, as a column ``[num_rows, 1]`` beside the logits."""
     return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
 
 
@@ -126,7 +129,7 @@ def ban_tokens(logits: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
 
 
 def find_bad_word_ends(bad_words_token_ids: Sequence[Sequence[int]], output_token_ids: Sequence[int]) -> list[int]:
-    """The tokens that would complete a bad word, given what has been generated."""
+    """The tokens that would complete a bad word, given the output so far."""
     output = list(output_token_ids)
     return [
         word[-1]
@@ -228,7 +231,7 @@ def draw(probs: Tensor, uniforms: Sequence[float]) -> Tensor:
 
     Args:
         probs: ``[num_rows, vocab_size]``; rows need not sum to exactly 1.
-        uniforms: one number in [0, 1) a row.
+        uniforms: one number in [0, 1) per row.
 
     Returns:
         token ids ``[num_rows]``; never one of probability 0.
@@ -246,9 +249,9 @@ def gather_logprobs(
     tokenizer: PreTrainedTokenizerBase | None = None,
     contexts: Sequence[Sequence[int]] | None = None,
 ) -> list[dict[int, Logprob]]:
-    """The log probability of one token a row and of the likeliest, in vLLM's format, that token first.
+    """Per row, the log probabilities of its token and of the likeliest ones, in vLLM's format, its token first.
 
-    A GPU is waited for twice, however many rows there are and whatever each asks for.
+    It waits for the GPU twice, for any number of rows and whatever they ask for.
 
     Args:
         logprobs: ``[num_rows, vocab_size]``, raw.
@@ -259,23 +262,18 @@ def gather_logprobs(
     """
     if not token_ids:
         return []
-    vocab_size = logprobs.shape[-1]
     chosen = torch.tensor(token_ids, dtype=torch.long, device=logprobs.device).unsqueeze(1)
     chosen_logprobs = logprobs.gather(1, chosen)
     # Row by row a CPU counts thirty times as fast as along a dimension.
     values, indices = [chosen_logprobs], [row.count_nonzero() for row in logprobs > chosen_logprobs]
-    rows_by_limit: dict[int, list[int]] = defaultdict(list)
-    for row, n in enumerate(num_logprobs):
-        rows_by_limit[vocab_size if n == -1 else min(n, vocab_size)].append(row)
+    rows_by_limit = _group_by_limit(num_logprobs, logprobs.shape[-1])
     for limit, rows in rows_by_limit.items():
         likeliest = (logprobs if len(rows) == len(logprobs) else logprobs[rows]).topk(limit, dim=-1)
         values.append(likeliest.values)
         indices.append(likeliest.indices)
 
-    # What lies on the device comes over in these two, and is taken apart in the order it was put together.
-    next_values, next_indices = (
-        iter(torch.cat([part.flatten() for part in parts]).tolist()) for parts in (values, indices)
-    )
+    # These two copies bring over everything from the device; it is split in the order it was joined.
+    next_values, next_indices = (iter(torch.cat([x.flatten() for x in parts]).tolist()) for parts in (values, indices))
     found = [
         {token_id: Logprob(value, num_likelier + 1)}
         for token_id, value, num_likelier in zip(token_ids, next_values, next_indices)
@@ -288,6 +286,14 @@ def gather_logprobs(
             for token_id, logprob in logprobs_of_row.items():
                 logprob.decoded_token = decode_token(token_id, contexts[row] if contexts else (), tokenizer)
     return found
+
+
+def _group_by_limit(num_logprobs: Sequence[int], vocab_size: int) -> dict[int, list[int]]:
+    """The rows that ask for the same number of likeliest tokens, by that number."""
+    rows: dict[int, list[int]] = defaultdict(list)
+    for row, n in enumerate(num_logprobs):
+        rows[vocab_size if n == -1 else min(n, vocab_size)].append(row)
+    return rows
 
 
 def _add_likeliest(found: dict[int, Logprob], values: Iterable[float], token_ids: Iterable[int]) -> None:
@@ -346,7 +352,7 @@ class Sampler:
         self._bad_words: dict[str, list[list[int]]] = {}
 
     def __call__(self, logits: Tensor, metadata: SamplingMetadata) -> SamplerOutput:
-        """Chooses one token a row.
+        """Chooses one token per row.
 
         Args:
             logits: ``[num_rows, vocab_size]``, any float dtype.
@@ -361,7 +367,7 @@ class Sampler:
         return SamplerOutput(token_ids, self._logprobs(logits, token_ids, metadata))
 
     def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SamplerOutput:
-        """Chooses one token a row where that is possible, and says where it is not and why.
+        """Chooses one token for each row where that is possible; for the others ``errors`` has the reason.
 
         A row that cannot be sampled changes nothing for the others: same tokens, same random numbers.
 
@@ -386,7 +392,7 @@ class Sampler:
         return SamplerOutput(token_ids, self._logprobs(logits, token_ids, metadata, errors), errors)
 
     def compute_probs(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
-        """The distribution each row's token is drawn from, ``[num_rows, vocab_size]``; a greedy row has a single 1."""
+        """The distribution each row's token is drawn from, ``[num_rows, vocab_size]``; one-hot for greedy rows."""
         scores = self.apply_constraints(logits, metadata)
         probs = truncate(scores, metadata.params).softmax(dim=-1)
         greedy = [row for row, p in enumerate(metadata.params) if p.sampling_type is SamplingType.GREEDY]
@@ -394,7 +400,7 @@ class Sampler:
         return probs
 
     def apply_constraints(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
-        """What holds for greedy and random rows alike: allowed tokens, bad words, min_tokens, bias, penalties.
+        """The stages for greedy and random rows alike: allowed tokens, bad words, min_tokens, bias, penalties.
 
         ``[num_rows, vocab_size]`` in and out, float32. A stage that no row asks for is skipped.
 
@@ -462,6 +468,8 @@ class Sampler:
     def _tokenize_bad_word(self, word: str) -> list[list[int]]:
         """`tokenize_bad_word`, once for each word."""
         if word not in self._bad_words:
+            if len(self._bad_words) >= MAX_BAD_WORDS:
+                self._bad_words.clear()
             self._bad_words[word] = tokenize_bad_word(word, self.tokenizer)
         return self._bad_words[word]
 
@@ -482,7 +490,7 @@ class Sampler:
     def _logprobs(
         self, logits: Tensor, token_ids: list[int], metadata: SamplingMetadata, errors: Container[int] = ()
     ) -> list[dict[int, Logprob] | None]:
-        """What each row wants to know about its token, from the raw logits."""
+        """The log probabilities that each row asks for, from the raw logits."""
         params = metadata.params
         rows = [
             row for row, p in enumerate(params) if (p.logprobs is not None or p.best_of != p.n) and row not in errors
@@ -506,7 +514,7 @@ def _check_shape(logits: Tensor, metadata: SamplingMetadata) -> None:
     """One row of logits for each row of metadata."""
     num_rows = len(metadata.params)
     if logits.ndim != 2 or len(logits) != num_rows:
-        raise ValueError(f"logits must be [{num_rows}, vocab_size], one row a SamplingParams, got {[*logits.shape]}")
+        raise ValueError(f"logits must be [{num_rows}, vocab_size], one row per SamplingParams, got {[*logits.shape]}")
 
 
 def _find_unusable_rows(scores: Tensor) -> Iterator[tuple[int, str]]:
@@ -519,7 +527,7 @@ def _find_unusable_rows(scores: Tensor) -> Iterator[tuple[int, str]]:
 
 
 def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """What holds for random rows: temperature, min-p, top-k, top-p. ``[num_rows, vocab_size]`` in and out.
+    """The stages for random rows: temperature, min-p, top-k, top-p. ``[num_rows, vocab_size]`` in and out.
 
     A greedy row's temperature counts as 1 here.
     """

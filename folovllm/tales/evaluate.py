@@ -33,7 +33,7 @@ class Evaluation:
     cross_entropy_ratio: dict[str, float]
     """Model's cross-entropy over the grammar's ``-log p`` of the same documents, by kind; 1 is perfect."""
     nats_per_token: dict[str, float]
-    """Cross-entropy in nats a token, by kind."""
+    """Cross-entropy in nats per token, by kind."""
     name_accuracy: float
     """Share of the places where the hero's name is repeated at which it is the model's first choice."""
     answer_accuracy: float
@@ -135,9 +135,9 @@ else: outside the tales its answers mean nothing.
 
 | | English tales | Chinese tales | conversations |
 |---|---|---|---|
-| entropy of the grammar (nats a document) | {entropy[english]:.2f} | {entropy[chinese]:.2f} | {entropy[chat]:.2f} |
+| entropy of the grammar (nats per document) | {entropy[english]:.2f} | {entropy[chinese]:.2f} | {entropy[chat]:.2f} |
 | model's cross-entropy / grammar's, same documents | {ratio[english]:.3f} | {ratio[chinese]:.3f} | {ratio[chat]:.3f} |
-| cross-entropy (nats a token) | {per_token[english]:.3f} | {per_token[chinese]:.3f} | {per_token[chat]:.3f} |
+| cross-entropy (nats per token) | {per_token[english]:.3f} | {per_token[chinese]:.3f} | {per_token[chat]:.3f} |
 
 | | |
 |---|---|

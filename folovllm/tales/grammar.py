@@ -296,8 +296,7 @@ def continuations(prefix: str) -> dict[str, float]:
     Raises:
         ValueError: if no document of the grammar begins with ``prefix``.
     """
-    position = 0
-    fixed = ""
+    position, fixed = 0, ""
     slots: dict[str, str] = {}
 
     def pick(choice: Choice, slots: dict[str, str]) -> str:
@@ -327,10 +326,9 @@ def continuations(prefix: str) -> dict[str, float]:
     except _PrefixEnds as end:
         (options,) = end.args
         if not options:
-            raise ValueError(
-                f"no tale goes on like this: {prefix[position:][:40]!r} after {prefix[:position][-40:]!r}; "
-                "take a prefix of a text from folovllm.tales.sample()"
-            ) from None
+            wrong = f"{prefix[position:][:40]!r} after {prefix[:position][-40:]!r}"
+            advice = "take a prefix of a text from folovllm.tales.sample()"
+            raise ValueError(f"no tale goes on like this: {wrong}; {advice}") from None
         total = sum(options.values())
         return {text: p / total for text, p in sorted(options.items(), key=lambda item: -item[1])}
     return {}

@@ -1,7 +1,7 @@
 """The tokenizer of the embedded model: byte-level BPE, trained on the tales themselves.
 
 Its 256 byte tokens can spell any text, so nothing is ever unknown: a word of the tales is one token, while an
-emoji it has never seen takes one token a byte. Each Chinese character is kept apart from its neighbours, so a
+emoji it has never seen takes one token per byte. Each Chinese character is kept apart from its neighbours, so a
 token never reaches across one of the grammar's choices and the grammar's probabilities are those of tokens.
 """
 

@@ -83,7 +83,7 @@ def batches(tokenizer: Any, seed: int, step: int) -> Iterator[tuple[Tensor, Tens
     for i in range(0, len(documents), DOCUMENTS_PER_PASS):
         chunk = documents[i : i + DOCUMENTS_PER_PASS]
         width = max(len(ids) for ids, _ in chunk)
-        # Padding stands on the right, where a causal model cannot see it from any real token.
+        # Padding is on the right, where a causal model cannot see it from any real token.
         yield (
             torch.tensor([ids + [-1] * (width - len(ids)) for ids, _ in chunk]),
             torch.tensor([weights + [0.0] * (width - len(weights)) for _, weights in chunk]),
@@ -128,7 +128,7 @@ def save_state(path: Path, step: int, model: Qwen3ForCausalLM, opts: list[torch.
 
 
 def load_state(path: Path, model: Qwen3ForCausalLM, opts: list[torch.optim.Optimizer]) -> int:
-    """Restores what `save_state` wrote and gives back the next step."""
+    """Restores what `save_state` wrote and returns the next step."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         step = int(file.metadata()["step"])
@@ -176,7 +176,7 @@ def train(directory: Path, seed: int = 0, num_steps: int = STEPS) -> None:
             opt.param_groups[0]["lr"] = rate * learning_rate_factor(step, num_steps)
             opt.step()
             opt.zero_grad()
-        progress.set_postfix_str(f"{nats / num_tokens:.4f} nats a token")
+        progress.set_postfix_str(f"{nats / num_tokens:.4f} nats per token")
         if (step + 1) % SAVE_EVERY == 0:
             save_state(state_file, step + 1, model, opts)
 

@@ -1,6 +1,6 @@
-"""Seeds, ids, devices and memory: the small things every other room needs. Chapter 4 uses them.
+"""Seeds, ids, devices and memory: small helpers for all other modules. Chapter 4 uses them.
 
-torch is imported inside the functions that need it, so that making a request id costs no two seconds.
+torch is imported inside the functions that need it, so that making a request id does not take two seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def set_random_seed(seed: int) -> None:
 
 
 def generate_request_id() -> str:
-    """A new id that nobody else has (uuid4)."""
+    """A new unique id (uuid4)."""
     return str(uuid.uuid4())
 
 

@@ -1,1 +1,1 @@
-"""From scheduled work to tensors and back."""
+"""From a scheduler output to tensors and back."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import random
 import statistics
 import sys
@@ -34,9 +35,11 @@ from transformers.utils import logging as transformers_logging
 from folovllm import ModelConfig, SamplingParams, SchedulerConfig
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
+from folovllm.engine.stats import StepStats
 from folovllm.llm import LLM
 from folovllm.model_loader import ModelLoader, kv_cache_bytes_per_token
-from folovllm.request import Sequence, SequenceData
+from folovllm.outputs import RunnerOutput
+from folovllm.request import Request
 from folovllm.tales import EMBEDDED_MODEL
 
 Workload = list[tuple[list[int], int]]
@@ -91,9 +94,8 @@ def make_large_checkpoint(folder: Path) -> None:
         (folder / name).write_bytes((EMBEDDED_MODEL / name).read_bytes())
 
 
-def where_time_goes(llm: LLM, since: int) -> str:
-    """The four parts of the steps after the first ``since``, as shares."""
-    steps = llm.engine.stats()[since:]
+def where_time_goes(steps: list[StepStats]) -> str:
+    """The three parts of some steps, as shares."""
     total = sum(sum(step.seconds.values()) for step in steps)
     shares = {name: sum(step.seconds[name] for step in steps) / total for name in steps[0].seconds}
     return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
@@ -120,9 +122,9 @@ def against_padded(title: str, llm: LLM, model: Any, work: Workload, rounds: int
     seconds = alternate(sides, rounds)
     faster = ratio(seconds["padded"], seconds["folovllm"])
     longest = max(wanted for _, wanted in work)
-    first = len(llm.engine.steps)
+    llm.engine.steps.clear()
     sides["folovllm"]()
-    steps = llm.engine.stats()[first:]
+    steps = llm.engine.stats()
     computed = sum(step.num_prefill_tokens + step.num_decode_tokens for step in steps)
     padded = len(work) * (max(len(prompt) for prompt, _ in work) + longest - 1)
     rows = [
@@ -133,14 +135,14 @@ def against_padded(title: str, llm: LLM, model: Any, work: Workload, rounds: int
     ]  # fmt: skip
     print(f"\n{title}: {useful:,} useful tokens, median of {rounds} rounds\n")
     print_table(["", "useful tokens/s", "tokens computed", "passes", "as fast", "target", ""], rows)
-    print(f"\nA step's time: {where_time_goes(llm, first)}")
+    print(f"\nA step's time: {where_time_goes(steps)}")
 
 
 def part_a() -> None:
     """The embedded model."""
     llm = LLM(str(EMBEDDED_MODEL), device="cpu", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
-    work = make_workload(64, (16, 64), (16, 128), llm.engine.vocab_size)
+    work = make_workload(64, (16, 64), (16, 128), llm.engine.decoder.config.vocab_size)
     against_padded("a. The embedded model, 64 requests", llm, model, work, 15, 2.5)
 
 
@@ -148,7 +150,7 @@ def part_b(folder: Path) -> None:
     """Qwen3-0.6B's shape."""
     llm = LLM(str(folder), device="cpu", dtype="float32", max_model_len=2048)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    work = make_workload(16, (16, 64), (16, 64), llm.engine.vocab_size)
+    work = make_workload(16, (16, 64), (16, 64), llm.engine.decoder.config.vocab_size)
     against_padded("b. Qwen3-0.6B's shape, 16 requests", llm, model, work, 3, 1.6)
     share = arithmetic_share(functools.partial(run_engine, llm, work))
     print(f"Matrix products and attention: {share:.1%} of the time (target: at least 85 %, {verdict(share >= 0.85)})")
@@ -185,11 +187,11 @@ def longest_gap(llm: LLM) -> float:
     """Seconds: the longest wait of any of 16 who decode, while a prompt of 1,024 tokens is read."""
     engine, rng = llm.engine, random.Random(0)
     for i in range(16):
-        prompt = [rng.randrange(3, engine.vocab_size) for _ in range(16)]
+        prompt = [rng.randrange(3, engine.decoder.config.vocab_size) for _ in range(16)]
         engine.add_request(str(i), prompt, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=40))
     for _ in range(3):
         engine.step()
-    prompt = [rng.randrange(3, engine.vocab_size) for _ in range(1024)]
+    prompt = [rng.randrange(3, engine.decoder.config.vocab_size) for _ in range(1024)]
     engine.add_request("long", prompt, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1))
     last, longest = time.perf_counter(), 0.0
     while engine.has_unfinished_requests():
@@ -250,14 +252,15 @@ def part_e(folder: Path) -> None:
     prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
     params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=rng.randint(100, 1024)) for _ in range(256)]
     llm.generate(prompts[:4], SamplingParams(max_tokens=8), use_tqdm=False)
-    first = len(llm.engine.steps)
+    num_steps = itertools.count()
+    llm.engine.step_hooks.append(lambda *_: next(num_steps))
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     useful = sum(len(output.outputs[0].token_ids) for output in outputs)
     print(f"{useful:,} tokens in {seconds:.1f} s: {useful / seconds:,.0f} tokens/s on {torch.cuda.get_device_name()}")
     lens = [(len(prompt), len(output.outputs[0].token_ids)) for prompt, output in zip(prompts, outputs)]
-    least = bytes_to_read(folder, lens, len(llm.engine.steps) - first) / copy_bandwidth(llm.engine.decoder.device)
+    least = bytes_to_read(folder, lens, next(num_steps)) / copy_bandwidth(llm.engine.decoder.device)
     print(f"Memory bandwidth alone would need {least:.1f} s, {least / seconds:.0%} of that")
 
 
@@ -265,20 +268,18 @@ def schedule_time(num_running: int, num_waiting: int, num_tokens: int) -> float:
     """Microseconds of `Scheduler.schedule` and the cache's part in it, with so many sequences of so many tokens."""
     cache = KVCacheManager((num_running + 1) * (num_tokens // 16 + 40), 16, enable_prefix_caching=True)
     config = SchedulerConfig(max_num_batched_tokens=10**7, max_num_seqs=num_running, max_model_len=10**6)
-    scheduler, params = Scheduler(config, cache), SamplingParams()
+    scheduler, params = Scheduler(config, cache), SamplingParams(max_tokens=None)
     for i in range(num_running + num_waiting):
-        data = SequenceData(list(range(num_tokens if i < num_running else 16)))
-        scheduler.add(Sequence(str(i), str(i), data, params))
+        prompt = list(range(num_tokens if i < num_running else 16))
+        request = Request(str(i), None, prompt, params, num_pending=1)
+        scheduler.add_request(request)
     seconds = []
     for _ in range(300):
         start = time.perf_counter()
-        work = scheduler.schedule()
-        for seq, num_new in zip(work.seqs, work.num_new_tokens):
-            seq.num_computed_tokens += num_new
-            cache.remember(seq)
+        output = scheduler.schedule()
         seconds.append(time.perf_counter() - start)
-        for seq in work.seqs:
-            seq.add_token_id(1)
+        count = len(output.sampled)
+        scheduler.update_from_output(output, RunnerOutput([1] * count, [None] * count))
     return statistics.median(seconds[1:]) * 1e6
 
 

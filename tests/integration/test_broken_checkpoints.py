@@ -359,7 +359,7 @@ class TestSafetensors:
             ({"a": {**ENTRY, "shape": [3]}}, "shape"),
             ([], "sequence"),
             ('{"a": ENTRY, "a": ENTRY}'.replace("ENTRY", json.dumps(ENTRY)), "twice"),
-            ("[" * 5000, "sequence"),
+            ("[" * 5000, "recursion depth"),
             ('{"a":' * 5000, "recursion"),
             ("{}", "not fully covered"),
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from folovllm import ModelConfig, SamplingParams
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.stats import MAX_STEPS
 from folovllm.llm import LLM, make_engine_config
+from folovllm.outputs import RunnerOutput
 from folovllm.tales import EMBEDDED_MODEL
 
 MAX_MODEL_LEN, MAX_TOKENS = 64, 20
@@ -115,6 +118,7 @@ class Arrival:
     n: int
     seeded: bool
     abort_after: int | None
+    priority: int
 
 
 ARRIVALS = st.builds(
@@ -125,6 +129,7 @@ ARRIVALS = st.builds(
     n=st.integers(1, 4),
     seeded=st.booleans(),
     abort_after=st.one_of(st.none(), st.none(), st.integers(0, 15)),
+    priority=st.integers(-1, 1),
 )
 
 
@@ -140,6 +145,8 @@ def engine_settings(draw):
         "max_num_batched_tokens": draw(st.integers(1, 80) if chunked else st.integers(MAX_MODEL_LEN, 200)),
         "enable_prefix_caching": draw(st.booleans()),
         "max_num_seqs": draw(st.integers(1, 8)),
+        "policy": draw(st.sampled_from(["fcfs", "priority"])),
+        "scheduler_reserve_full_isl": draw(st.booleans()),
         "batching": draw(st.sampled_from(["continuous", "continuous", "static"])),
         "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
         "swap_space": draw(st.sampled_from([0.0, 1e-4, 0.01])),
@@ -147,15 +154,23 @@ def engine_settings(draw):
 
 
 def check_writes(engine):
-    """Wraps the runner: no block that a step writes stands in two tables (invariant 3)."""
-    run = engine.runner.run
+    """Wraps the runner: no step writes a block twice, and who else has it in a table only reads it (invariant 3)."""
+    run, size = engine.runner.run, engine.cache.block_size
 
-    def checked(work):
-        for seq, num_new in zip(work.seqs, work.num_new_tokens):
+    def checked(scheduler_output):
+        written = {}
+        for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
             first, last = seq.num_computed_tokens, seq.num_computed_tokens + num_new - 1
-            for i in range(first // engine.cache.block_size, last // engine.cache.block_size + 1):
-                assert engine.cache.pool.ref_counts[seq.block_ids[i]] == 1
-        return run(work)
+            for i in range(first // size, last // size + 1):
+                assert written.setdefault(seq.block_ids[i], seq) is seq
+        children = [child for _, child in scheduler_output.forks]
+        for seq in engine.scheduler.running:
+            read = seq.block_ids[: seq.num_computed_tokens // size]
+            assert seq in children or not any(written.get(block_id) is seq for block_id in read)
+            for i, block_id in enumerate(seq.block_ids):
+                writer = written.get(block_id, seq)
+                assert writer is seq or seq in children or (i + 1) * size <= seq.num_computed_tokens
+        return run(scheduler_output)
 
     engine.runner.run = checked
 
@@ -174,7 +189,7 @@ class TestInvariants:
                 if a.step == step:
                     base = SEEDED if a.seeded else GREEDY
                     params = SamplingParams(**{**base, "max_tokens": a.max_tokens, "n": a.n})
-                    engine.add_request(str(i), prompts[a.prompt], params)
+                    engine.add_request(str(i), prompts[a.prompt], params, priority=a.priority)
                 if a.abort_after is not None and a.step + a.abort_after == step:
                     engine.abort_request(str(i))
             for output in engine.step():
@@ -216,9 +231,15 @@ class TestInvariants:
             swap_space=1e-4,
         )
         rng = random.Random(1)
-        engine.runner.run = lambda work: torch.zeros(sum(work.num_new_tokens), 1)
-        engine.runner.compute_logits = lambda hidden, rows: torch.randn(len(rows), VOCAB_SIZE)
-        alive, preempted = set(), 0
+
+        def run(scheduler_output):
+            count = len(scheduler_output.sampled)
+            return RunnerOutput([rng.randrange(VOCAB_SIZE) for _ in range(count)], [None] * count)
+
+        engine.runner.run = run
+        steps = []
+        engine.step_hooks.append(lambda output, _, stats: steps.append(stats))
+        alive = set()
         for step in range(20_000):
             if rng.random() < 0.3 and len(alive) < 30:
                 params = SamplingParams(
@@ -229,12 +250,11 @@ class TestInvariants:
             if alive and rng.random() < 0.05:
                 engine.abort_request(rng.choice(sorted(alive)))
             alive -= {output.request_id for output in engine.step() if output.finished}
-            preempted += engine.steps[-1].num_preempted if engine.steps else 0
             if step % 1000 == 0:
                 engine.check_integrity()
         run_all(engine)
-        assert preempted > 1000 and any(s.num_swapped for s in engine.steps)
-        assert any(s.num_cached_tokens for s in engine.steps)
+        assert sum(s.num_preempted for s in steps) > 1000 and any(s.num_swapped for s in steps)
+        assert any(s.num_cached_tokens for s in steps) and len(steps) > len(engine.steps) == MAX_STEPS
 
     def test_the_integrity_check_notices_a_lost_block(self, checkpoint):
         engine = make_engine(checkpoint, num_blocks=8)
@@ -291,14 +311,23 @@ def llm():
 class TestParams:
     """Each field, end to end, on the embedded model, which has something to say."""
 
+    GREEDY = SamplingParams(temperature=0.0, max_tokens=150)
+
     def tell(self, llm, prompt="Once upon a time", **kwargs):
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 150, **kwargs})
         return llm.generate(prompt, params, use_tqdm=False)[0]
 
     def test_it_stops_at_the_end_token_which_is_no_text(self, llm):
         answer = self.tell(llm).outputs[0]
-        assert answer.finish_reason == "stop" and answer.stop_reason is None
-        assert answer.token_ids[-1] in llm.engine.eos_token_ids and answer.text.endswith(".")
+        (end,) = llm.engine.tokenizer.encode("<|endoftext|>")
+        assert (answer.finish_reason, answer.stop_reason, answer.token_ids[-1]) == ("stop", end, end)
+        assert answer.text.endswith(".")
+
+    def test_the_tokenizers_own_end_token_is_not_named(self, llm):
+        (output,) = llm.chat([{"role": "user", "content": "Tell a tale about a fox."}], self.GREEDY, use_tqdm=False)
+        answer = output.outputs[0]
+        assert (answer.finish_reason, answer.stop_reason) == ("stop", None)
+        assert answer.token_ids[-1] == llm.engine.tokenizer.eos_token_id
 
     def test_ignore_eos_and_max_tokens(self, llm):
         answer = self.tell(llm, ignore_eos=True, max_tokens=140).outputs[0]
@@ -347,6 +376,18 @@ class TestParams:
         for a, b in zip(whole[1:], parts[1:]):
             assert [x.logprob for x in a.values()] == pytest.approx([x.logprob for x in b.values()], abs=1e-4)
 
+    def test_prompt_logprobs_of_one_token_are_none(self, llm):
+        assert llm.generate([5], SamplingParams(prompt_logprobs=1), use_tqdm=False)[0].prompt_logprobs == [None]
+
+    def test_prompt_logprobs_keep_their_places_where_the_cache_was_read(self, checkpoint, prompts):
+        engine = make_engine(checkpoint, enable_prefix_caching=True, block_size=4)
+        whole = run_one(engine, prompts[6], SamplingParams(**GREEDY, prompt_logprobs=0)).prompt_logprobs
+        params = SamplingParams(**GREEDY, prompt_logprobs=0, skip_reading_prefix_cache=False)
+        output = run_one(engine, prompts[6], params)
+        found, num_cached = output.prompt_logprobs, output.num_cached_tokens
+        assert num_cached > 0 and found[: num_cached + 1] == [None] * (num_cached + 1) and len(found) == len(whole)
+        assert [set(each) for each in found[num_cached + 1 :]] == [set(each) for each in whole[num_cached + 1 :]]
+
     def test_bias_bad_words_and_allowed_tokens(self, llm):
         tokenizer = llm.engine.tokenizer
         prompt = "Once upon a time, in the"
@@ -367,7 +408,7 @@ class TestParams:
             assert self.tell(llm, **{name: 2.0}).outputs[0].token_ids != plain
 
     def test_no_params_are_the_checkpoints_own(self, llm):
-        assert llm.engine.default_params == SamplingParams(temperature=1.0)
+        assert llm.engine.default_params == SamplingParams(temperature=1.0, min_p=0.01)
         assert len(llm.generate("Long ago", use_tqdm=False)[0].outputs[0].token_ids) == 16
 
     def test_special_tokens_are_text_when_asked_for(self, llm):
@@ -439,10 +480,10 @@ class TestFailure:
             engine.add_request(str(i), prompts[i], SamplingParams(**GREEDY))
         run, calls = engine.runner.run, itertools.count()
 
-        def failing(work):
+        def failing(scheduler_output):
             if next(calls) == 6:
                 raise error
-            return run(work)
+            return run(scheduler_output)
 
         engine.runner.run = failing
         finished = {}
@@ -458,6 +499,86 @@ class TestFailure:
             assert answer.token_ids == greedy_tokens[int(key)][: len(answer.token_ids)]
             if answer.finish_reason == "abort":
                 assert key in running and answer.stop_reason == f"{type(error).__name__}: {error}"
+
+    def test_a_block_that_a_failed_step_did_not_write_is_never_found(self, checkpoint, prompts, greedy_tokens):
+        engine = make_engine(checkpoint, enable_prefix_caching=True, block_size=4)
+        run = engine.runner.run
+
+        def failing(scheduler_output):
+            raise RuntimeError("out of memory")
+
+        engine.runner.run = failing
+        for name in ("a", "b"):  # b finds in this very step what a is to write
+            engine.add_request(name, prompts[7], SamplingParams(**GREEDY))
+        with pytest.raises(RuntimeError):
+            engine.step()
+        engine.runner.run = run
+        assert {output.request_id for output in engine.step()} == {"a", "b"}
+        output = run_one(engine, prompts[7], SamplingParams(**GREEDY))
+        assert output.num_cached_tokens == 0 and output.outputs[0].token_ids == greedy_tokens[7]
+
+    def test_an_interrupt_at_any_line_of_a_step_loses_no_block_and_no_request(self, checkpoint, prompts, greedy_tokens):
+        def interrupt(num_lines):
+            """A trace function that raises at a line of the queues, the blocks or what becomes of the outputs."""
+
+            def trace(frame, event, arg):
+                nonlocal num_lines
+                if frame.f_code.co_filename.rpartition("/")[2] not in ("scheduler.py", "kv_cache.py", "request.py"):
+                    return None if frame.f_code.co_name == "run" else trace
+                num_lines -= event == "line"
+                if num_lines == 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+
+            return trace
+
+        rng, before = random.Random(0), sys.gettrace()
+        for mode in ("recompute", "swap"):
+            engine = make_engine(
+                checkpoint,
+                num_blocks=14,
+                block_size=4,
+                preemption_mode=mode,
+                enable_prefix_caching=True,
+                swap_space=0.01,
+            )
+            for _ in range(40):
+                for i, prompt in enumerate(prompts[:5]):
+                    engine.add_request(str(i), prompt, SamplingParams(**GREEDY))
+                finished = {}
+                for _ in range(rng.randrange(12)):
+                    finished |= {output.request_id: output for output in engine.step()}
+                sys.settrace(interrupt(rng.randrange(1, 400)))
+                try:
+                    finished |= {output.request_id: output for output in engine.step()}
+                except KeyboardInterrupt:
+                    pass
+                finally:
+                    sys.settrace(before)
+                engine.check_integrity()
+                finished |= run_all(engine)
+                assert len(finished) == 5
+                for key, output in finished.items():
+                    answer = output.outputs[0]
+                    expected = greedy_tokens[int(key)]
+                    is_whole = answer.finish_reason != "abort"
+                    assert answer.token_ids == (expected if is_whole else expected[: len(answer.token_ids)])
+
+    def test_a_forward_pass_that_is_not_a_number_touches_nobody_else(self, checkpoint, prompts, greedy_tokens):
+        engine = make_engine(checkpoint, num_blocks=24, block_size=4)
+        bad = next(i for i in range(3, VOCAB_SIZE) if not any(i in [*p, *t] for p, t in zip(prompts, greedy_tokens)))
+        engine.decoder.embedding = engine.decoder.embedding.clone()
+        engine.decoder.embedding[bad] = torch.nan
+        for name, prompt in (("bad", [bad] * 30), ("0", prompts[0])):
+            engine.add_request(name, prompt, SamplingParams(**GREEDY))
+        engine.add_request("bad too", [bad] * 9, SamplingParams(**GREEDY))
+        finished = run_all(engine)
+        assert "logit of nan" in finished["bad"].outputs[0].stop_reason
+        for i in range(1, 4):  # in the blocks that the bad ones have left
+            engine.add_request(str(i), prompts[i], SamplingParams(**GREEDY))
+        finished |= run_all(engine)
+        assert [finished[str(i)].outputs[0].token_ids for i in range(4)] == greedy_tokens[:4]
 
     def test_abort_of_an_unknown_request_is_nothing(self, checkpoint):
         make_engine(checkpoint).abort_request("nobody")

@@ -110,7 +110,8 @@ def test_greedy_tokens(llm, model, tokenizer):
     outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     for prompt, output in zip(PROMPTS, outputs):
         assert list(output.prompt_token_ids) == tokenizer(prompt)["input_ids"]
-        assert output.outputs[0].text == tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+        text = tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+        assert output.outputs[0].text == text.rstrip("\ufffd")  # bytes of an unfinished character are not shown
         check_greedy(model, output)
 
 

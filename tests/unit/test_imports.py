@@ -25,6 +25,7 @@ CONTRACT = {
     "SequenceData",
     "SequenceStatus",
     "RequestOutput",
+    "RequestOutputKind",
     "CompletionOutput",
     "LLM",
     "LLMEngine",

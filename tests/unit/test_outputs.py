@@ -8,6 +8,7 @@ import pytest
 
 from folovllm import CompletionOutput, Request, RequestOutput, SamplingParams, SequenceStatus
 from folovllm.logprobs import Logprob
+from folovllm.outputs import RequestMetrics
 
 EOS, STOP = 0, 50
 
@@ -41,6 +42,12 @@ class TestLogprob:
     def test_defaults(self):
         logprob = Logprob(-1.5)
         assert (logprob.logprob, logprob.rank, logprob.decoded_token) == (-1.5, None, None)
+
+
+def test_of_the_likeliest_a_whole_answer_comes_before_one_that_was_aborted():
+    ended, aborted = SequenceStatus.FINISHED_LENGTH_CAPPED, SequenceStatus.FINISHED_ABORTED
+    request = make_request([[1], [1, 2], [1, 2]], [aborted, ended, ended], [-0.1, -3.0, -2.0], n=2)
+    assert [answer.index for answer in output_of(request).outputs] == [2, 1]
 
 
 class TestCompletionOutput:
@@ -170,7 +177,7 @@ class TestRequestOutput:
         [
             (1, [-3.0, -1.0, -2.0], ["b"]),
             (2, [-3.0, -1.0, -2.0], ["b", "c"]),
-            (3, [-3.0, -1.0, -2.0], ["b", "c", "a"]),
+            (3, [-3.0, -1.0, -2.0], ["a", "b", "c"]),  # all of them: no choice, so no order
             (2, [None, -9.0, None], ["b", "a"]),  # one that is known comes before those that are not
             (2, [-1.0, -1.0, -1.0], ["a", "b"]),  # among equals the first
             (1, [-1.0, 0.0, -2.0], ["b"]),
@@ -179,7 +186,7 @@ class TestRequestOutput:
     def test_the_n_best_by_cumulative_log_probability(self, n, likelihoods, kept):
         output = output_of(make_request([[1], [2], [3]], likelihoods=likelihoods, n=n))
         assert [answer.text for answer in output.outputs] == kept
-        assert [answer.index for answer in output.outputs] == list(range(n))
+        assert [answer.index for answer in output.outputs] == ["abc".index(answer.text) for answer in output.outputs]
 
     def test_an_ignored_sequence_is_never_among_the_answers(self):
         done, ignored = SequenceStatus.FINISHED_LENGTH_CAPPED, SequenceStatus.FINISHED_IGNORED
@@ -192,3 +199,19 @@ class TestRequestOutput:
         done, running = SequenceStatus.FINISHED_LENGTH_CAPPED, SequenceStatus.RUNNING
         assert not output_of(make_request([[1], [2]], statuses=[done, running])).finished
         assert output_of(make_request([[1], [2]], statuses=[done, done])).finished
+
+    def test_deltas_are_joined(self):
+        first = RequestOutput("r", "p", [1], [CompletionOutput(0, "a", [1], -1.0, [{1: Logprob(-1.0, 1)}])], False)
+        newer = [
+            CompletionOutput(1, "x", [5], -0.5, [{5: Logprob(-0.5, 1)}], "length"),
+            CompletionOutput(0, "b", [2], -3.0, [{2: Logprob(-2.0, 1)}], "stop", "b"),
+        ]
+        metrics = RequestMetrics(1.0, num_cached_tokens=4)
+        first.add(RequestOutput("r", "p", [1], newer, True, metrics))
+        joined, added = first.outputs
+        assert (joined.text, joined.token_ids, joined.cumulative_logprob) == ("ab", [1, 2], -3.0)
+        assert (joined.finish_reason, joined.stop_reason) == ("stop", "b") and len(joined.logprobs) == 2
+        assert added is newer[0] and first.finished and first.num_cached_tokens == 4
+
+    def test_without_an_engine_nobody_counts_cached_tokens(self):
+        assert RequestOutput("r", "p", [1], [], True).num_cached_tokens is None

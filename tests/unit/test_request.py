@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import MISSING, fields, is_dataclass
 
 import pytest
@@ -264,3 +265,31 @@ class TestRequest:
         request = Request("r", "t", prompt, SamplingParams())
         prompt.append(3)
         assert request.prompt_token_ids == request.get_seqs()[0].get_token_ids() == [1, 2]
+
+
+class TestPendingAnswers:
+    def test_they_become_sequences_one_by_one(self):
+        request = Request("r", None, [1, 2], SamplingParams(n=3), num_pending=3, cache_salt="salt")
+        assert request.get_num_seqs() == 0 and not request.is_finished()
+        first = request.start_answer()
+        first.num_computed_tokens, first.block_ids = 2, [7]
+        second, third = request.start_answer(first), request.start_answer()
+        assert [seq.seq_id for seq in request.get_seqs()] == ["r-0", "r-1", "r-2"] and request.num_pending == 0
+        assert [seq.index for seq in request.get_seqs()] == [0, 1, 2]
+        assert (second.block_ids, second.num_computed_tokens) == ([7], 2)  # a fork
+        assert (third.block_ids, third.num_computed_tokens) == ([], 0)
+        assert {seq.cache_salt for seq in request.get_seqs()} == {"salt"}
+
+    def test_a_request_with_pending_answers_is_not_finished(self):
+        request = Request("r", None, [1], SamplingParams(n=2), num_pending=2)
+        request.start_answer().status = SequenceStatus.FINISHED_STOPPED
+        assert not request.is_finished()
+        request.start_answer().status = SequenceStatus.FINISHED_STOPPED
+        assert request.is_finished()
+
+    def test_a_fork_has_random_numbers_and_preemptions_of_its_own(self):
+        request = Request("r", None, [1], SamplingParams(n=2), num_pending=2)
+        first = request.start_answer()
+        first.generator, first.num_preemptions = random.Random(0), 2
+        second = request.start_answer(first)
+        assert second.generator is None and second.num_preemptions == 0

@@ -724,6 +724,13 @@ class TestBadWords:
         params = SamplingParams(temperature=0, bad_words=["x"])
         assert sample(logits, params, tokenizer=AsciiTokenizer()).token_ids == [ord("y")]
 
+    def test_not_every_word_that_was_ever_banned_is_remembered(self, monkeypatch):
+        monkeypatch.setattr("folovllm.sample.sampler.MAX_BAD_WORDS", 3)
+        sampler = Sampler(AsciiTokenizer())
+        for word in ("ab", "cd", "ef", "gh", "ab"):
+            sampler(torch.zeros(1, 128), SamplingMetadata([SamplingParams(bad_words=[word])]))
+            assert 0 < len(sampler._bad_words) <= 3
+
     def test_a_word_needs_a_tokenizer(self):
         message = error_of(sample, torch.zeros(1, 128), SamplingParams(bad_words=["fox"]))
         assert "bad_words" in message and "tokenizer" in message

@@ -199,6 +199,15 @@ class TestSamplingParams:
         assert SamplingParams(n=3).best_of == 3
         assert SamplingParams(n=2, best_of=5).best_of == 5
 
+    def test_what_followed_from_a_field_follows_it_when_that_is_changed(self):
+        params, told = SamplingParams(), SamplingParams(best_of=2, skip_reading_prefix_cache=False, prompt_logprobs=1)
+        for each in (params, told, params.clone()):
+            each.n, each.prompt_logprobs = 2, 1
+            each.check()
+            assert each.best_of == 2 and each.skip_reading_prefix_cache is (each is not told)
+        told.n = 3
+        assert error_of(told.check) == "best_of (2) must be >= n (3)"
+
     @pytest.mark.parametrize("field", sorted(FLOATS | INTS))
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", "", True, False, b"1", [1], {}, 1j])
     def test_what_is_no_number_is_refused_by_name(self, field, value):

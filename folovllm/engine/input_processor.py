@@ -1,0 +1,150 @@
+"""From a prompt and params to a request, or an error of one sentence. Chapter 6.
+
+All that can be checked before a step is checked here, so that one caller's mistake never reaches a shared batch.
+As in vLLM (``v1/engine/input_processor.py``, 0.33.0).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Any, cast
+
+from folovllm.config import EngineConfig
+from folovllm.engine.encode import encode_text
+from folovllm.request import Request
+from folovllm.sampling_params import SamplingParams, check_params
+from folovllm.validation import check_int, check_number, check_str, check_token_ids, require, show
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | SequenceOf[int] | Mapping[str, Any]
+"""A text, token ids, or a dict with ``"prompt"`` (the text) or ``"prompt_token_ids"`` or both, and, if wanted,
+``"cache_salt"``."""
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+"""What a prompt that is a dict may hold."""
+
+
+class InputProcessor:
+    """Makes requests for one model.
+
+    Args:
+        config: with ``max_model_len`` and ``num_blocks`` filled in; its seed seeds the generator that gives requests
+            without a seed one of their own.
+        tokenizer: the model's; its end-of-sequence token leaves ``stop_reason`` at None.
+        eos_token_ids: all tokens that end a text.
+        default_params: what a request without params gets.
+        vocab_size: token ids that the model has a logit for.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: SequenceOf[int],
+        default_params: SamplingParams,
+        vocab_size: int,
+    ) -> None:
+        self.config, self.tokenizer, self.vocab_size = config, tokenizer, vocab_size
+        self.eos_token_ids, self.default_params = list(eos_token_ids), default_params
+        self.max_model_len = cast(int, config.model_config.max_model_len)
+        self._random = random.Random(config.model_config.seed)
+
+    def process(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None, arrival_time: float, priority: int = 0
+    ) -> Request:
+        """A new request that can be served; none of its answers has been started.
+
+        Raises:
+            ValueError: if it could never be served.
+        """
+        check_str("request_id", request_id)
+        text, token_ids, cache_salt = self._read_prompt(prompt)
+        params = self._own_params(params)
+        self._check_room(request_id, len(token_ids), params)
+        largest = max(token_ids)
+        require(
+            largest < self.vocab_size,
+            f"prompt has the token id {largest}, but the vocabulary has {self.vocab_size} tokens",
+        )
+        if params.seed is None:
+            params.seed = self._random.getrandbits(64)
+        return Request(
+            request_id,
+            text,
+            token_ids,
+            params,
+            check_number("arrival_time", arrival_time),
+            priority=check_int("priority", priority),
+            cache_salt=cache_salt,
+            eos_token_id=self.tokenizer.eos_token_id,
+            num_pending=cast(int, params.best_of),
+        )
+
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+        """The text (None for token ids alone), the token ids, and the cache salt."""
+        salt = None
+        if isinstance(prompt, Mapping):
+            unknown = [key for key in prompt if key not in PROMPT_KEYS]
+            require(not unknown, f"a prompt that is a dict may have {', '.join(PROMPT_KEYS)}, got {show(unknown)}")
+            salt = prompt.get("cache_salt")
+            salt = None if salt is None else check_str("cache_salt", salt)
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            require(
+                text is not None or token_ids is not None,
+                f"a prompt that is a dict needs 'prompt' or 'prompt_token_ids', got {show(prompt)}",
+            )
+            require(text is None or isinstance(text, str), f"a prompt's 'prompt' must be a text, got {show(text)}")
+            if token_ids is not None:  # a text beside them is taken as what they were made from
+                token_ids = check_token_ids("prompt_token_ids", token_ids)
+                require(len(token_ids) > 0, "prompt must have at least one token, got []")
+                return text, token_ids, salt
+            prompt = cast(str, text)
+        if isinstance(prompt, str):
+            require(prompt != "", "prompt must have at least one token, got ''")
+            token_ids = encode_text(self.tokenizer, prompt, self.max_model_len)
+            require(len(token_ids) > 0, f"prompt must have at least one token, got {show(prompt)}")
+            return prompt, token_ids, salt
+        token_ids = check_token_ids("prompt", prompt)
+        require(len(token_ids) > 0, "prompt must have at least one token, got []")
+        return None, token_ids, salt
+
+    def _own_params(self, params: SamplingParams | None) -> SamplingParams:
+        """A private copy, checked against the model, with the checkpoint's further end tokens as stop tokens."""
+        if params is None:
+            params = self.default_params
+        require(
+            isinstance(params, SamplingParams), f"sampling_params must be a SamplingParams or None, got {show(params)}"
+        )
+        params = params.clone()
+        check_params(params, self.vocab_size, self.tokenizer, self.eos_token_ids)
+        if not params.ignore_eos:
+            others = [i for i in self.eos_token_ids if i != self.tokenizer.eos_token_id]
+            params.stop_token_ids = list(dict.fromkeys([*(params.stop_token_ids or []), *others]))
+        return params
+
+    def _check_room(self, request_id: str, num_prompt: int, params: SamplingParams) -> None:
+        """Refuses what is too long for the model, or for the whole cache."""
+        room = self.max_model_len - num_prompt
+        require(
+            room > 0,
+            f"prompt has {num_prompt} tokens, and max_model_len is {self.max_model_len}: shorten it by at least "
+            f"{1 - room}",
+        )
+        require(
+            params.min_tokens <= room,
+            f"min_tokens must fit behind the prompt, got {params.min_tokens} where {room} of max_model_len "
+            f"({self.max_model_len}) are left",
+        )
+        longest = num_prompt + min(room, params.max_tokens or room)
+        cache = self.config.cache_config
+        # The last token is returned but never read by the model, so it needs no slot.
+        num_blocks = -(-(longest - 1) // cache.block_size)
+        require(
+            num_blocks <= cast(int, cache.num_blocks),
+            f"request {request_id!r} may grow to {longest} tokens, {num_blocks} blocks, and the cache has "
+            f"{cache.num_blocks}: lower max_tokens or raise num_blocks",
+        )
