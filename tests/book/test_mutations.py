@@ -83,9 +83,30 @@ MUTATIONS = [
     Mutation(
         "an order",
         "folovllm/core/scheduler.py",
-        "self.swapped.appendleft(seq)",
+        "self._enqueue(self.swapped, seq)",
         "self.swapped.append(seq)",
         "tests/unit/test_scheduler.py::test_the_last_makes_room_and_the_first_comes_back_first[swap-swapped]",
+    ),
+    Mutation(
+        "what a failed step leaves behind",
+        "folovllm/core/scheduler.py",
+        "        self.cache.reset()",
+        "        pass",
+        "tests/integration/test_engine.py::TestFailure::test_a_block_that_a_failed_step_did_not_write_is_never_found",
+    ),
+    Mutation(
+        "a generator that is shared",
+        "folovllm/worker/model_runner.py",
+        "make_generator(seq.sampling_params, seq.index)",
+        "make_generator(seq.sampling_params, 0)",
+        "tests/integration/test_owners.py::TestOneCaller::test_a_hundred_answers_take_turns",
+    ),
+    Mutation(
+        "an output that goes to whoever steps",
+        "folovllm/engine/llm_engine.py",
+        "self._sink if sink is None else sink)",
+        "self._sink)",
+        "tests/integration/test_owners.py::TestOwners::test_steps_give_no_outputs_of_a_stream",
     ),
     Mutation(
         "a mask",
