@@ -102,11 +102,11 @@ MUTATIONS = [
         "tests/integration/test_owners.py::TestOneCaller::test_a_hundred_answers_take_turns",
     ),
     Mutation(
-        "an output that goes to whoever steps",
-        "folovllm/engine/llm_engine.py",
-        "self._sink if sink is None else sink)",
-        "self._sink)",
-        "tests/integration/test_owners.py::TestOwners::test_steps_give_no_outputs_of_a_stream",
+        "a salt that is forgotten",
+        "folovllm/core/kv_cache.py",
+        '(seq.cache_salt or "")',
+        '""',
+        "tests/unit/test_kv_cache.py::TestManager::test_only_those_with_the_same_salt_find_each_other",
     ),
     Mutation(
         "a mask",

@@ -343,9 +343,11 @@ class TestOneCaller:
             llm.generate(PROMPTS[0], params, use_tqdm=False)
 
     def test_a_hundred_answers_take_turns(self, llm):
-        (output,) = llm.generate(PROMPTS[0], params_of(0, 3, n=100), use_tqdm=False)
+        wild = {"temperature": 3.0, "max_tokens": 8, "ignore_eos": True}
+        (output,) = llm.generate(PROMPTS[0], SamplingParams(seed=0, n=100, **wild), use_tqdm=False)
         assert [answer.index for answer in output.outputs] == list(range(100))
-        one = llm.generate(PROMPTS[0], params_of(77, 3), use_tqdm=False)[0].outputs[0]
+        assert len({tuple(answer.token_ids) for answer in output.outputs}) > 90
+        one = llm.generate(PROMPTS[0], SamplingParams(seed=77, **wild), use_tqdm=False)[0].outputs[0]
         assert output.outputs[77].token_ids == one.token_ids  # seed + index
 
     def test_as_many_as_are_allowed_start_at_once_and_end_at_once(self, llm):
