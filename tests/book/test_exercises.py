@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
@@ -553,6 +554,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     "check_cached_tokens": {"not beyond the last": cached(lambda prompt: len(prompt) - 1)},
 }
 """Attempts that are right, and not written as the solution is."""
+
+
+LATER = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("attempts_*.py"))]
+"""A file for each later subject, with ``WRONG`` and ``RIGHT`` as here."""
+for module in LATER:
+    WRONG |= module.WRONG
+    RIGHT |= module.RIGHT
 
 
 @pytest.mark.parametrize("name, how", [(name, how) for name, ways in WRONG.items() for how in ways])

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import math
+import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from figure_helpers import bars, bottoms, heights, lefts, legend, line, texts, ticks, widths
 from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 from tokenizers import Tokenizer
 from torch import nn
 
 from folovllm.book import plotting
-from folovllm.book.plotting import PALETTE, PATH, STATUS_COLORS
+from folovllm.book.plotting import PATH, STATUS_COLORS, style
+from folovllm.book.plotting.style import PALETTE
 from folovllm.tales import EMBEDDED_MODEL
 
 GIB = 2**30
@@ -121,10 +125,12 @@ FIGURES: dict[str, Callable[[], Axes | np.ndarray]] = {
 """A small example of each figure; the tests below know its numbers."""
 
 
-@pytest.fixture(autouse=True)
-def close_figures() -> Iterator[None]:
-    yield
-    plt.close("all")
+LATER = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("test_figures_*.py"))]
+"""A file for the figures of each later subject, with ``FIGURES`` and ``test_numbers_of_…`` as here."""
+
+EXAMPLES = {
+    name: example for figures in (FIGURES, *(module.FIGURES for module in LATER)) for name, example in figures.items()
+}
 
 
 def drawn(name: str) -> Any:
@@ -133,52 +139,11 @@ def drawn(name: str) -> Any:
     return axes if isinstance(axes, Axes) else list(axes.flat)
 
 
-def bars(ax: Axes, label: str | None = None) -> list[Rectangle]:
-    """The bars of the series with this label, or all."""
-    return [
-        bar for group in ax.containers if label in (None, group.get_label()) for bar in getattr(group, "patches", [])
-    ]
-
-
-def heights(ax: Axes, label: str | None = None) -> list[float]:
-    return pytest.approx([bar.get_height() for bar in bars(ax, label)], abs=1e-6)
-
-
-def widths(ax: Axes, label: str | None = None) -> list[float]:
-    return pytest.approx([bar.get_width() for bar in bars(ax, label)], abs=1e-6)
-
-
-def bottoms(ax: Axes, label: str | None = None) -> list[float]:
-    return pytest.approx([bar.get_y() for bar in bars(ax, label)], abs=1e-6)
-
-
-def lefts(ax: Axes, label: str | None = None) -> list[float]:
-    return pytest.approx([bar.get_x() for bar in bars(ax, label)], abs=1e-6)
-
-
-def line(ax: Axes, label: str | None = None) -> tuple[list[float], list[float]]:
-    """Places and values of the line with this label, or of the first."""
-    found = next(line for line in ax.lines if label in (None, line.get_label()))
-    return pytest.approx(list(found.get_xdata())), pytest.approx(list(found.get_ydata()))
-
-
-def texts(ax: Axes) -> list[str]:
-    """What is written into the plot itself."""
-    return [" ".join(text.get_text().split()) for text in ax.texts if text.get_text().strip()]
-
-
-def ticks(axis: Any) -> list[str]:
-    return [label.get_text() for label in axis.get_ticklabels()]
-
-
-def legend(ax: Axes) -> list[str]:
-    return [text.get_text() for text in ax.get_legend().get_texts()]
-
-
 def test_every_figure_of_the_book_is_tested() -> None:
     plots = {name for name, _ in inspect.getmembers(plotting, inspect.isfunction) if name.startswith("plot_")}
-    assert plots == set(FIGURES), "add an example of each new figure to FIGURES, and a test of its numbers"
-    tested = {name.removeprefix("test_numbers_of_") for name in globals() if name.startswith("test_numbers_of_")}
+    assert plots == set(EXAMPLES), "add an example of each new figure to FIGURES, and a test of its numbers"
+    names = [name for module in (sys.modules[__name__], *LATER) for name in vars(module)]
+    tested = {name.removeprefix("test_numbers_of_") for name in names if name.startswith("test_numbers_of_")}
     assert tested == {name.removeprefix("plot_") for name in plots}, "test the numbers of each figure"
 
 
@@ -465,7 +430,7 @@ def test_numbers_of_along_text() -> None:
 
 def test_a_wrong_number_behind_a_figure_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     test_numbers_of_memory_split()
-    monkeypatch.setattr(plotting, "GIB", 10**9)
+    monkeypatch.setattr(plotting.configs, "GIB", 10**9)
     with pytest.raises(AssertionError):
         test_numbers_of_memory_split()
 
@@ -478,7 +443,7 @@ def figure_of(name: str) -> tuple[Figure, list[str]]:
     """The figure of an example, drawn, so that everything in it has its place; and what was warned about."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure = np.atleast_1d(FIGURES[name]()).flat[0].get_figure()
+        figure = np.atleast_1d(EXAMPLES[name]()).flat[0].get_figure()
         figure.canvas.draw()
     return figure, [str(warning.message) for warning in caught]
 
@@ -496,11 +461,11 @@ def written(figure: Figure) -> list[Text]:
     return [text for text in found if text not in beyond]
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", EXAMPLES)
 class TestLegibility:
     def test_it_gives_back_axes_and_leaves_the_readers_settings_alone(self, name: str) -> None:
         before = dict(matplotlib.rcParams)
-        axes = FIGURES[name]()
+        axes = EXAMPLES[name]()
         assert isinstance(axes, Axes) or (isinstance(axes, np.ndarray) and all(isinstance(a, Axes) for a in axes.flat))
         assert dict(matplotlib.rcParams) == before
 
@@ -538,14 +503,14 @@ class TestLegibility:
         """WCAG 2 asks for a contrast of 4.5 to the ground, and of 3 for large letters."""
         weak = {}
         for text in written(figure_of(name)[0]):
-            ground = plotting.BLUE if luminance(text.get_color()) > 0.9 else "white"  # white is written on blue boxes
+            ground = style.BLUE if luminance(text.get_color()) > 0.9 else "white"  # white is written on blue boxes
             large = text.get_fontsize() >= 18 or (text.get_fontsize() >= 14 and text.get_weight() == "bold")
             if contrast(text.get_color(), ground) < (3 if large else 4.5):
                 weak[text.get_text().strip()] = f"{to_hex(text.get_color())}, {contrast(text.get_color(), ground):.1f}"
         assert not weak, f"too pale: {weak}"
 
 
-INK = {"#000000", "#333333", "#555555", "#cccccc", "#ffffff", plotting.GREY.lower(), plotting.LIGHT.lower()}
+INK = {"#000000", "#333333", "#555555", "#cccccc", "#ffffff", style.GREY.lower(), style.LIGHT.lower()}
 """Black, greys and white, beside the palette."""
 
 
@@ -588,7 +553,7 @@ def can_be_drawn(label: str) -> bool:
 @pytest.mark.parametrize("token_id", range(len(Tokens.TEXTS)), ids=[repr(text) for text in Tokens.TEXTS])
 def test_any_token_has_a_label_that_can_be_drawn(token_id: int) -> None:
     """Also a control character, dollars (matplotlib's mathematics), an underscore (left out of legends)."""
-    assert can_be_drawn(plotting._label(TOKENS, token_id))
+    assert can_be_drawn(style.token_label(TOKENS, token_id))
     probs = torch.zeros(len(Tokens.TEXTS))
     probs[token_id] = 1.0
     with warnings.catch_warnings():
@@ -601,6 +566,6 @@ def test_any_token_has_a_label_that_can_be_drawn(token_id: int) -> None:
 
 def test_every_token_of_the_embedded_model_has_a_label() -> None:
     tokenizer = Tokenizer.from_file(str(EMBEDDED_MODEL / "tokenizer.json"))
-    labels = [plotting._label(tokenizer, token_id) for token_id in range(tokenizer.get_vocab_size())]
+    labels = [style.token_label(tokenizer, token_id) for token_id in range(tokenizer.get_vocab_size())]
     missing = sorted({label for label in labels if not can_be_drawn(label)})
     assert not missing, f"{len(missing)} labels cannot be drawn: {missing[:9]}"

@@ -1,0 +1,31 @@
+"""Checks of the exercises: each takes an attempt and says in one sentence what is wrong with it, or that it is right.
+
+A module for each subject, and one (`folovllm.book.exercises.verdict`) with what a check is made of.
+"""
+
+from folovllm.book.exercises.configs import check_budget, check_num_blocks, check_tokens_that_fit
+from folovllm.book.exercises.engine import check_cached_tokens, check_schedule
+from folovllm.book.exercises.generation import check_generate, check_tokens_computed
+from folovllm.book.exercises.loading import check_count_weights, check_kv_bytes, check_pad_batch
+from folovllm.book.exercises.requests import check_blocks_of_forks, check_finish_status
+from folovllm.book.exercises.sampling import check_draw, check_softmax, check_top_p
+from folovllm.book.exercises.verdict import Verdict
+
+__all__ = [
+    "Verdict",
+    "check_blocks_of_forks",
+    "check_budget",
+    "check_cached_tokens",
+    "check_count_weights",
+    "check_draw",
+    "check_finish_status",
+    "check_generate",
+    "check_kv_bytes",
+    "check_num_blocks",
+    "check_pad_batch",
+    "check_schedule",
+    "check_softmax",
+    "check_tokens_computed",
+    "check_tokens_that_fit",
+    "check_top_p",
+]

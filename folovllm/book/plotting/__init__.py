@@ -1,0 +1,61 @@
+"""The figures of the book: each is one call in a notebook, and returns its Axes so that tests can read it.
+
+A module for each subject, and one (`folovllm.book.plotting.style`) with the style that all share.
+"""
+
+from folovllm.book.plotting.configs import plot_block_waste, plot_dtype_errors, plot_memory_split
+from folovllm.book.plotting.engine import plot_block_tables, plot_reserved, plot_running, plot_steps
+from folovllm.book.plotting.generation import plot_along_text, plot_product_times, plot_step_times, plot_tokens_computed
+from folovllm.book.plotting.loading import (
+    plot_kv_capacity,
+    plot_measured_against_predicted,
+    plot_weights_by_dtype,
+    plot_weights_by_layer,
+)
+from folovllm.book.plotting.path import PATH, plot_path
+from folovllm.book.plotting.requests import (
+    STATUS_COLORS,
+    plot_cumulative_logprobs,
+    plot_fork_blocks,
+    plot_state_machine,
+    plot_timeline,
+)
+from folovllm.book.plotting.sampling import (
+    plot_draws,
+    plot_entropy,
+    plot_inverse_cdf,
+    plot_kept,
+    plot_temperatures,
+    plot_token_bars,
+)
+
+__all__ = [
+    "PATH",
+    "STATUS_COLORS",
+    "plot_along_text",
+    "plot_block_tables",
+    "plot_block_waste",
+    "plot_cumulative_logprobs",
+    "plot_draws",
+    "plot_dtype_errors",
+    "plot_entropy",
+    "plot_fork_blocks",
+    "plot_inverse_cdf",
+    "plot_kept",
+    "plot_kv_capacity",
+    "plot_measured_against_predicted",
+    "plot_memory_split",
+    "plot_path",
+    "plot_product_times",
+    "plot_reserved",
+    "plot_running",
+    "plot_state_machine",
+    "plot_step_times",
+    "plot_steps",
+    "plot_temperatures",
+    "plot_timeline",
+    "plot_token_bars",
+    "plot_tokens_computed",
+    "plot_weights_by_dtype",
+    "plot_weights_by_layer",
+]
