@@ -28,11 +28,13 @@ from folovllm.book.plotting.sampling import (
     plot_temperatures,
     plot_token_bars,
 )
+from folovllm.book.plotting.timeline import plot_block_map, plot_gantt, plot_places
 
 __all__ = [
     "PATH",
     "STATUS_COLORS",
     "plot_along_text",
+    "plot_block_map",
     "plot_block_tables",
     "plot_block_waste",
     "plot_cumulative_logprobs",
@@ -40,12 +42,14 @@ __all__ = [
     "plot_dtype_errors",
     "plot_entropy",
     "plot_fork_blocks",
+    "plot_gantt",
     "plot_inverse_cdf",
     "plot_kept",
     "plot_kv_capacity",
     "plot_measured_against_predicted",
     "plot_memory_split",
     "plot_path",
+    "plot_places",
     "plot_product_times",
     "plot_reserved",
     "plot_running",
