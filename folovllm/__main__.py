@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args, get_or
 
 from folovllm.chat import apply_chat_template
 from folovllm.config import DTYPES, CacheConfig, ModelConfig, SchedulerConfig
+from folovllm.engine.encode import encode_text
 from folovllm.sampling_params import SamplingParams
 from folovllm.tales import default_model
 from folovllm.validation import check_unicode
@@ -291,9 +292,12 @@ def _chat(llm: LLM, params: SamplingParams, args: argparse.Namespace) -> None:
     messages: list[dict[str, str]] = system
     longest = llm.engine.max_model_len
     room = min(params.max_tokens or longest, longest // 4)
+    # The template writes the beginning-of-text token itself.
+    encode = partial(encode_text, llm.engine.tokenizer, max_model_len=longest, add_special_tokens=False)
     while line := _read_line():
         try:
-            kept, token_ids = _fit(write, [*messages, {"role": "user", "content": line}], len(system), longest - room)
+            asked = [*messages, {"role": "user", "content": line}]
+            kept, token_ids = _fit(lambda kept: encode(write(kept)), asked, len(system), longest - room)
             answer = _show(llm.stream(token_ids, params), stop_on_interrupt=True)
         except ValueError as error:  # the conversation stays as it was
             _complain(error)
@@ -313,7 +317,7 @@ def _read_line() -> str:
 
 
 def _fit(
-    write: Callable[[list[dict[str, str]]], tuple[str, list[int]]],
+    encode: Callable[[list[dict[str, str]]], list[int]],
     messages: list[dict[str, str]],
     num_system: int,
     max_tokens: int,
@@ -323,7 +327,7 @@ def _fit(
     Questions go with their answers; the system message and the last question always stay.
     """
     kept = list(messages)
-    while len(token_ids := write(kept)[1]) > max_tokens and len(kept) > num_system + 1:
+    while len(token_ids := encode(kept)) > max_tokens and len(kept) > num_system + 1:
         del kept[num_system : num_system + 2]
     return kept, token_ids
 

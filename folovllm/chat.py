@@ -1,7 +1,7 @@
-"""Messages in, a prompt's text and token ids out. Chapter 6 shows `LLM.chat`, which is built on this module.
+"""Messages in, a prompt's text out. Chapter 6 shows `LLM.chat`, which is built on this module.
 
 A checkpoint brings a chat template: a program in Jinja that writes a conversation as the text the model was trained
-on. This module checks the messages, puts them into the shape the template expects, and turns its text into token ids.
+on. This module checks the messages and puts them into the shape the template expects; the engine encodes the text.
 As in vLLM (``vllm/renderers/hf.py`` and ``chat_utils.py``, 0.32.0), for texts only.
 """
 
@@ -47,10 +47,10 @@ def apply_chat_template(
     chat_template: str | None = None,
     add_generation_prompt: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
-) -> tuple[str, list[int]]:
-    """A conversation as the model is to read it: the text, and its token ids.
+) -> str:
+    """A conversation as the text that the model is to read.
 
-    A template writes the beginning-of-text token itself where the model wants one, so the tokenizer adds none.
+    The template writes the beginning-of-text token where the model wants one: encode its text without special tokens.
 
     Args:
         tokenizer: the checkpoint's.
@@ -63,27 +63,6 @@ def apply_chat_template(
     Raises:
         ValueError: if a message is malformed, there is no template, or the template refuses the messages.
     """
-    text = render_chat_template(
-        tokenizer,
-        messages,
-        tools=tools,
-        chat_template=chat_template,
-        add_generation_prompt=add_generation_prompt,
-        chat_template_kwargs=chat_template_kwargs,
-    )
-    return text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def render_chat_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Iterable[Message],
-    *,
-    tools: list[dict[str, Any]] | None = None,
-    chat_template: str | None = None,
-    add_generation_prompt: bool = True,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> str:
-    """The text of a conversation; arguments and errors as for `apply_chat_template`."""
     require(
         bool(chat_template or tokenizer.chat_template),
         "this tokenizer has no chat template, so it cannot say how messages are written; "

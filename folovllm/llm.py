@@ -21,7 +21,7 @@ from folovllm.engine.input_processor import Prompt
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.output_processor import OutputSink
 from folovllm.outputs import RequestOutput
-from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from folovllm.sampling_params import RequestOutputKind, SamplingParams, copy_params
 from folovllm.utils import generate_request_id
 from folovllm.validation import require, show
 
@@ -117,10 +117,8 @@ class LLM:
         Raises:
             ValueError: if a message or the template is malformed, and for what `generate` refuses.
         """
-        prompts: list[Prompt] = []
-        for conversation in split_conversations(messages):
-            text, token_ids = apply_chat_template(self.engine.tokenizer, conversation, **template)
-            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        texts = [self.apply_chat_template(conversation, **template) for conversation in split_conversations(messages)]
+        prompts = [{"prompt": text, "add_special_tokens": False} for text in texts]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
@@ -132,7 +130,7 @@ class LLM:
             ValueError: if the prompt cannot be served, or more than one answer is asked for.
             RuntimeError: while it is read, if the request is ended by an error; the sentence names it.
         """
-        params = self._own_params(sampling_params).clone()
+        params = copy_params(sampling_params, self.engine.default_params)
         params.check()
         require(
             params.n == params.best_of == 1,
@@ -147,7 +145,7 @@ class LLM:
 
         It contains the beginning-of-text token, if the model has one: for an answer use `chat`, which adds no second.
         """
-        return apply_chat_template(self.engine.tokenizer, messages, **template)[0]
+        return apply_chat_template(self.engine.tokenizer, messages, **template)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -161,13 +159,6 @@ class LLM:
         """Empties the prefix cache, if no block is in use; returns whether it did."""
         return self.engine.reset_prefix_cache()
 
-    def _own_params(self, params: SamplingParams | None) -> SamplingParams:
-        params = self.engine.default_params if params is None else params
-        require(
-            isinstance(params, SamplingParams), f"sampling_params must be a SamplingParams or None, got {show(params)}"
-        )
-        return params
-
     def _add(
         self,
         sink: OutputSink,
@@ -177,7 +168,7 @@ class LLM:
         priority: int = 0,
     ) -> str:
         """Adds a request whose outputs, of this kind, go to ``sink``; returns its id."""
-        params = self._own_params(params).clone()
+        params = copy_params(params, self.engine.default_params)
         params.output_kind = kind
         request_id = generate_request_id()
         self.engine.add_request(request_id, prompt, params, priority=priority, sink=sink)

@@ -289,6 +289,17 @@ def tokenize_bad_word(word: str, tokenizer: PreTrainedTokenizerBase | None) -> l
     return [token_ids for token_ids in encoded if token_ids]
 
 
+def copy_params(params: SamplingParams | None, default: SamplingParams) -> SamplingParams:
+    """A copy of a request's params, or of ``default`` if it has none, which nobody else can change.
+
+    Raises:
+        ValueError: if they are no `SamplingParams`.
+    """
+    params = default if params is None else params
+    require(isinstance(params, SamplingParams), f"sampling_params must be a SamplingParams or None, got {show(params)}")
+    return params.clone()
+
+
 def check_params(
     params: SamplingParams,
     vocab_size: int,

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from folovllm.attention import AttentionMetadata
+from folovllm.utils import cdiv
 
 GATHER_BYTES = 2**24
 """Most bytes of keys gathered at once on a CPU (16 MiB), so that they stay in its cache; at least one head's."""
@@ -80,7 +81,7 @@ class PagedAttention:
         the mask ``[num_new, num_tokens]`` of what each new one sees."""
         start, end = self.metadata.query_start_loc[i : i + 2].tolist()
         num_new, num_tokens = end - start, int(self.metadata.seq_lens[i])
-        blocks = self.metadata.block_table[i, : -(-num_tokens // self.block_size)]
+        blocks = self.metadata.block_table[i, : cdiv(num_tokens, self.block_size)]
         mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=blocks.device).tril(num_tokens - num_new)
         return slice(start, end), blocks, mask
 
@@ -88,7 +89,7 @@ class PagedAttention:
         """Prepares the sequences with one new token: their blocks, the mask, the rows of the new tokens."""
         lens = self.metadata.seq_lens[decodes]
         longest = int(lens.max())
-        num_blocks = -(-longest // self.block_size)
+        num_blocks = cdiv(longest, self.block_size)
         width = min(self.block_size, longest)  # if a block is longer than any sequence, only its beginning is read
         table, self._decode_tokens = self.metadata.block_table[:, :num_blocks], None
         if len(decodes) < len(self.metadata.seq_lens):

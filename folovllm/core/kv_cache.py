@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from folovllm.request import Sequence
+from folovllm.utils import cdiv
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
@@ -136,7 +137,7 @@ class KVCacheManager:
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks needed for ``num_tokens`` tokens."""
-        return -(-num_tokens // self.block_size)
+        return cdiv(num_tokens, self.block_size)
 
     def allocate_slots(self, seq: Sequence, num_tokens: int, full_sequence_must_fit: bool = False) -> bool:
         """Makes sure the first ``num_tokens`` tokens of ``seq`` have slots, those to be written in unshared blocks.

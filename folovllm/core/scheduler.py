@@ -267,6 +267,7 @@ class Scheduler:
 def check_stop(seq: Sequence, eos_token_id: int | None, max_model_len: int) -> SequenceStatus | None:
     """The status a sequence ends with after its newest token, None if it goes on (vLLM: ``v1/core/sched/utils.py``)."""
     params, num_tokens, token_id = seq.sampling_params, seq.get_output_len(), seq.get_last_token_id()
+    # From the min_tokens-th token on; a stop string counts from the one after it on, as in vLLM.
     if num_tokens >= params.min_tokens:
         if token_id == eos_token_id and not params.ignore_eos:
             return SequenceStatus.FINISHED_STOPPED

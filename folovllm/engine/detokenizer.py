@@ -146,6 +146,7 @@ class Detokenizer:
         the text already appended stays, and only the new tokens count as invalid.
         """
         if self._window_text.endswith(NOT_WHOLE):
+            # At most three tokens, a byte each, can stand for a character of four bytes that is not complete.
             meant = (self._decode(self._window[: max(self._num_given - num, 0)]) for num in range(4))
             self._window_text = text[: max(_count_shared(text, each) for each in meant)]
             return text

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, cast
 from folovllm.config import EngineConfig
 from folovllm.engine.encode import encode_text
 from folovllm.request import Request
-from folovllm.sampling_params import SamplingParams, check_params
-from folovllm.validation import check_int, check_number, check_str, check_token_ids, require, show
+from folovllm.sampling_params import SamplingParams, check_params, copy_params
+from folovllm.utils import cdiv
+from folovllm.validation import check_bool, check_int, check_number, check_str, check_token_ids, require, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | SequenceOf[int] | Mapping[str, Any]
 """A text, token ids, or a dict with ``"prompt"`` (the text) or ``"prompt_token_ids"`` or both, and, if wanted,
-``"cache_salt"``."""
+``"cache_salt"`` and ``"add_special_tokens"`` (whether the tokenizer may add its own to the text; by default it may)."""
 
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt", "add_special_tokens")
 """What a prompt that is a dict may hold."""
 
 
@@ -86,40 +87,35 @@ class InputProcessor:
 
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """The text (None for token ids alone), the token ids, and the cache salt."""
-        salt = None
-        if isinstance(prompt, Mapping):
-            unknown = [key for key in prompt if key not in PROMPT_KEYS]
-            require(not unknown, f"a prompt that is a dict may have {', '.join(PROMPT_KEYS)}, got {show(unknown)}")
-            salt = prompt.get("cache_salt")
-            salt = None if salt is None else check_str("cache_salt", salt)
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            require(
-                text is not None or token_ids is not None,
-                f"a prompt that is a dict needs 'prompt' or 'prompt_token_ids', got {show(prompt)}",
-            )
-            require(text is None or isinstance(text, str), f"a prompt's 'prompt' must be a text, got {show(text)}")
-            if token_ids is not None:  # a text beside them is taken as what they were made from
-                token_ids = check_token_ids("prompt_token_ids", token_ids)
-                require(len(token_ids) > 0, "prompt must have at least one token, got []")
-                return text, token_ids, salt
-            prompt = cast(str, text)
-        if isinstance(prompt, str):
-            require(prompt != "", "prompt must have at least one token, got ''")
-            token_ids = encode_text(self.tokenizer, prompt, self.max_model_len)
-            require(len(token_ids) > 0, f"prompt must have at least one token, got {show(prompt)}")
-            return prompt, token_ids, salt
-        token_ids = check_token_ids("prompt", prompt)
-        require(len(token_ids) > 0, "prompt must have at least one token, got []")
-        return None, token_ids, salt
+        given = self._check_keys(prompt) if isinstance(prompt, Mapping) else {}
+        salt = given.get("cache_salt")
+        salt = None if salt is None else check_str("cache_salt", salt)
+        text = given.get("prompt") if given else prompt if isinstance(prompt, str) else None
+        require(text is None or isinstance(text, str), f"a prompt's 'prompt' must be a text, got {show(text)}")
+        if given.get("prompt_token_ids") is not None:  # a text beside them is taken as what they were made from
+            token_ids = check_token_ids("prompt_token_ids", given["prompt_token_ids"])
+        elif text is not None:
+            add_special_tokens = check_bool("add_special_tokens", given.get("add_special_tokens", True))
+            token_ids = encode_text(self.tokenizer, text, self.max_model_len, add_special_tokens) if text else []
+        else:
+            token_ids = check_token_ids("prompt", prompt)
+        shown = token_ids if text is None else text
+        require(len(token_ids) > 0, f"prompt must have at least one token, got {show(shown)}")
+        return text, token_ids, salt
+
+    def _check_keys(self, prompt: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A prompt that is a dict, if it has a text or token ids, and nothing unknown."""
+        unknown = [key for key in prompt if key not in PROMPT_KEYS]
+        require(not unknown, f"a prompt that is a dict may have {', '.join(PROMPT_KEYS)}, got {show(unknown)}")
+        require(
+            prompt.get("prompt") is not None or prompt.get("prompt_token_ids") is not None,
+            f"a prompt that is a dict needs 'prompt' or 'prompt_token_ids', got {show(prompt)}",
+        )
+        return prompt
 
     def _own_params(self, params: SamplingParams | None) -> SamplingParams:
         """A private copy, checked against the model, with the checkpoint's further end tokens as stop tokens."""
-        if params is None:
-            params = self.default_params
-        require(
-            isinstance(params, SamplingParams), f"sampling_params must be a SamplingParams or None, got {show(params)}"
-        )
-        params = params.clone()
+        params = copy_params(params, self.default_params)
         check_params(params, self.vocab_size, self.tokenizer, self.eos_token_ids)
         if not params.ignore_eos:
             others = [i for i in self.eos_token_ids if i != self.tokenizer.eos_token_id]
@@ -142,7 +138,7 @@ class InputProcessor:
         longest = num_prompt + min(room, params.max_tokens or room)
         cache = self.config.cache_config
         # The last token is returned but never read by the model, so it needs no slot.
-        num_blocks = -(-(longest - 1) // cache.block_size)
+        num_blocks = cdiv(longest - 1, cache.block_size)
         require(
             num_blocks <= cast(int, cache.num_blocks),
             f"request {request_id!r} may grow to {longest} tokens, {num_blocks} blocks, and the cache has "

@@ -73,7 +73,9 @@ class RequestState:
     detokenizers: dict[str, Detokenizer] = field(default_factory=dict)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_given: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """``seq_id`` -> the tokens and characters sent so far, for requests that get deltas; -1 tokens: all is sent."""
+    """``seq_id`` -> the tokens and characters sent so far, for requests that get deltas."""
+    given_whole: set[str] = field(default_factory=set)
+    """The sequences whose last delta has been sent."""
 
 
 class OutputProcessor:
@@ -223,13 +225,14 @@ class OutputProcessor:
     def _deltas(self, state: RequestState) -> Iterator[CompletionOutput]:
         """What is new in each answer since its last delta."""
         for seq in state.request.get_seqs():
+            if seq.seq_id in state.given_whole:
+                continue
             tokens, chars = state.num_given.get(seq.seq_id, (0, 0))
-            if tokens < 0:
-                continue  # its last delta has been sent
             self._read_text(state, seq)
             new = CompletionOutput.from_sequence(seq.index, seq, self.tokenizer, tokens, chars)
             if not new.token_ids and not new.finished():
                 continue
-            done = -1 if new.finished() else seq.get_output_len()
-            state.num_given[seq.seq_id] = done, chars + len(new.text)
+            state.num_given[seq.seq_id] = seq.get_output_len(), chars + len(new.text)
+            if new.finished():
+                state.given_whole.add(seq.seq_id)
             yield new

@@ -1,6 +1,7 @@
 """Seeds, ids, devices and memory."""
 
 from folovllm.utils.common import (
+    cdiv,
     generate_request_id,
     get_cpu_memory_info,
     get_device,
@@ -12,6 +13,7 @@ from folovllm.utils.common import (
 )
 
 __all__ = [
+    "cdiv",
     "generate_request_id",
     "get_cpu_memory_info",
     "get_device",

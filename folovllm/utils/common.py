@@ -30,6 +30,11 @@ def set_random_seed(seed: int) -> None:
     torch.manual_seed(seed)  # seeds the CUDA devices too
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up, without leaving the integers (as ``vllm/utils/math_utils.py``)."""
+    return -(-a // b)
+
+
 def generate_request_id() -> str:
     """A new unique id (uuid4)."""
     return str(uuid.uuid4())

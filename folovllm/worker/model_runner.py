@@ -19,11 +19,12 @@ from folovllm.attention import AttentionMetadata
 from folovllm.attention.gather import PagedAttention
 from folovllm.config import EngineConfig
 from folovllm.core.scheduler import SchedulerOutput
-from folovllm.logprobs import Logprob
+from folovllm.logprobs import NUM_CONTEXT_TOKENS, Logprob
 from folovllm.model.decoder import Decoder
 from folovllm.outputs import RunnerOutput
 from folovllm.request import Sequence
 from folovllm.sample.sampler import Sampler, SamplingMetadata, compute_prompt_logprobs, make_generator
+from folovllm.utils import cdiv
 from folovllm.validation import require
 
 CPU_CACHE_BYTES = 2**30
@@ -83,7 +84,7 @@ class ModelRunner:
         num_blocks = cache.num_blocks
         if num_blocks is None:
             longest = cast(int, self.config.model_config.max_model_len)
-            useful = scheduler.max_num_seqs * -(-longest // cache.block_size)
+            useful = scheduler.max_num_seqs * cdiv(longest, cache.block_size)
             room = CPU_CACHE_BYTES if self.decoder.device.type == "cpu" else self._free_gpu_bytes()
             num_blocks = min(useful, int(room // block_bytes))
         require(
@@ -174,7 +175,8 @@ class ModelRunner:
         for start in range(0, len(hidden), PROMPT_LOGPROBS_ROWS):
             logits = self.decoder.compute_logits(hidden[start : start + PROMPT_LOGPROBS_ROWS])
             place = first + start
-            token_ids, context = prompt[place : place + len(logits) + 1], prompt[max(place - 4, 0) : place]
+            token_ids = prompt[place : place + len(logits) + 1]
+            context = prompt[max(place - NUM_CONTEXT_TOKENS, 0) : place]
             found += compute_prompt_logprobs(logits, token_ids, count, self.sampler.tokenizer, context)[1:]
         return found
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from folovllm.chat import apply_chat_template, normalize_messages, render_chat_template, split_conversations
+from folovllm.chat import apply_chat_template, normalize_messages, split_conversations
+from folovllm.engine.encode import encode_text
 
 WRITES_BOS = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
@@ -47,6 +48,11 @@ def transformers_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs)
 
 
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """As `LLM.chat` has it encoded: the template has written the beginning-of-text token, so none is added."""
+    return encode_text(tokenizer, text, 10_000, add_special_tokens=False)
+
+
 TOKENIZERS = {template: make_tokenizer(template) for template in [*FOR_STRINGS, PARTS_ONLY, BOTH]}
 ROLES = st.sampled_from(["system", "user", "assistant", "tool", "ipython"])
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -57,23 +63,25 @@ class TestTokenIds:
     @given(st.sampled_from([*FOR_STRINGS, BOTH]), PLAIN, st.booleans())
     def test_they_are_those_of_transformers(self, template, messages, add_generation_prompt):
         tokenizer = TOKENIZERS[template]
-        text, token_ids = apply_chat_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-        assert token_ids == transformers_ids(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        text = apply_chat_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        expected = transformers_ids(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        assert encoded(tokenizer, text) == expected
         assert text == tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
     def test_a_template_that_writes_the_bos_gives_one(self):
         tokenizer = TOKENIZERS[WRITES_BOS]
-        text, token_ids = apply_chat_template(tokenizer, USER)
-        assert text.startswith("<s>[user]") and token_ids.count(tokenizer.bos_token_id) == 1
+        text = apply_chat_template(tokenizer, USER)
+        assert text.startswith("<s>[user]") and encoded(tokenizer, text).count(tokenizer.bos_token_id) == 1
 
     def test_a_template_that_writes_none_gives_none(self):
         tokenizer = TOKENIZERS[TRIMS]
-        assert tokenizer.bos_token_id not in apply_chat_template(tokenizer, USER)[1]
+        assert tokenizer.bos_token_id not in encoded(tokenizer, apply_chat_template(tokenizer, USER))
 
     def test_a_long_text_is_no_cause_for_a_warning(self, caplog, capfd):
-        apply_chat_template(TOKENIZERS[TRIMS], [{"role": "user", "content": "a" * 100}])  # model_max_length is 8
+        tokenizer = TOKENIZERS[TRIMS]  # its model_max_length is 8
+        encoded(tokenizer, apply_chat_template(tokenizer, [{"role": "user", "content": "a" * 100}]))
         assert caplog.text == "" and capfd.readouterr() == ("", "")
 
     @given(st.sampled_from(list(TOKENIZERS)), PLAIN, st.data())
@@ -92,10 +100,10 @@ class TestTokenIds:
     )
     def test_several_parts(self, template, expected):
         messages = [{"role": "user", "content": ["a", {"type": "text", "text": "b"}]}]
-        assert render_chat_template(TOKENIZERS[template], messages) == expected
+        assert apply_chat_template(TOKENIZERS[template], messages) == expected
 
     def test_a_template_that_reads_parts_only_is_given_parts(self):
-        assert render_chat_template(TOKENIZERS[PARTS_ONLY], USER) == "[user]a b"
+        assert apply_chat_template(TOKENIZERS[PARTS_ONLY], USER) == "[user]a b"
 
 
 class TestWhatTheTemplateIsGiven:
@@ -108,26 +116,26 @@ class TestWhatTheTemplateIsGiven:
         tokenizer = make_tokenizer(self.TEMPLATE)
         tools = [{"type": "function", "function": {"name": "f"}}]
         kwargs = {"enable_thinking": False}
-        text, token_ids = apply_chat_template(tokenizer, USER, tools=tools, chat_template_kwargs=kwargs)
+        text = apply_chat_template(tokenizer, USER, tools=tools, chat_template_kwargs=kwargs)
         assert text == "1a b<no think>"
-        assert token_ids == transformers_ids(tokenizer, USER, tools=tools, **kwargs)
-        assert render_chat_template(tokenizer, USER) == "0a b"
+        assert encoded(tokenizer, text) == transformers_ids(tokenizer, USER, tools=tools, **kwargs)
+        assert apply_chat_template(tokenizer, USER) == "0a b"
 
     def test_another_template(self):
         tokenizer = make_tokenizer({"default": "default", "other": "other"})
-        assert render_chat_template(tokenizer, USER) == "default"
-        assert render_chat_template(tokenizer, USER, chat_template="other") == "other"
-        assert render_chat_template(make_tokenizer(), USER, chat_template="{{ messages[0].content }}!") == "a b!"
+        assert apply_chat_template(tokenizer, USER) == "default"
+        assert apply_chat_template(tokenizer, USER, chat_template="other") == "other"
+        assert apply_chat_template(make_tokenizer(), USER, chat_template="{{ messages[0].content }}!") == "a b!"
 
     def test_arguments_of_tool_calls_are_objects(self):
         function = {"name": "f", "arguments": '{"city": "Ulm"}'}
         messages = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]}]
         before = copy.deepcopy(messages)
         template = "{% for c in messages[0].tool_calls %}{{ c.id }}{{ c.function.arguments['city'] }}{% endfor %}"
-        assert render_chat_template(make_tokenizer(template), messages) == "1Ulm"
+        assert apply_chat_template(make_tokenizer(template), messages) == "1Ulm"
         assert messages == before
         messages[0]["tool_calls"][0]["function"]["arguments"] = {"city": "Ulm"}
-        assert render_chat_template(make_tokenizer(template), messages) == "1Ulm"
+        assert apply_chat_template(make_tokenizer(template), messages) == "1Ulm"
 
     @pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
     def test_a_call_without_arguments(self, arguments):
@@ -204,11 +212,11 @@ class TestWhatIsWrong:
     @given(st.sampled_from(list(TOKENIZERS)), anything)
     def test_anything_is_written_or_refused_by_a_value_error(self, template, messages):
         try:
-            text, token_ids = apply_chat_template(TOKENIZERS[template], messages)
+            text = apply_chat_template(TOKENIZERS[template], messages)
         except ValueError as error:
             assert str(error)
         else:
-            assert isinstance(text, str) and isinstance(token_ids, list)
+            assert isinstance(text, str)
 
     @pytest.mark.parametrize(
         "template, words",

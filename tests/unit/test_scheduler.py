@@ -131,6 +131,25 @@ def test_a_chunked_prompt_is_admitted_only_when_the_whole_of_it_fits():
         assert step(scheduler) == admitted
 
 
+def test_a_chunked_prompt_that_begins_too_early_is_computed_twice():
+    """Four prompts of 103 tokens, six tokens of output each, in a cache of 48: the last token needs no pass."""
+    computed = {}
+    for reserve in (True, False):
+        scheduler = make(
+            [],
+            num_blocks=12,
+            max_num_batched_tokens=16,
+            enable_chunked_prefill=True,
+            scheduler_reserve_full_isl=reserve,
+        )
+        for i, length in enumerate([20, 30, 25, 28]):
+            scheduler.add_request(make_request(str(i), length, max_tokens=6))
+        computed[reserve] = 0
+        while scheduler.has_unfinished():
+            computed[reserve] += sum(step(scheduler).values())
+    assert computed == {True: 103 + 4 * 5, False: 219}
+
+
 def test_requests_of_one_step_share_the_prefix_they_have_in_common():
     scheduler = make([9, 9, 9], caching=True)
     assert step(scheduler) == {"0": 9, "1": 1, "2": 1}
