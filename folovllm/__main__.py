@@ -1,4 +1,4 @@
-"""The command line: ``python -m folovllm generate PROMPT`` and ``python -m folovllm chat``.
+"""The command line: ``python -m folovllm generate PROMPT``, ``chat``, and ``simulate``.
 
 Every field of the configs is an option under its own name, and so are those of `SamplingParams` that make sense for
 one streamed answer. What goes wrong is one line on standard error and the exit status: 1 for a mistake that was found
@@ -123,12 +123,53 @@ def make_parser() -> argparse.ArgumentParser:
         help='variables for the template, such as {"enable_thinking": false}',
     )
     _add_engine_options(chat)
+    about = (
+        "Runs a workload through the real engine for a model and a card that are not there, on a virtual clock, and "
+        "prints what every request would have waited and paid. Counts are exact, seconds come from a formula."
+    )
+    simulate = add("simulate", help="serve a workload on a GPU that is not there", description=about)
+    _add_simulation_options(simulate)
+    _add_config_options(simulate)
     return parser
+
+
+def _add_simulation_options(command: argparse.ArgumentParser) -> None:
+    """The card, who asks, and how many engines there are."""
+    group = command.add_argument_group("simulation", "--model is a name such as qwen3-8b, or a checkpoint's folder.")
+    group.add_argument("--gpu", metavar="NAME", default="h100", help="the card. Default: h100.")
+    group.add_argument(
+        "--workload",
+        metavar="NAME",
+        default="chat",
+        help="chat (conversations), poisson (strangers), burst (strangers who come together), or a CSV file with "
+        "arrival_s, prompt_tokens and output_tokens. Default: chat.",
+    )
+    group.add_argument("--rate", metavar="X", type=float, default=8.0, help="requests per second. Default: 8.")
+    group.add_argument("--num-requests", metavar="N", type=int, default=400, help="how many. Default: 400.")
+    group.add_argument("--weight-bits", metavar="N", type=int, default=16, help="of the layers' weights. Default: 16.")
+    group.add_argument("--tensor-parallel-size", metavar="N", type=int, default=1, help="cards per engine. Default: 1.")
+    group.add_argument("--replicas", metavar="N", type=int, default=1, help="engines behind a router. Default: 1.")
+    group.add_argument(
+        "--router",
+        metavar="NAME",
+        default="round_robin",
+        help="round_robin, least_loaded or prefix_aware. Default: round_robin.",
+    )
 
 
 def _add_engine_options(command: argparse.ArgumentParser) -> None:
     """The device, the fields of the configs, and those of `SamplingParams`."""
     command.add_argument("--device", metavar="TEXT", help="cpu, cuda, cuda:1; left out: CUDA if there is one")
+    taken = _add_config_options(command)
+    about = f"What is left out is as the checkpoint recommends; --max-tokens is {DEFAULT_MAX_TOKENS} where it does not."
+    group = command.add_argument_group("SamplingParams", about)
+    for field in fields(SamplingParams):
+        if field.name in SAMPLING_OPTIONS and field.name not in taken:
+            _add_option(group, SamplingParams, field, show_default=False)
+
+
+def _add_config_options(command: argparse.ArgumentParser) -> set[str]:
+    """The fields of the configs; returns their names."""
     taken: set[str] = set()  # a field that two of them have, such as the seed, is one option, given to both
     for kind in CONFIGS:
         group = command.add_argument_group(kind.__name__, inspect.getdoc(kind))
@@ -136,11 +177,7 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
             if field.name not in taken:
                 _add_option(group, kind, field, show_default=True)
                 taken.add(field.name)
-    about = f"What is left out is as the checkpoint recommends; --max-tokens is {DEFAULT_MAX_TOKENS} where it does not."
-    group = command.add_argument_group("SamplingParams", about)
-    for field in fields(SamplingParams):
-        if field.name in SAMPLING_OPTIONS and field.name not in taken:
-            _add_option(group, SamplingParams, field, show_default=False)
+    return taken
 
 
 def _add_option(group: argparse._ArgumentGroup, kind: type, field: Field[Any], show_default: bool) -> None:
@@ -225,11 +262,15 @@ def _quiet() -> Iterator[None]:
 def _run(args: argparse.Namespace) -> None:
     """Makes the engine that was asked for, and runs the command on it."""
     given = {name: value for name, value in vars(args).items() if value is not None}
+    names = [field.name for kind in CONFIGS for field in fields(kind)]
+    config = {name: given[name] for name in names if name in given}
+    if args.command == "simulate":
+        _simulate(args, config)
+        return
     sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
     SamplingParams(**{"max_tokens": None, **sampling})  # so that a mistake is found before the model is loaded
     prompt = _read_prompt(args.prompt) if args.command == "generate" else ""
-    names = [field.name for kind in CONFIGS for field in fields(kind)]
-    config = {"model": default_model(), **{name: given[name] for name in names if name in given}}
+    config = {"model": default_model(), **config}
 
     with _quiet():
         from folovllm.llm import LLM
@@ -243,6 +284,28 @@ def _run(args: argparse.Namespace) -> None:
             _show(llm.stream(prompt, params))
         else:
             _chat(llm, params, args)
+
+
+def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Runs a workload on a virtual clock and prints the report."""
+    # Here, since nobody else pays for them; torch is not loaded.
+    from folovllm.simulator.cluster import simulate
+    from folovllm.simulator.presets import get_model
+    from folovllm.simulator.workload import make_workload
+
+    shape = get_model(config.pop("model", "qwen3-8b")).with_bits(args.weight_bits)
+    workload = make_workload(args.workload, args.num_requests, args.rate, config.get("seed", 0), shape.vocab_size)
+    report = simulate(
+        workload,
+        args.gpu,
+        shape,
+        replicas=args.replicas,
+        router=args.router,
+        tensor_parallel_size=args.tensor_parallel_size,
+        **config,
+    )
+    print(f"{shape.name}, {args.weight_bits} bits, on {args.gpu}; {args.workload}; replicas: {args.replicas}")
+    print(report)
 
 
 def _read_prompt(prompt: str) -> str:

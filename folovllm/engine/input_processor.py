@@ -9,17 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from folovllm.config import EngineConfig
 from folovllm.engine.encode import encode_text
+from folovllm.engine.served_model import ServedModel
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams, check_params, copy_params
 from folovllm.utils import cdiv
 from folovllm.validation import check_bool, check_int, check_number, check_str, check_token_ids, require, show
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Prompt = str | SequenceOf[int] | Mapping[str, Any]
 """A text, token ids, or a dict with ``"prompt"`` (the text) or ``"prompt_token_ids"`` or both, and, if wanted,
@@ -35,22 +33,13 @@ class InputProcessor:
     Args:
         config: with ``max_model_len`` and ``num_blocks`` filled in; its seed seeds the generator that gives requests
             without a seed one of their own.
-        tokenizer: the model's; its end-of-sequence token leaves ``stop_reason`` at None.
-        eos_token_ids: all tokens that end a text.
-        default_params: what a request without params gets.
-        vocab_size: token ids that the model has a logit for.
+        model: its tokenizer's end-of-sequence token leaves ``stop_reason`` at None.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        eos_token_ids: SequenceOf[int],
-        default_params: SamplingParams,
-        vocab_size: int,
-    ) -> None:
-        self.config, self.tokenizer, self.vocab_size = config, tokenizer, vocab_size
-        self.eos_token_ids, self.default_params = list(eos_token_ids), default_params
+    def __init__(self, config: EngineConfig, model: ServedModel) -> None:
+        self.config, self.tokenizer, self.vocab_size = config, model.tokenizer, model.vocab_size
+        self.eos_token_ids, self.default_params = list(model.eos_token_ids), model.default_params
+        self.eos_token_id = None if model.tokenizer is None else model.tokenizer.eos_token_id
         self.max_model_len = cast(int, config.model_config.max_model_len)
         self._random = random.Random(config.model_config.seed)
 
@@ -81,7 +70,7 @@ class InputProcessor:
             check_number("arrival_time", arrival_time),
             priority=check_int("priority", priority),
             cache_salt=cache_salt,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.eos_token_id,
             num_pending=cast(int, params.best_of),
         )
 
@@ -96,12 +85,17 @@ class InputProcessor:
             token_ids = check_token_ids("prompt_token_ids", given["prompt_token_ids"])
         elif text is not None:
             add_special_tokens = check_bool("add_special_tokens", given.get("add_special_tokens", True))
-            token_ids = encode_text(self.tokenizer, text, self.max_model_len, add_special_tokens) if text else []
+            token_ids = self._encode(text, add_special_tokens) if text else []
         else:
             token_ids = check_token_ids("prompt", prompt)
         shown = token_ids if text is None else text
         require(len(token_ids) > 0, f"prompt must have at least one token, got {show(shown)}")
         return text, token_ids, salt
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError(f"prompt must be token ids where there is no tokenizer, got {show(text)}")
+        return encode_text(self.tokenizer, text, self.max_model_len, add_special_tokens)
 
     def _check_keys(self, prompt: Mapping[str, Any]) -> Mapping[str, Any]:
         """A prompt that is a dict, if it has a text or token ids, and nothing unknown."""
@@ -116,9 +110,13 @@ class InputProcessor:
     def _own_params(self, params: SamplingParams | None) -> SamplingParams:
         """A private copy, checked against the model, with the checkpoint's further end tokens as stop tokens."""
         params = copy_params(params, self.default_params)
+        require(
+            self.tokenizer is not None or not params.detokenize,
+            "detokenize must be False where there is no tokenizer, got True",
+        )
         check_params(params, self.vocab_size, self.tokenizer, self.eos_token_ids)
         if not params.ignore_eos:
-            others = [i for i in self.eos_token_ids if i != self.tokenizer.eos_token_id]
+            others = [i for i in self.eos_token_ids if i != self.eos_token_id]
             params.stop_token_ids = list(dict.fromkeys([*(params.stop_token_ids or []), *others]))
         return params
 

@@ -8,7 +8,7 @@ For texts instead of steps there is `folovllm.llm.LLM`. As in vLLM (``v1/engine/
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache import KVCacheManager
@@ -16,23 +16,20 @@ from folovllm.core.scheduler import Scheduler, SchedulerOutput
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.engine.input_processor import InputProcessor, Prompt
 from folovllm.engine.output_processor import OutputProcessor, OutputSink
+from folovllm.engine.served_model import ServedModel, load_model, settle_lengths
 from folovllm.engine.stats import MAX_STEPS, StepHook, StepStats, begin_step_stats, finish_step_stats
-from folovllm.model.decoder import load_decoder
-from folovllm.model_loader import ModelLoader, read_generation_config
 from folovllm.outputs import RequestOutput, RunnerOutput
 from folovllm.request import SequenceStatus
-from folovllm.sample.sampler import Sampler
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils.clock import Clock, WallClock
 from folovllm.utils.fair_lock import FairLock
 from folovllm.validation import require
-from folovllm.worker.model_runner import ModelRunner, Runner
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
-"""Tokens per step where the config does not say; at least ``max_model_len`` where prompts are not chunked."""
+    from folovllm.model.decoder import Decoder
 
 
 class LLMEngine:
@@ -43,6 +40,7 @@ class LLMEngine:
             filled in.
         device: "cpu", "cuda", "cuda:1"; None takes CUDA if there is one, else the CPU.
         clock: where the times in metrics and statistics come from.
+        model: what computes the steps; None loads the checkpoint that the config names, on ``device``.
 
     Raises:
         ModelLoadError: if the checkpoint cannot be loaded.
@@ -52,16 +50,20 @@ class LLMEngine:
     detokenizer_cls: type[Detokenizer] = Detokenizer
 
     def __init__(
-        self, config: EngineConfig, device: str | torch.device | None = None, clock: Clock | None = None
+        self,
+        config: EngineConfig,
+        device: str | torch.device | None = None,
+        clock: Clock | None = None,
+        model: ServedModel | None = None,
     ) -> None:
         self.config, self.clock = config, clock or WallClock()
-        checkpoint = (loader := ModelLoader(config.model_config)).open(device)
-        self.max_model_len = config.resolve_max_model_len(checkpoint.model_max_len)
-        settle_budget(config)
-        self.tokenizer = loader.load_tokenizer(add_pad_token=False)
-        self.eos_token_ids, self.default_params = read_generation_config(checkpoint, self.tokenizer)
-        self.decoder = load_decoder(checkpoint)
-        self.runner: Runner = ModelRunner(self.decoder, Sampler(self.tokenizer, self.eos_token_ids), config)
+        model = model or load_model(config, device)
+        self.max_model_len = settle_lengths(config, model.max_model_len)
+        self.runner, self.decoder = model.runner, cast("Decoder", model.decoder)
+        self.tokenizer = cast(
+            "PreTrainedTokenizerBase", model.tokenizer
+        )  # None, as the decoder, where a model has none
+        self.eos_token_ids, self.default_params = model.eos_token_ids, model.default_params
         cache_config, scheduler_config = config.cache_config, config.scheduler_config
         cache_config.num_blocks, num_swap_blocks = self.runner.count_blocks()
         self.runner.initialize_kv_cache(cache_config.num_blocks, num_swap_blocks)
@@ -69,9 +71,7 @@ class LLMEngine:
             cache_config.num_blocks, cache_config.block_size, cache_config.enable_prefix_caching, num_swap_blocks
         )
         self.scheduler = (scheduler_config.scheduler_cls or Scheduler)(scheduler_config, self.cache)
-        self.input_processor = InputProcessor(
-            config, self.tokenizer, self.eos_token_ids, self.default_params, self.decoder.config.vocab_size
-        )
+        self.input_processor = InputProcessor(config, model)
         self.output_processor = OutputProcessor(self.tokenizer, self.detokenizer_cls)
         self.steps: deque[StepStats] = deque(maxlen=MAX_STEPS)
         """Statistics of the last steps, oldest first; `stats` returns them as a list."""
@@ -235,22 +235,3 @@ class LLMEngine:
         ended = [name for name, state in self.output_processor.states.items() if state.request.is_finished()]
         for request_id in [*ended, *running]:
             self._abort(request_id, reason)
-
-
-def settle_budget(config: EngineConfig) -> None:
-    """Fills in ``max_num_batched_tokens``, the tokens per step, if it was left at None.
-
-    Raises:
-        ValueError: if prompts are not chunked and the longest would not fit into one step.
-    """
-    scheduler, longest = config.scheduler_config, config.model_config.max_model_len
-    assert longest is not None  # resolve_max_model_len has been called
-    if scheduler.max_num_batched_tokens is None:
-        chunked = scheduler.enable_chunked_prefill
-        scheduler.max_num_batched_tokens = max(DEFAULT_MAX_NUM_BATCHED_TOKENS, 0 if chunked else longest)
-    budget = scheduler.max_num_batched_tokens
-    require(
-        scheduler.enable_chunked_prefill or budget >= longest,
-        f"max_num_batched_tokens must be at least max_model_len ({longest}) where prompts are not chunked, got "
-        f"{budget}; raise it or set enable_chunked_prefill=True",
-    )
