@@ -105,27 +105,31 @@ class Scheduler:
 
     def _continue_running(self, output: SchedulerOutput) -> int:
         """Schedules the next tokens of running sequences and allocates their slots; returns the rest of the budget."""
-        budget = self.max_num_batched_tokens
-        i = 0
+        budget, i = self.max_num_batched_tokens, 0
         while i < len(self.running):
             seq = self.running[i]
             num_new = min(seq.get_len() - seq.num_computed_tokens, budget)
             if num_new == 0:
                 break
             while not self.cache.allocate_slots(seq, seq.num_computed_tokens + num_new):
-                victim = self.running.pop()
+                victim = self._choose_victim(self.running[i:])
+                self.running[:] = [other for other in self.running if other is not victim]
                 self._preempt(victim, output)
                 if victim is seq:
-                    return budget
-            output.add(seq, num_new)
-            budget -= num_new
-            i += 1
+                    break
+            else:
+                output.add(seq, num_new)
+                budget -= num_new
+                i += 1
         return budget
+
+    def _choose_victim(self, candidates: list[Sequence]) -> Sequence:
+        """Which of the sequences that this step has not scheduled yet makes room: the last to be served."""
+        return candidates[-1]
 
     def _admit(self, output: SchedulerOutput, budget: int) -> None:
         """Admits waiting and swapped sequences, in order of rank, until one does not fit."""
-        if not self.running:
-            self._batch_is_open = True
+        self._batch_is_open = self._batch_is_open or not self.running
         if self.config.batching == "static" and not self._batch_is_open:
             return
         num_before = len(self.running)

@@ -1,0 +1,267 @@
+"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 13.
+
+A fault is called by what users would report. Its class is a subclass of the part that it stands for, and overrides as
+little as possible, so that it can be found by reading once it is known where to look. That the engine's own tests would
+notice each of them is shown by ``tests/book/test_faults.py``.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from torch import Tensor
+
+from folovllm.attention import AttentionMetadata
+from folovllm.core.kv_cache import BlockPool, KVCacheManager, hash_block
+from folovllm.core.scheduler import Scheduler, SchedulerOutput
+from folovllm.engine.detokenizer import Detokenizer
+from folovllm.engine.llm_engine import LLMEngine
+from folovllm.outputs import RunnerOutput
+from folovllm.request import Sequence, SequenceStatus
+from folovllm.validation import require
+from folovllm.worker.model_runner import ModelRunner
+
+
+class ClosedForever(Scheduler):
+    """Serves a static batch, and then no other."""
+
+    def _admit(self, output: SchedulerOutput, budget: int) -> None:
+        if self.config.batching == "continuous" or self._batch_is_open:
+            super()._admit(output, budget)
+
+
+class OverrunsBudget(Scheduler):
+    """Gives the whole budget to whoever is admitted, whatever the running sequences have taken of it."""
+
+    def _admit(self, output: SchedulerOutput, budget: int) -> None:
+        super()._admit(output, self.max_num_batched_tokens)
+
+
+class YoungestFirst(Scheduler):
+    """Serves the last to come first."""
+
+    def _rank(self, seq: Sequence) -> tuple[int, float, int, int]:
+        priority, arrival_time, arrival, index = super()._rank(seq)
+        return priority, -arrival_time, -arrival, index
+
+
+class OldestIsVictim(Scheduler):
+    """Takes the blocks of the sequence that has been served longest, when there are too few."""
+
+    def _choose_victim(self, candidates: list[Sequence]) -> Sequence:
+        return self.running[0]
+
+
+class KeepsItsCount(Scheduler):
+    """Takes a sequence's blocks, and goes on as if their tokens were still computed."""
+
+    def _put_back(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.WAITING
+        self._enqueue(self.waiting, seq)
+
+    def _admit_waiting(self, seq: Sequence, output: SchedulerOutput, budget: int) -> int:
+        if not seq.num_preemptions:
+            return super()._admit_waiting(seq, output, budget)
+        num_new = min(seq.get_len() - seq.num_computed_tokens, budget)
+        if not self.cache.allocate_slots(seq, seq.num_computed_tokens + num_new):
+            return 0
+        self.waiting.pop(0)
+        return num_new
+
+
+class LeaksABlock(KVCacheManager):
+    """Gives back all blocks of a sequence but the last."""
+
+    def release(self, seq: Sequence) -> None:
+        """Frees the blocks of a sequence that will run again."""
+        del seq.block_ids[-1:]
+        super().release(seq)
+
+
+class WritesIntoShared(KVCacheManager):
+    """Never copies: whoever writes, writes into the block that others read."""
+
+    def allocate_slots(self, seq: Sequence, num_tokens: int, full_sequence_must_fit: bool = False) -> bool:
+        """Makes sure the first ``num_tokens`` tokens of ``seq`` have slots."""
+        num_new = self.num_blocks_for(num_tokens) - len(seq.block_ids)
+        if num_new > self.pool.num_free:
+            return False
+        seq.block_ids += [self.pool.allocate() for _ in range(num_new)]
+        self.cache_blocks(seq, num_tokens)
+        return True
+
+
+class CopyIsForgotten(KVCacheManager):
+    """Gives a fork a block of its own to write into, without what stood in the shared one."""
+
+    def allocate_slots(self, seq: Sequence, num_tokens: int, full_sequence_must_fit: bool = False) -> bool:
+        """Makes sure the first ``num_tokens`` tokens of ``seq`` have slots."""
+        allocated = super().allocate_slots(seq, num_tokens, full_sequence_must_fit)
+        self.copies.clear()
+        return allocated
+
+
+class HashWithoutParent(KVCacheManager):
+    """Tells blocks apart by their own tokens, whatever stands before them."""
+
+    @staticmethod
+    def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
+        """The hash of a block's tokens."""
+        return hash_block(b"", token_ids)
+
+
+class HashWithoutSalt(KVCacheManager):
+    """Lets everybody find everybody's blocks."""
+
+    def _hash_blocks(self, seq: Sequence, num_blocks: int) -> list[bytes]:
+        salt, seq.cache_salt = seq.cache_salt, None
+        hashes = super()._hash_blocks(seq, num_blocks)
+        seq.cache_salt = salt
+        return hashes
+
+
+class ForgetsNothing(BlockPool):
+    """Hands out a block that can still be found by its old contents."""
+
+    def allocate(self) -> int:
+        """Takes a free block for one table."""
+        block_id, _ = self._free.popitem(last=False)
+        self.ref_counts[block_id] = 1
+        return block_id
+
+
+class StaleHashes(KVCacheManager):
+    """Finds blocks by what stood in them once."""
+
+    block_pool_cls = ForgetsNothing
+
+
+class WholePromptCached(KVCacheManager):
+    """Takes even a prompt's last token from the cache, which has no logits for it."""
+
+    def get_computed_blocks(self, seq: Sequence) -> int:
+        """Fills an empty table with the cached blocks of the sequence's longest known prefix."""
+        num_cached = super().get_computed_blocks(seq)
+        if self.enable_prefix_caching and num_cached + self.block_size == seq.get_len():
+            block_id = self.pool.get_cached_block(self._hash_blocks(seq, seq.get_len() // self.block_size)[-1])
+            if block_id is not None:
+                self.pool.touch(block_id)
+                seq.block_ids.append(block_id)
+        return len(seq.block_ids) * self.block_size
+
+
+class SlotOffByOneBlock(ModelRunner):
+    """Writes the last token of each block one block further on than where it is read."""
+
+    def prepare(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor, AttentionMetadata]:
+        """The flat tensors of a step."""
+        input_ids, positions, metadata = super().prepare(scheduler_output)
+        is_last = positions % self.block_size == self.block_size - 1
+        num_slots = self.kv_cache.shape[3] * self.block_size
+        metadata.slot_mapping = (metadata.slot_mapping + is_last * self.block_size) % num_slots
+        return input_ids, positions, metadata
+
+
+class SharedGenerator(ModelRunner):
+    """Draws for all sequences from the generator of whichever came first."""
+
+    _generator: random.Random | None = None
+
+    def _sample(self, hidden: Tensor, sampled: list[tuple[Sequence, int]]) -> RunnerOutput:
+        for seq, _ in sampled:
+            seq.generator = self._generator
+        output = super()._sample(hidden, sampled)
+        if sampled:
+            self._generator = sampled[0][0].generator
+        return output
+
+
+class HalfCharacters(Detokenizer):
+    """Decodes each token for itself."""
+
+    def _read_tokens(self, token_ids: list[int]) -> None:
+        for token_id in token_ids:
+            self._text += self._decode([token_id])
+
+
+class StopNotHeldBack(Detokenizer):
+    """Shows all of the text at once, even what may turn out to be the beginning of a stop string."""
+
+    def visible_text(self) -> str:
+        """The text to stream."""
+        return self.text
+
+
+class StopWithinOneToken(Detokenizer):
+    """Looks for stop strings in the newest token's text alone."""
+
+    def _find_stop(self, before: int) -> str | None:
+        newest = self._text[before:]
+        return super()._find_stop(before) if any(stop in newest for stop in self.stops) else None
+
+
+FAULTS: dict[str, type[Any]] = {
+    "the second batch never starts": ClosedForever,
+    "a step is larger than its budget": OverrunsBudget,
+    "the newest is served first": YoungestFirst,
+    "the oldest makes room": OldestIsVictim,
+    "after a preemption a text rambles": KeepsItsCount,
+    "memory runs out by evening": LeaksABlock,
+    "two answers write into each other": WritesIntoShared,
+    "an answer forgets how its prompt ended": CopyIsForgotten,
+    "somebody else's beginning": HashWithoutParent,
+    "a stranger's prompt is fast": HashWithoutSalt,
+    "yesterday's words": StaleHashes,
+    "asking again hangs": WholePromptCached,
+    "a token is lost at each border of two blocks": SlotOffByOneBlock,
+    "a seed that does not hold": SharedGenerator,
+    "broken letters": HalfCharacters,
+    "the text takes words back": StopNotHeldBack,
+    "a stop string that does not stop": StopWithinOneToken,
+}
+"""What users would report -> the part of the engine that is to blame."""
+
+
+def plant(engine: LLMEngine, fault: str) -> LLMEngine:
+    """Puts a faulty part in the place of the engine's own.
+
+    Args:
+        engine: an idle one; what its prefix cache holds is lost.
+        fault: a name of `FAULTS`.
+
+    Raises:
+        ValueError: if there is no such fault, or the engine has unfinished requests.
+    """
+    require(fault in FAULTS, f"fault must be one of {', '.join(map(repr, FAULTS))}, got {fault!r}")
+    return replace_part(engine, FAULTS[fault])
+
+
+def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
+    """Gives an idle engine another scheduler, cache manager, runner or detokenizer, by its class.
+
+    Raises:
+        ValueError: if the class is none of the four, or the engine has unfinished requests.
+    """
+    require(not engine.has_unfinished_requests(), "a part can only be replaced while no request is unfinished")
+    scheduler_cls: type[Scheduler] = type(engine.scheduler)
+    if issubclass(part, Detokenizer):
+        engine.output_processor.detokenizer_cls = part
+        return engine
+    if issubclass(part, ModelRunner):
+        runner = part(engine.decoder, engine.runner.sampler, engine.config)
+        runner.initialize_kv_cache(engine.cache.pool.num_blocks, engine.cache.swap_pool.num_blocks)
+        engine.runner = runner
+        return engine
+    if issubclass(part, KVCacheManager):
+        cache = engine.cache
+        num_blocks, num_swap_blocks = cache.pool.num_blocks, cache.swap_pool.num_blocks
+        engine.cache = part(num_blocks, cache.block_size, cache.enable_prefix_caching, num_swap_blocks)
+    else:
+        require(
+            issubclass(part, Scheduler),
+            f"a part must be a Scheduler, KVCacheManager, ModelRunner or Detokenizer, got {part.__name__}",
+        )
+        scheduler_cls = part
+    engine.scheduler = scheduler_cls(engine.config.scheduler_config, engine.cache)
+    return engine

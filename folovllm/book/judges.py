@@ -1,0 +1,596 @@
+"""Judges of an engine and of the parts that readers put into it, by properties: what must hold whatever is asked of it.
+
+The engine is the real one; only its model is pretended. `PretendedRunner` keeps tokens where a model keeps keys and
+values, and what it says next depends on every token that it reads back through the block table. So one wrong block, or
+one token that was not computed, changes the answer, and a run of a hundred steps takes milliseconds. The engine's own
+tests use the same judges (``tests/integration/test_engine.py``, ``tests/book/test_faults.py``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+from folovllm.book.exercises.verdict import NotYet, expect
+from folovllm.core.kv_cache import KVCacheManager
+from folovllm.core.scheduler import Scheduler, SchedulerOutput
+from folovllm.engine.detokenizer import Detokenizer
+from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.served_model import ServedModel
+from folovllm.llm import make_engine_config
+from folovllm.outputs import RequestOutput, RunnerOutput
+from folovllm.request import Sequence
+from folovllm.sampling_params import SamplingParams
+from folovllm.tales import EMBEDDED_MODEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VOCAB_SIZE = 1294
+MAX_MODEL_LEN = 64
+"""Tokens of the longest text in a judge's runs."""
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"max_num_seqs": 3, "block_size": 16, "num_blocks": 64},
+    {"max_num_seqs": 4, "block_size": 4, "num_blocks": 24, "enable_prefix_caching": True},
+    {"max_num_seqs": 3, "batching": "static", "block_size": 4, "num_blocks": 40},
+    {
+        "max_num_seqs": 8,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 12,
+        "block_size": 4,
+        "num_blocks": 60,
+    },
+    {"max_num_seqs": 6, "block_size": 1, "num_blocks": 70, "policy": "priority"},
+    {
+        "max_num_seqs": 6,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 20,
+        "block_size": 4,
+        "num_blocks": 22,
+        "enable_prefix_caching": True,
+        "preemption_mode": "swap",
+        "swap_space": 12.0,
+    },
+    {"max_num_seqs": 5, "block_size": 4, "num_blocks": 18, "max_num_batched_tokens": 70},
+)
+"""Fields of the configs, for one run each. Half of them have too few blocks for all who come. A judge's gibibyte of
+swap space holds one block."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request of a run."""
+
+    name: str
+    prompt: list[int]
+    params: SamplingParams
+    step: int = 0
+    """Before which step it comes, from 0."""
+    priority: int = 0
+    cache_salt: str | None = None
+    abort_after: int | None = None
+    """Steps after which its caller changes his mind; None: never."""
+
+
+def next_token(token_ids: SequenceOf[int], seed: int) -> int:
+    """What the pretended model says after some tokens: a text depends on all of its past, and on its seed."""
+    return 3 + hash((tuple(token_ids), seed)) % 1200
+
+
+def expected_tokens(prompt: list[int], params: SamplingParams, index: int = 0) -> list[int]:
+    """Answer ``index`` to a prompt, told without an engine."""
+    token_ids = list(prompt)
+    for _ in range(cast(int, params.max_tokens)):
+        token_ids.append(next_token(token_ids, cast(int, params.seed) + index))
+    return token_ids[len(prompt) :]
+
+
+class PretendedRunner:
+    """A `folovllm.worker.model_runner.Runner` whose cache holds tokens, and whose model is a hash of what it reads.
+
+    Args:
+        num_blocks: blocks of the cache.
+        block_size: tokens per block.
+        num_swap_blocks: blocks in CPU memory.
+        script: what each request is to say, by its name; None: `next_token`.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, num_swap_blocks: int = 0, script: Mapping[str, list[int]] | None = None
+    ) -> None:
+        self.num_blocks, self.block_size, self.num_swap_blocks = num_blocks, block_size, num_swap_blocks
+        self.script = script
+
+    def count_blocks(self) -> tuple[int, int]:
+        """The numbers of blocks that it was made with."""
+        return self.num_blocks, self.num_swap_blocks
+
+    def initialize_kv_cache(self, num_blocks: int, num_swap_blocks: int) -> None:
+        """Empties the cache."""
+        self.kv_cache = [[0] * self.block_size for _ in range(num_blocks)]
+        self.swap_cache = [[0] * self.block_size for _ in range(num_swap_blocks)]
+
+    def run(self, scheduler_output: SchedulerOutput) -> RunnerOutput:
+        """Moves blocks, writes the step's tokens into their slots, and reads all that each answer needs."""
+        expect(
+            bool(scheduler_output.seqs or scheduler_output.preempted),
+            "this step computes nothing, although requests are waiting or running",
+        )
+        for source, target, pairs in (
+            (self.kv_cache, self.swap_cache, scheduler_output.swap_out),
+            (self.swap_cache, self.kv_cache, scheduler_output.swap_in),
+            (self.kv_cache, self.kv_cache, scheduler_output.copies),
+        ):
+            contents = [list(source[block_id]) for block_id, _ in pairs]
+            for (_, block_id), content in zip(pairs, contents):
+                target[block_id] = content
+        for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
+            first = seq.num_computed_tokens
+            for position, token_id in enumerate(seq.data.get_token_ids(first, first + num_new), start=first):
+                block, slot = self._find(seq, position)
+                block[slot] = token_id
+        return RunnerOutput(
+            [self._say(seq) for seq, _ in scheduler_output.sampled], [None] * len(scheduler_output.sampled)
+        )
+
+    def _find(self, seq: Sequence, position: int) -> tuple[list[int], int]:
+        index, slot = divmod(position, self.block_size)
+        expect(
+            index < len(seq.block_ids),
+            f"{name_of(seq)} has {len(seq.block_ids)} blocks of {self.block_size} in its table, and no slot for its "
+            f"token {position}",
+        )
+        return self.kv_cache[seq.block_ids[index]], slot
+
+    def _say(self, seq: Sequence) -> int:
+        if self.script is not None:
+            return self.script[seq.request_id][seq.get_output_len()]
+        read = []
+        for position in range(seq.get_len()):
+            block, slot = self._find(seq, position)
+            read.append(block[slot])
+        return next_token(read, cast(int, seq.sampling_params.seed) + seq.index)
+
+
+@cache
+def _tokenizer() -> PreTrainedTokenizerBase:
+    from folovllm.config import ModelConfig
+    from folovllm.model_loader import ModelLoader
+
+    return ModelLoader(ModelConfig(str(EMBEDDED_MODEL))).load_tokenizer(add_pad_token=False)
+
+
+def make_engine(
+    settings: Mapping[str, Any],
+    script: Mapping[str, list[int]] | None = None,
+    engine_cls: type[LLMEngine] = LLMEngine,
+) -> LLMEngine:
+    """An engine with a pretended model.
+
+    Args:
+        settings: fields of the configs; ``num_blocks`` and ``block_size`` are needed, ``swap_space`` is in blocks.
+        script: as for `PretendedRunner`.
+        engine_cls: which engine.
+    """
+    config = make_engine_config(str(EMBEDDED_MODEL), **{"max_model_len": MAX_MODEL_LEN, **settings})
+    cache_config = config.cache_config
+    runner = PretendedRunner(
+        cast(int, cache_config.num_blocks), cache_config.block_size, int(cache_config.swap_space), script
+    )
+    return engine_cls(config, model=ServedModel(runner, VOCAB_SIZE, 512, _tokenizer()))
+
+
+def random_arrivals(seed: int, num_requests: int = 18, priorities: bool = False) -> list[Arrival]:
+    """Requests of all lengths, in the order of their steps; some begin alike, want several answers, or are aborted."""
+    rng = random.Random(seed)
+    beginnings = [[rng.randrange(3, VOCAB_SIZE) for _ in range(40)] for _ in range(2)]
+    arrivals = []
+    steps = sorted(rng.choice((0, 0, rng.randint(1, 40))) for _ in range(num_requests))
+    for i, step in enumerate(steps):
+        shared = rng.choice(beginnings)[: rng.choice((0, 3, 8, 8, 16, 17, 32, 40))]
+        own = [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.choice((0, 0, 1, 2, 4)))]
+        params = SamplingParams(
+            seed=rng.randrange(3),
+            n=rng.choice((1, 1, 1, 2, 3)),
+            max_tokens=rng.choice((1, 2, 5, rng.randint(6, 20))),
+            ignore_eos=True,
+            detokenize=False,
+        )
+        arrivals.append(
+            Arrival(
+                f"r{i}",
+                shared + own or [5],
+                params,
+                step,
+                rng.randint(-1, 1) if priorities else 0,
+                rng.choice((None, None, None, "a tenant")),
+                rng.choice((None,) * 5 + (rng.randint(0, 12),)),
+            )
+        )
+    return arrivals
+
+
+def name_of(seq: Sequence) -> str:
+    """How a sentence calls a sequence: as its request, with its number if it is not the first answer."""
+    return seq.request_id if seq.index == 0 else f"{seq.request_id}'s answer {seq.index}"
+
+
+def drive(engine: LLMEngine, arrivals: SequenceOf[Arrival], max_steps: int = 2000) -> dict[str, RequestOutput]:
+    """Runs requests to their end and recounts the blocks after each step.
+
+    Returns:
+        the last output of each request.
+
+    Raises:
+        NotYet: if requests are never finished, a block is lost, or blocks are in use at the end.
+    """
+    outputs: dict[str, RequestOutput] = {}
+    last = max((a.step + (a.abort_after or 0) for a in arrivals), default=0)
+    for step in itertools.count():
+        expect(step < max_steps, f"after {max_steps} steps {', '.join(engine.scheduler.requests)} are not finished")
+        for a in arrivals:
+            if a.step == step:
+                prompt = {"prompt_token_ids": a.prompt, "cache_salt": a.cache_salt}
+                engine.add_request(a.name, prompt, a.params, priority=a.priority)
+            if a.abort_after is not None and a.step + a.abort_after == step:
+                engine.abort_request(a.name)
+        try:
+            outputs |= {output.request_id: output for output in engine.step()}
+            engine.check_integrity()
+        except RuntimeError as error:
+            raise NotYet(f"step {step}: {error}") from error
+        if step >= last and not engine.has_unfinished_requests():
+            break
+    for pool, where in ((engine.cache.pool, "the cache"), (engine.cache.swap_pool, "CPU memory")):
+        used = pool.num_blocks - pool.num_free
+        expect(used == 0, f"all requests are finished, and {used} blocks of {where} are not free")
+    return outputs
+
+
+def check_outputs(
+    arrivals: SequenceOf[Arrival],
+    outputs: Mapping[str, RequestOutput],
+    expected: Callable[[Arrival, int], list[int]] = lambda a, index: expected_tokens(a.prompt, a.params, index),
+) -> None:
+    """Each answer is what it is alone, ends as it should, and is computed once.
+
+    Args:
+        arrivals: what was asked.
+        outputs: the last output of each request.
+        expected: the tokens of answer ``index`` to a request, at least as many as it may have.
+
+    Raises:
+        NotYet: if not.
+    """
+    for a in arrivals:
+        expect(a.name in outputs and outputs[a.name].finished, f"{a.name} never got an end")
+        total, cut = 0, False
+        for answer in outputs[a.name].outputs:
+            num, right = len(answer.token_ids), expected(a, answer.index)
+            wrong = next((i for i, pair in enumerate(zip(answer.token_ids, right)) if pair[0] != pair[1]), None)
+            expect(
+                wrong is None,
+                f"{a.name} gets other tokens than it gets alone, from its answer's token {wrong} on: its cache did not "
+                "hold what it should have held",
+            )
+            aborted = answer.finish_reason == "abort"
+            expect(
+                (aborted and a.abort_after is not None)
+                or (answer.finish_reason, num) == ("length", a.params.max_tokens),
+                f"{a.name} asked for {a.params.max_tokens} tokens, got {num}, and ended by {answer.finish_reason!r}",
+            )
+            total, cut = total + len(a.prompt) + num - 1, cut or aborted
+        m = outputs[a.name].metrics
+        done = m.num_computed_tokens + m.num_cached_tokens + m.num_shared_tokens
+        expect(
+            cut or done == total or (done > total and m.num_preemptions > 0),
+            f"{a.name} needs {total} tokens, and {m.num_computed_tokens} were computed, {m.num_cached_tokens} taken "
+            f"from the cache, {m.num_shared_tokens} shared",
+        )
+
+
+class Watch:
+    """Looks at each step of an engine before it is computed, and raises `NotYet` for what must not be.
+
+    Args:
+        engine: idle; it is watched from now on.
+        in_order: whether waiting requests must be admitted in the order of their ranks.
+    """
+
+    def __init__(self, engine: LLMEngine, in_order: bool = True) -> None:
+        self.engine, self.in_order, self.num_steps = engine, in_order, 0
+        self.steps: list[dict[str, int]] = []
+        """Tokens computed for each sequence, by step."""
+        self.num_cached = 0
+        self._known: set[tuple[str | None, tuple[int, ...]]] = set()
+        self._arrived: dict[str, int] = {}
+        self._waited: set[str] = set()
+        self._grew = False
+        self._run = engine.runner.run
+        self._calls = 0
+        engine.runner.run = self.run  # type: ignore[method-assign]
+        for name in ("allocate_slots", "get_computed_blocks"):
+            setattr(engine.cache, name, self._counted(getattr(engine.cache, name)))
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, which notices that it is called in a loop without an end."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._calls += 1
+            expect(self._calls < 10_000, f"{self._where()} asks for blocks again and again: a loop does not end")
+            return method(*args, **kwargs)
+
+        return call
+
+    def _where(self) -> str:
+        return f"step {self.num_steps}"
+
+    def run(self, scheduled: SchedulerOutput) -> RunnerOutput:
+        """Checks a step, then computes it."""
+        self._check_size(scheduled)
+        self._check_order(scheduled)
+        self._check_cached(scheduled)
+        self._check_writes(scheduled)
+        self.steps.append({seq.seq_id: num for seq, num in zip(scheduled.seqs, scheduled.num_new_tokens)})
+        self.num_steps, self._calls = self.num_steps + 1, 0
+        self._grew = bool(scheduled.admitted)
+        self._waited = {seq.seq_id for seq in self.engine.scheduler.waiting}
+        return self._run(scheduled)
+
+    def _check_size(self, scheduled: SchedulerOutput) -> None:
+        config, running = self.engine.config.scheduler_config, self.engine.scheduler.running
+        where, total, budget = self._where(), sum(scheduled.num_new_tokens), cast(int, config.max_num_batched_tokens)
+        expect(total <= budget, f"{where} computes {total} tokens, and max_num_batched_tokens is {budget}")
+        expect(
+            len(running) <= config.max_num_seqs,
+            f"{len(running)} sequences run in {where}, and max_num_seqs is {config.max_num_seqs}",
+        )
+        expect(len(set(map(id, scheduled.seqs))) == len(scheduled.seqs), f"{where} schedules a sequence twice")
+        ids = set(map(id, running))
+        for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
+            left, name = seq.get_len() - seq.num_computed_tokens, name_of(seq)
+            expect(id(seq) in ids, f"{where} computes {name}, which is not among the running")
+            expect(0 < num_new <= left, f"{where} computes {num_new} tokens of {name}, which has {left} left")
+            expect(
+                num_new == left or config.enable_chunked_prefill,
+                f"{where} cuts the prompt of {name} ({num_new} of {left} tokens) without enable_chunked_prefill",
+            )
+
+    def _check_order(self, scheduled: SchedulerOutput) -> None:
+        engine, where = self.engine, self._where()
+        admitted = [seq for seq, _ in scheduled.admitted]
+        if engine.config.scheduler_config.batching == "static" and admitted:
+            before = [seq for seq in scheduled.seqs if all(seq is not other for other in admitted)]
+            expect(
+                not before or self._grew,
+                f"{where} admits {name_of(admitted[0])} although {name_of((before or admitted)[0])} still runs: a "
+                "static batch is closed once it has stopped growing",
+            )
+        if self.in_order and admitted and not scheduled.preempted:
+            last = max(admitted, key=self._rank)
+            for seq in (*engine.scheduler.waiting, *engine.scheduler.swapped):
+                # A further answer may have been queued in this very step, behind the admissions.
+                expect(
+                    self._rank(last) < self._rank(seq) or (seq.index > 0 and seq.seq_id not in self._waited),
+                    f"{where} admits {name_of(last)}, and {name_of(seq)}, whose turn it is, still waits",
+                )
+
+    def _rank(self, seq: Sequence) -> tuple[int, int, int]:
+        for request_id in self.engine.output_processor.states:
+            self._arrived.setdefault(request_id, len(self._arrived))
+        by_priority = self.engine.config.scheduler_config.policy == "priority"
+        priority = self.engine.output_processor.states[seq.request_id].request.priority
+        return priority if by_priority else 0, self._arrived[seq.request_id], seq.index
+
+    def _check_cached(self, scheduled: SchedulerOutput) -> None:
+        """Tokens that are not computed must have been computed before, for somebody with the same salt."""
+        cached, size = {id(seq): num for seq, num in scheduled.admitted}, self.engine.cache.block_size
+        for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
+            token_ids, num_cached = seq.get_token_ids(), cached.get(id(seq), 0)
+            self.num_cached += num_cached
+            expect(
+                num_cached == 0 or (seq.cache_salt, tuple(token_ids[:num_cached])) in self._known,
+                f"{self._where()} takes {num_cached} tokens of {name_of(seq)} from the cache, and nobody with the salt "
+                f"{seq.cache_salt!r} has had this beginning",
+            )
+            for end in range(size, seq.num_computed_tokens + num_new + 1, size):
+                self._known.add((seq.cache_salt, tuple(token_ids[:end])))
+
+    def _check_writes(self, scheduled: SchedulerOutput) -> None:
+        """No step writes a block twice, and whoever else has it in a table only reads it."""
+        size, where, written = self.engine.cache.block_size, self._where(), cast(dict[int, Sequence], {})
+        for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
+            first, last = seq.num_computed_tokens, seq.num_computed_tokens + num_new - 1
+            for block_id in seq.block_ids[first // size : last // size + 1]:
+                other = written.setdefault(block_id, seq)
+                expect(other is seq, f"{where}: {name_of(other)} and {name_of(seq)} write into block {block_id}")
+        children = {id(child) for _, child in scheduled.forks}
+        for seq in self.engine.scheduler.running:
+            for i, block_id in enumerate(seq.block_ids if id(seq) not in children else ()):
+                writer, is_past = written.get(block_id), (i + 1) * size <= seq.num_computed_tokens
+                expect(
+                    writer is None or (writer is not seq if is_past else writer is seq),
+                    f"{where}: {name_of(writer or seq)} writes into block {block_id}, which {name_of(seq)} "
+                    f"{'has filled' if is_past else 'still fills'}",
+                )
+
+
+def run_watched(
+    make: Callable[[Mapping[str, Any]], LLMEngine], settings: Mapping[str, Any], seed: int, in_order: bool = True
+) -> Watch:
+    """One run of random requests on an engine that is watched; what was wrong is told together with the settings.
+
+    Raises:
+        NotYet: if anything was.
+    """
+    arrivals = random_arrivals(seed, priorities=settings.get("policy") == "priority")
+    shown = ", ".join(f"{name}={value!r}" for name, value in settings.items() if name not in PARTS)
+    watched: Watch | None = None
+    try:
+        engine = make(settings)
+        watched = Watch(engine, in_order)
+        check_outputs(arrivals, drive(engine, arrivals))
+    except NotYet as error:
+        raise NotYet(f"{str(error).rstrip('.')} ({shown}).") from error
+    except Exception as error:
+        at = "before the first step" if watched is None else f"step {watched.num_steps}"
+        raise NotYet(f"{at}: your code raised {type(error).__name__}: {error} ({shown}).") from error
+    return watched
+
+
+PARTS = ("scheduler_cls", "kv_cache_manager_cls")
+"""The doors of the configs through which readers put parts of their own."""
+
+
+def judge_engine(
+    make: Callable[[Mapping[str, Any]], LLMEngine] = make_engine,
+    settings: SequenceOf[Mapping[str, Any]] = SETTINGS,
+    in_order: bool = True,
+) -> list[Watch]:
+    """Runs random requests with each of the settings.
+
+    Args:
+        make: makes an engine from settings.
+        settings: fields of the configs, for one run each.
+        in_order: as for `Watch`.
+
+    Raises:
+        NotYet: with the sentence about the first thing that is wrong.
+    """
+    return [run_watched(make, each, seed, in_order) for seed, each in enumerate(settings)]
+
+
+def expect_subclass(attempt: Any, base: type) -> None:
+    """Raises `NotYet` unless the attempt is a class that inherits from ``base``."""
+    expect(
+        isinstance(attempt, type) and issubclass(attempt, base),
+        f"a class was asked for that begins with `class Name({base.__name__}):`, yours is {attempt!r}.",
+    )
+
+
+def judge_scheduler(
+    attempt: type,
+    same_steps: bool = False,
+    settings: SequenceOf[Mapping[str, Any]] = SETTINGS,
+    in_order: bool = True,
+) -> None:
+    """Runs random requests through a reader's scheduler.
+
+    Args:
+        attempt: given to the engine as ``scheduler_cls``.
+        same_steps: whether it must schedule what ours schedules, step by step.
+        settings: fields of the configs, for one run each.
+        in_order: as for `Watch`.
+
+    Raises:
+        NotYet: with the sentence about the first thing that is wrong.
+    """
+    expect_subclass(attempt, Scheduler)
+    for seed, each in enumerate(settings):
+        found = run_watched(make_engine, {**each, "scheduler_cls": attempt}, seed, in_order)
+        if same_steps:
+            _compare_steps(run_watched(make_engine, each, seed).steps, found.steps, each)
+
+
+def _compare_steps(ours: list[dict[str, int]], found: list[dict[str, int]], settings: Mapping[str, Any]) -> None:
+    shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    for step, (right, got) in enumerate(itertools.zip_longest(ours, found, fillvalue={})):
+        expect(right == got, f"step {step} should compute {right}, yours computes {got} ({shown}).")
+
+
+def judge_cache(attempt: type, settings: SequenceOf[Mapping[str, Any]] = SETTINGS, hit_rate: bool = True) -> None:
+    """Runs random requests through a reader's cache manager, its pool and its hash.
+
+    Args:
+        attempt: given to the engine as ``kv_cache_manager_cls``.
+        settings: fields of the configs, for one run each.
+        hit_rate: whether it must find at least as many tokens in its prefix cache as ours does.
+
+    Raises:
+        NotYet: with the sentence about the first thing that is wrong.
+    """
+    expect_subclass(attempt, KVCacheManager)
+    for seed, each in enumerate(settings):
+        found = run_watched(make_engine, {**each, "kv_cache_manager_cls": attempt}, seed)
+        ours = run_watched(make_engine, each, seed)
+        expect(
+            not hit_rate or found.num_cached >= ours.num_cached,
+            f"yours found {found.num_cached} tokens in the cache where ours finds {ours.num_cached}.",
+        )
+
+
+TEXTS = (
+    ("Grüße, Jürgen! The fox 🦊 met a bear 🐻‍❄️ in Zürich.", [], False),
+    ("नमस्ते, 你好, καλημέρα: three ways to begin.", [], False),
+    ("Plain words, and then the END of it", ["END"], False),
+    ("The first line.\n\nThe second paragraph.", ["\n\nThe s", "paragraph"], False),
+    ("She said: the en, the end, the ending.", ["the ending"], False),
+    ("To be kept: 你好吗 and no more", ["好吗"], True),
+)
+"""What is said to a detokenizer: a text, stop strings, and whether the stop string stays in the text."""
+
+
+def judge_detokenizer(attempt: type, stops: bool = True) -> None:
+    """Lets an engine say texts with long characters and stop strings, and compares what a user would see at each step.
+
+    Args:
+        attempt: the engine's ``detokenizer_cls``.
+        stops: whether there are stop strings, too.
+
+    Raises:
+        NotYet: with the sentence about the first thing that is wrong.
+    """
+    expect(isinstance(attempt, type), f"a class was asked for, yours is {attempt!r}.")
+    missing = [name for name in ("add", "finish", "visible_text", "text") if not hasattr(attempt, name)]
+    expect(not missing, f"the engine calls {', '.join(missing)} of a detokenizer, and yours has no such thing.")
+    texts = [text for text in TEXTS if stops or not text[1]]
+    ours = _tell(Detokenizer, texts)
+    try:
+        found = _tell(attempt, texts)
+    except Exception as error:
+        raise NotYet(f"your code raised {type(error).__name__}: {error}.") from error
+    for (text, stop, _), right, got in zip(texts, ours, found):
+        _compare_texts(f"{text!r}{f' with stop={stop}' if stop else ''}", right, got)
+
+
+def _tell(part: type, texts: SequenceOf[tuple[str, list[str], bool]]) -> list[list[str]]:
+    """What the user of each text has seen after each token; last, why it ended."""
+    encoded = [_tokenizer().encode(text) for text, _, _ in texts]
+    script = {str(i): token_ids for i, token_ids in enumerate(encoded)}
+    engine_cls = cast(type[LLMEngine], type("Engine", (LLMEngine,), {"detokenizer_cls": part}))
+    engine = make_engine({"block_size": 16, "num_blocks": 64, "max_model_len": 256}, script, engine_cls)
+    seen: list[list[str]] = [[] for _ in texts]
+    for i, (_, stop, include) in enumerate(texts):
+        params = SamplingParams(
+            max_tokens=len(encoded[i]), stop=stop or None, include_stop_str_in_output=include, ignore_eos=True
+        )
+        engine.add_request(str(i), [5], params)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            answer = output.outputs[0]
+            seen[int(output.request_id)].append(answer.text)
+            if output.finished:
+                seen[int(output.request_id)].append(f"{answer.finish_reason}, {answer.stop_reason!r}")
+    return seen
+
+
+def _compare_texts(text: str, right: list[str], got: list[str]) -> None:
+    shown = ""
+    for num, now in enumerate(got[:-1], start=1):
+        where = f"after {num} tokens of {text}"
+        expect("\ufffd" not in now, f"{where} yours shows {now[-12:]!r}: a piece of a character that is not complete.")
+        expect(
+            now.startswith(shown),
+            f"{where} yours shows {now[-24:]!r}, and had shown {shown[-24:]!r}: it takes text back.",
+        )
+        best = right[num - 1] if num < len(right) else None
+        expect(best is not None, f"{where} yours goes on, and a stop string has ended the text before.")
+        expect(now == best, f"{where} the user should see {best!r}, and sees {now!r}.")
+        shown = now
+    expect(right[-1] == got[-1], f"{text} ends by {right[-1]}, yours by {got[-1]}.")
