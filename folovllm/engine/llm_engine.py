@@ -8,7 +8,7 @@ For texts instead of steps there is `folovllm.llm.LLM`. As in vLLM (``v1/engine/
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache import KVCacheManager
@@ -27,17 +27,13 @@ from folovllm.validation import require
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from folovllm.model.decoder import Decoder
 
 
 class LLMEngine:
     """Runs many requests at once on one model. A subclass may set ``detokenizer_cls``, which turns tokens into text.
 
     Args:
-        config: the settings; fields left at None (``max_model_len``, ``num_blocks``, ``max_num_batched_tokens``) are
-            filled in.
+        config: the settings; ``max_model_len``, ``num_blocks`` and ``max_num_batched_tokens`` are filled in if None.
         device: "cpu", "cuda", "cuda:1"; None takes CUDA if there is one, else the CPU.
         clock: where the times in metrics and statistics come from.
         model: what computes the steps; None loads the checkpoint that the config names, on ``device``.
@@ -59,10 +55,7 @@ class LLMEngine:
         self.config, self.clock = config, clock or WallClock()
         model = model or load_model(config, device)
         self.max_model_len = settle_lengths(config, model.max_model_len)
-        self.runner, self.decoder = model.runner, cast("Decoder", model.decoder)
-        self.tokenizer = cast(
-            "PreTrainedTokenizerBase", model.tokenizer
-        )  # None, as the decoder, where a model has none
+        self.runner, self.decoder, self.tokenizer = model.runner, cast(Any, model.decoder), cast(Any, model.tokenizer)
         self.eos_token_ids, self.default_params = model.eos_token_ids, model.default_params
         cache_config, scheduler_config = config.cache_config, config.scheduler_config
         cache_config.num_blocks, num_swap_blocks = self.runner.count_blocks()
@@ -76,8 +69,7 @@ class LLMEngine:
         self.steps: deque[StepStats] = deque(maxlen=MAX_STEPS)
         """Statistics of the last steps, oldest first; `stats` returns them as a list."""
         self.step_hooks: list[StepHook] = []  # called after each step; what one raises goes to whoever stepped
-        self._sink = OutputSink()  # for requests added without a sink: `step` returns their outputs
-        self._lock = FairLock()
+        self._sink, self._lock = OutputSink(), FairLock()  # the sink of requests that were added without one
 
     def add_request(
         self,

@@ -114,7 +114,8 @@ class ModelShape:
         return self.layer_bytes + self.head_bytes * (1 if self.tie_word_embeddings else 2)
 
     def with_bits(self, weight_bits: int) -> ModelShape:
-        """The same model with weights of so many bits."""
+        """The same model with weights of so many bits; raises `ValueError` unless they are 1 to 16."""
+        require(1 <= check_int("weight_bits", weight_bits) <= 16, f"weight_bits must be 1 to 16, got {weight_bits}")
         return replace(self, weight_bits=weight_bits)
 
 

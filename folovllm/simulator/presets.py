@@ -13,23 +13,20 @@ from typing import TypeVar
 
 from folovllm.simulator.cost import Gpu, ModelShape
 
-_GIB = 2**30
 _T = TypeVar("_T")
 
-# name, TFLOPS, TB/s, GiB, GB/s to another card and to the CPU, one way, $/h, source
+# name, FLOPs/s, bytes/s, bytes as the driver reports them, bytes/s to another card and to the CPU, $/h, source
 _GPUS = [
-    Gpu("h100", 989.4e12, 3.35e12, 80 * _GIB, 450e9, 64e9, 2.69, "NVIDIA H100 SXM data sheet"),
-    Gpu("h200", 989.4e12, 4.8e12, 141e9, 450e9, 64e9, 3.59, "NVIDIA H200 SXM data sheet"),
-    Gpu("b200", 2250e12, 8.0e12, 180 * _GIB, 900e9, 64e9, 5.98, "NVIDIA DGX B200 data sheet, an eighth of it"),
-    Gpu("a100", 312e12, 2.039e12, 80 * _GIB, 300e9, 32e9, 1.39, "NVIDIA A100 80GB SXM data sheet"),
-    Gpu("l40s", 362e12, 0.864e12, 48 * _GIB, 32e9, 32e9, 0.79, "NVIDIA L40S data sheet"),
-    Gpu("l20", 119.5e12, 0.864e12, 48 * _GIB, 32e9, 32e9, 0.69, "NVIDIA L20 data sheet; the price is an L40's"),
-    Gpu("l4", 121e12, 0.300e12, 24 * _GIB, 32e9, 32e9, 0.44, "NVIDIA L4 data sheet"),
-    Gpu("rtx4090", 165.2e12, 1.008e12, 24 * _GIB, 32e9, 32e9, 0.34, "NVIDIA Ada GPU architecture, appendix A"),
-    Gpu(
-        "rtxpro6000", 503.8e12, 1.792e12, 96 * _GIB, 64e9, 64e9, 0.89, "NVIDIA RTX Blackwell PRO architecture, appendix"
-    ),
-    Gpu("rtx4070-laptop", 40e12, 0.256e12, 8 * _GIB, 16e9, 16e9, 0.22, "NVIDIA GeForce 40 laptops, 321 AI TOPS / 8"),
+    Gpu("h100", 989.4e12, 3.35e12, 84.9e9, 450e9, 64e9, 2.69, "NVIDIA H100 SXM data sheet"),
+    Gpu("h200", 989.4e12, 4.8e12, 150.1e9, 450e9, 64e9, 3.59, "NVIDIA H200 SXM data sheet"),
+    Gpu("b200", 2250e12, 8.0e12, 191.5e9, 900e9, 64e9, 5.98, "NVIDIA DGX B200 data sheet, an eighth of it"),
+    Gpu("a100", 312e12, 2.039e12, 84.9e9, 300e9, 32e9, 1.39, "NVIDIA A100 80GB SXM data sheet"),
+    Gpu("l40s", 362e12, 0.864e12, 47.7e9, 32e9, 32e9, 0.79, "NVIDIA L40S data sheet"),
+    Gpu("l20", 119.5e12, 0.864e12, 47.7e9, 32e9, 32e9, 0.69, "NVIDIA L20 data sheet; the price is an L40's"),
+    Gpu("l4", 121e12, 0.300e12, 23.7e9, 32e9, 32e9, 0.44, "NVIDIA L4 data sheet"),
+    Gpu("rtx4090", 165.2e12, 1.008e12, 25.25e9, 32e9, 32e9, 0.34, "NVIDIA Ada GPU architecture, appendix A"),
+    Gpu("rtxpro6000", 503.8e12, 1.792e12, 102.0e9, 64e9, 64e9, 0.89, "NVIDIA RTX Blackwell PRO architecture, appendix"),
+    Gpu("rtx4070-laptop", 40e12, 0.256e12, 8.3e9, 16e9, 16e9, 0.22, "NVIDIA GeForce 40 laptops, 321 AI TOPS / 8"),
 ]
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _GPUS}
 """By name: NVIDIA's data sheets, with 16-bit numbers, accumulated in 32 bits, without sparsity."""

@@ -21,23 +21,23 @@ from folovllm.simulator.runner import CostRunner
 from folovllm.validation import check_choice, require
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bill:
     """What one request has used."""
 
-    computed_tokens: int
+    computed_tokens: int = 0
     """Tokens that went through the model, those that a preemption made it compute again included."""
-    cached_tokens: int
+    cached_tokens: int = 0
     """Tokens that were found in the prefix cache instead."""
-    kv_bytes_read: float
+    kv_bytes_read: float = 0.0
     """Bytes of keys and values read for it; 0 where the cost is not a `Roofline`."""
-    block_steps: int
+    block_steps: int = 0
     """KV blocks that it held, summed over steps."""
-    steps_waited: int
+    steps_waited: int = 0
     """Steps that ran without it between its arrival and its last token."""
-    gpu_seconds: float
+    gpu_seconds: float = 0.0
     """Its share of each step that it took part in, by tokens computed, times the number of cards."""
-    dollars: float
+    dollars: float = 0.0
 
 
 @dataclass
@@ -54,11 +54,9 @@ class RequestRecord:
     """When each token of its answer came."""
     output: RequestOutput | None = None
     """Its final output; None while it runs."""
-    kv_bytes_read: float = 0.0
-    block_steps: int = 0
-    steps_waited: int = 0
-    gpu_seconds: float = 0.0
-    dollars: float = 0.0
+    bill: Bill = field(default_factory=Bill)
+    num_preemptions: int = 0
+    """How often it lost its blocks."""
 
     @property
     def finished(self) -> float:
@@ -98,26 +96,6 @@ class RequestRecord:
         """Seconds from its arrival to its last token."""
         return self.finished - self.arrival
 
-    @property
-    def num_preemptions(self) -> int:
-        """How often it lost its blocks."""
-        return 0 if self.output is None or self.output.metrics is None else self.output.metrics.num_preemptions
-
-    @property
-    def bill(self) -> Bill:
-        """What it has used."""
-        assert self.output is not None and self.output.metrics is not None
-        metrics = self.output.metrics
-        return Bill(
-            metrics.num_computed_tokens,
-            metrics.num_cached_tokens,
-            self.kv_bytes_read,
-            self.block_steps,
-            self.steps_waited,
-            self.gpu_seconds,
-            self.dollars,
-        )
-
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -141,7 +119,7 @@ METRICS: dict[str, Callable[[RequestRecord], Iterable[float]]] = {
 """The values that a request adds to each metric."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Everything that a workload's run has shown."""
 
@@ -154,7 +132,7 @@ class Report:
     """The window: seconds from which and to which tokens, requests and money are counted."""
     dollars_per_hour: float
     """Of all replicas."""
-    tokens: list[float] = field(repr=False, default_factory=list)
+    tokens: list[float]
     """When each output token in the window came, those of requests that arrived before it included."""
 
     def steady(self, from_s: float, to_s: float) -> Report:
@@ -249,6 +227,8 @@ class Report:
                 rows.append(f"{metric:<6}" + "".join(f"{value * 1e3:>12,.1f}" for value in found))
         return "\n".join(rows)
 
+    __repr__ = __str__  # what a notebook shows
+
 
 def percentile(values: Iterable[float], percent: float) -> float:
     """The value that ``percent`` % of all values are not above, interpolated between two neighbours.
@@ -310,19 +290,22 @@ class Recorder:
         token_seconds = (end - start) * self.num_cards / max(sum(scheduler_output.num_new_tokens), 1)
         for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
             record, num_tokens = self.records[seq.request_id], seq.num_computed_tokens
-            record.kv_bytes_read += num_tokens * self.kv_token_bytes
-            record.block_steps += -(-num_tokens // block_size)
-            record.gpu_seconds += token_seconds * num_new
+            bill = record.bill
+            bill.kv_bytes_read += num_tokens * self.kv_token_bytes
+            bill.block_steps += -(-num_tokens // block_size)
+            bill.gpu_seconds += token_seconds * num_new
             if seq.request_id in self._waiting_since:
-                record.steps_waited += num_step - self._waiting_since.pop(seq.request_id)
+                bill.steps_waited += num_step - self._waiting_since.pop(seq.request_id)
                 if record.admitted is None:
                     record.admitted = start
 
     def finish(self, output: RequestOutput) -> RequestRecord:
         """Completes a request's record with its final output."""
-        record = self.records[output.request_id]
-        record.output = output
-        record.dollars = record.gpu_seconds * self.runner.cost.dollars_per_hour / self.num_cards / 3600
+        record, metrics = self.records[output.request_id], output.metrics
+        assert metrics is not None  # the engine's outputs have them
+        record.output, record.num_preemptions, bill = output, metrics.num_preemptions, record.bill
+        bill.computed_tokens, bill.cached_tokens = metrics.num_computed_tokens, metrics.num_cached_tokens
+        bill.dollars = bill.gpu_seconds * self.runner.cost.dollars_per_hour / self.num_cards / 3600
         return record
 
 

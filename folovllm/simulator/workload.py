@@ -114,7 +114,7 @@ def poisson(
     for _ in range(_positive("num_requests", num_requests)):
         prompt = rng.choice(prefixes) + _tokens(rng, _draw(rng, "prompt_tokens", prompt_tokens), vocab_size)
         requests.append(TimedRequest(arrival, prompt, _draw(rng, "output_tokens", output_tokens)))
-        arrival += rng.gammavariate(burstiness, 1 / (rate * burstiness))
+        arrival += rng.gammavariate(burstiness, 1.0) / (rate * burstiness)
     return Workload(requests)
 
 
@@ -181,17 +181,14 @@ def chats(
     require(check_number("think", think) > 0, f"think must be positive, got {think}")
     rng, arrival = random.Random(seed), 0.0
     system = _tokens(rng, system_tokens, vocab_size)
-    first, turns = [], {}
+    first: list[TimedRequest] = []
+    turns: dict[str, list[_Turn]] = {}
     for i in range(_positive("num_users", num_users)):
         user = f"user-{i}"
-        said = [
-            _Turn(
-                _tokens(rng, _draw(rng, "user_tokens", user_tokens), vocab_size),
-                _draw(rng, "answer_tokens", answer_tokens),
-                rng.expovariate(1 / think),
-            )
-            for _ in range(_positive("num_turns", num_turns))
-        ]
+        said = []
+        for _ in range(_positive("num_turns", num_turns)):
+            asked = _tokens(rng, _draw(rng, "user_tokens", user_tokens), vocab_size)
+            said.append(_Turn(asked, _draw(rng, "answer_tokens", answer_tokens), rng.expovariate(1 / think)))
         first.append(TimedRequest(arrival, system + said[0].token_ids, said[0].num_output, f"{user}/1"))
         turns[user] = said
         arrival += rng.expovariate(rate)

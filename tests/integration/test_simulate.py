@@ -23,8 +23,8 @@ CONFIGS = {
     "static": {"max_num_seqs": 4, "batching": "static"},
     "chunked": {"enable_chunked_prefill": True, "max_num_batched_tokens": 64},
     "cached": {"enable_prefix_caching": True},
-    "preempted": {"num_blocks": 60, "max_num_seqs": 16},
-    "swapped": {"num_blocks": 60, "max_num_seqs": 16, "preemption_mode": "swap"},
+    "preempted": {"num_blocks": 24, "max_num_seqs": 16},
+    "swapped": {"num_blocks": 24, "max_num_seqs": 16, "preemption_mode": "swap"},
 }
 
 
@@ -90,10 +90,10 @@ class TestCounts:
         assert inside == pytest.approx(law, rel=0.25)  # sampled at the ends of steps, which are denser under load
 
     def test_the_engine_is_left_whole(self):
-        engine = make_engine(make_engine_config("qwen3-8b", num_blocks=60, max_num_seqs=16), H100)
+        engine = make_engine(make_engine_config("qwen3-8b", num_blocks=24, max_num_seqs=16), H100)
         serve([engine], small())
         engine.check_integrity()
-        assert engine.cache.pool.num_free == 60 and not engine.step_hooks
+        assert engine.cache.pool.num_free == 24 and not engine.step_hooks
 
 
 class TestTime:
@@ -138,7 +138,7 @@ class TestSwitches:
     """What chapters show: each switch moves the numbers the way that it should."""
 
     def test_static_batching_makes_strangers_wait(self):
-        workload = small(num_requests=60, output_tokens=(10, 200))
+        workload = small(num_requests=60, rate=8, output_tokens=(10, 200))
         static, continuous = (simulate(workload, max_num_seqs=8, batching=b) for b in ("static", "continuous"))
         assert static.percentile("ttft", 50) > 3 * continuous.percentile("ttft", 50)
         assert continuous.throughput > static.throughput
@@ -159,7 +159,7 @@ class TestSwitches:
         assert on.percentile("ttft", 50) < 0.5 * off.percentile("ttft", 50)
 
     def test_a_router_that_knows_prefixes_finds_more(self):
-        workload = small(num_requests=80, prefix_tokens=1000, num_prefixes=12)
+        workload = small(num_requests=60, prefix_tokens=800, num_prefixes=12)
         found = {
             router: simulate(workload, replicas=4, router=router, enable_prefix_caching=True, num_blocks=300)
             for router in ROUTERS

@@ -63,6 +63,10 @@ class TestShape:
         assert four.head_bytes == QWEN.head_bytes == QWEN.num_head_params * 2
         assert four.num_bytes == four.layer_bytes + 2 * four.head_bytes
 
+    @pytest.mark.parametrize("bits", [0, 17, 4.0])
+    def test_bits_are_1_to_16(self, bits):
+        assert error_of(QWEN.with_bits, bits).startswith("weight_bits must be")
+
     def test_the_embedded_model_is_read_from_its_folder(self):
         shape = get_model(str(EMBEDDED_MODEL))
         raw = json.loads((EMBEDDED_MODEL / "config.json").read_text())
@@ -141,7 +145,7 @@ class TestRoofline:
 
     def test_blocks_fill_what_weights_and_activations_leave(self):
         num_blocks = H100.num_blocks(16, 0.9, 2048)
-        room = 80 * 2**30 * 0.9 - QWEN.num_bytes
+        room = GPUS["h100"].memory * 0.9 - QWEN.num_bytes
         assert 0.95 * room < num_blocks * 16 * 144 * 1024 < room
         assert H100.num_blocks(32, 0.9, 2048) == num_blocks // 2
         assert H100.num_blocks(16, 0.9, 40_960) < num_blocks

@@ -7,14 +7,12 @@ import pytest
 from unit_helpers import error_of
 
 from folovllm.engine.stats import StepStats
-from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.simulator.cost import StepCost
 from folovllm.simulator.report import METRICS, Report, RequestRecord, StepRecord, percentile
 
 
 def record(name: str, arrival: float, *token_times: float) -> RequestRecord:
-    output = RequestOutput(name, None, [1], [], True, RequestMetrics(arrival, num_computed_tokens=9, num_preemptions=2))
-    return RequestRecord(name, 0, arrival, 1, arrival + 0.25, list(token_times), output)
+    return RequestRecord(name, 0, arrival, 1, arrival + 0.25, list(token_times))
 
 
 def make_report() -> Report:
@@ -29,7 +27,6 @@ def test_the_times_of_a_request():
     request = record("a", 0.5, 1.0, 2.0, 4.0)
     assert (request.queue, request.ttft, request.tpot, request.e2e) == (0.25, 0.5, 1.5, 3.5)
     assert request.itl == [1.0, 2.0] and request.num_output_tokens == 3 and request.finished == 4.0
-    assert request.bill.computed_tokens == 9 and request.num_preemptions == 2
 
 
 def test_one_token_has_no_time_per_further_token():
