@@ -111,11 +111,11 @@ FIGURES: dict[str, Callable[[], Axes | np.ndarray]] = {
         [10, 20], {"loaded": [1.0, 2.0], "read": [11.0, 19.0]}
     ),
     "plot_kv_capacity": lambda: plotting.plot_kv_capacity(
-        {"A": 2**17, "B": 2**18}, {"A": 8 * GIB, "B": 99 * GIB}, 10, 1024
+        {"A": 2**17, "B": 2**18}, {"A": 2**19, "B": 2**18}, {"A": 8 * GIB, "B": 99 * GIB}, 10, 1024
     ),
     "plot_tokens_computed": lambda: plotting.plot_tokens_computed([5, 6, 7], [5, 1, 1]),
     "plot_product_times": lambda: plotting.plot_product_times([1, 4], {"a": [0.002, 0.005], "b": [0.001, 0.003]}),
-    "plot_step_times": lambda: plotting.plot_step_times([0.06, 0.05, 0.07], [0.04, 0.01, 0.03, 0.02]),
+    "plot_pass_times": lambda: plotting.plot_pass_times([1, 7, 16], [0.02, 0.03, 0.06], 0.02),
     "plot_steps": lambda: plotting.plot_steps([step(7, 0, 2), step(0, 2, 2), step(3, 1, 2)]),
     "plot_running": lambda: plotting.plot_running({"a": [step(7, 0, 2), step(0, 2, 1)], "b": [step(0, 0, 3)]}),
     "plot_block_tables": lambda: plotting.plot_block_tables([{"A": [0], "B": [1]}, {"A": [0, 2], "B": [0]}], 4),
@@ -273,8 +273,9 @@ def test_numbers_of_state_machine() -> None:
     ax = drawn("plot_state_machine")
     names = {status.value.replace("finished_", "").replace("_", " ").upper() for status in SequenceStatus}
     assert names <= set(texts(ax)), "every status has a box"
-    assert {"scheduled", "preempted", "swapped out", "swapped in", "finished"} <= set(texts(ax))
-    assert sum(text.arrow_patch is not None for text in ax.texts if hasattr(text, "arrow_patch")) == 5
+    moves = {"scheduled", "preempted", "swapped out", "swapped in", "finished", "aborted", "ranked"}
+    assert moves <= set(texts(ax))
+    assert sum(text.arrow_patch is not None for text in ax.texts if hasattr(text, "arrow_patch")) == len(moves)
     assert set(STATUS_COLORS) == {status.value for status in SequenceStatus}
 
 
@@ -340,13 +341,13 @@ def test_numbers_of_weights_by_layer() -> None:
 def test_numbers_of_weights_by_dtype() -> None:
     first, second = drawn("plot_weights_by_dtype")
     for ax in (first, second):
-        # 2**28 weights are 1 GiB in float32 and an eighth of it in four bits.
-        assert widths(ax, "embedding") == [1, 0.125]
+        # 2**28 weights are 1 GiB in float32 and an eighth of it in four bits; embeddings keep 16, half of it.
+        assert widths(ax, "embedding") == [1, 0.5]
         assert widths(ax, "attention") == [2, 0.25]
         assert widths(ax, "MLP") == [4, 0.5]
         assert widths(ax, "norms") == [0, 0]
-        assert lefts(ax, "MLP") == [3, 0.375]
-        assert texts(ax) == ["7.0", "0.9"]
+        assert lefts(ax, "MLP") == [3, 0.75]
+        assert texts(ax) == ["7.0", "1.2"]
         assert ticks(ax.yaxis) == ["float32", "4-bit"]
     assert first.get_title(loc="left") == "L: 1.88 billion weights"
 
@@ -363,14 +364,16 @@ def test_numbers_of_measured_against_predicted() -> None:
 def test_numbers_of_kv_capacity() -> None:
     ax = drawn("plot_kv_capacity")
     # Of 10 GiB nine may be used; A's weights leave one, and 1,024 tokens of 128 KiB are an eighth of it.
-    assert widths(ax) == [128, 256]
-    assert texts(ax) == ["8 sequences fit", "weights do not fit"]
+    # Without grouped heads a token has 512 KiB.
+    assert widths(ax) == [512, 128, 256, 256]
+    assert texts(ax) == ["8 texts fit, not 2", "weights do not fit"]
     assert ticks(ax.yaxis) == ["A", "B"]
+    assert legend(ax) == ["without grouped heads", "as it is"]
 
 
 def test_weights_that_fit_alone_leave_room_for_no_sequence() -> None:
-    ax = plotting.plot_kv_capacity({"A": 2**20}, {"A": 9 * GIB - 2**20}, 10, 1024)
-    assert texts(ax) != ["weights do not fit"], "they do; what does not fit is a single sequence"
+    ax = plotting.plot_kv_capacity({"A": 2**20}, {"A": 2**21}, {"A": 9 * GIB - 2**20}, 10, 1024)
+    assert texts(ax) == ["no text fits"], "the weights do fit; what does not is a single text"
 
 
 def test_numbers_of_tokens_computed() -> None:
@@ -386,12 +389,13 @@ def test_numbers_of_product_times() -> None:
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 2], [4, 5]], [[1, 1], [4, 3]]]
 
 
-def test_numbers_of_step_times() -> None:
-    ax = drawn("plot_step_times")
-    # The median of the decode steps 0.01, 0.03 and 0.02 is the unit.
-    assert line(ax, "without a cache") == ([1, 2, 3], [3, 2.5, 3.5])
-    assert line(ax, "with a cache") == ([1, 2, 3, 4], [2, 0.5, 1.5, 1])
-    assert line(ax, "prefill") == ([1], [2])
+def test_numbers_of_pass_times() -> None:
+    ax = drawn("plot_pass_times")
+    # The pass with a cache, 0.02 s, is the unit.
+    assert line(ax, "without a cache: the whole text") == ([1, 7, 16], [1, 1.5, 3])
+    assert line(ax, "with a cache: the newest token") == ([1], [1])
+    proportional = line(ax, "if each token cost as much as the first")
+    assert proportional[0] == proportional[1]
     assert ax.get_ylim()[0] == 0
 
 

@@ -5,7 +5,7 @@ A module for each subject, and one (`folovllm.book.plotting.style`) with the sty
 
 from folovllm.book.plotting.configs import plot_block_waste, plot_dtype_errors, plot_memory_split
 from folovllm.book.plotting.engine import plot_block_tables, plot_reserved, plot_running, plot_steps
-from folovllm.book.plotting.generation import plot_along_text, plot_product_times, plot_step_times, plot_tokens_computed
+from folovllm.book.plotting.generation import plot_along_text, plot_pass_times, plot_product_times, plot_tokens_computed
 from folovllm.book.plotting.loading import (
     plot_kv_capacity,
     plot_measured_against_predicted,
@@ -48,13 +48,13 @@ __all__ = [
     "plot_kv_capacity",
     "plot_measured_against_predicted",
     "plot_memory_split",
+    "plot_pass_times",
     "plot_path",
     "plot_places",
     "plot_product_times",
     "plot_reserved",
     "plot_running",
     "plot_state_machine",
-    "plot_step_times",
     "plot_steps",
     "plot_temperatures",
     "plot_timeline",

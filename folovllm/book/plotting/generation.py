@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from folovllm.book.plotting.style import BLUE, DARK_RED, PALETTE, RED, YELLOW, new_figure
+from folovllm.book.plotting.style import BLUE, DARK_RED, GREY, PALETTE, RED, YELLOW, new_figure
 
 
 def plot_tokens_computed(without_cache: Sequence[int], with_cache: Sequence[int]) -> Axes:
@@ -25,18 +25,31 @@ def plot_tokens_computed(without_cache: Sequence[int], with_cache: Sequence[int]
                 fontsize=11,
             )
         ax.set(xlabel="tokens generated", ylabel="tokens computed, added up", xlim=(0, len(without_cache) * 1.4))
+        ax.figure.alt = (
+            f"Two curves of the tokens computed for {len(without_cache)} generated ones, added up: without a cache a "
+            f"parabola up to {sum(without_cache):,}, with a cache a line up to {sum(with_cache):,}."
+        )
     return ax
 
 
-def plot_step_times(without_cache: Sequence[float], with_cache: Sequence[float]) -> Axes:
-    """Time of each forward pass as a multiple of the median cached one; the first reads the whole prompt (prefill)."""
-    unit = float(np.median(with_cache[1:]))
+def plot_pass_times(num_tokens: Sequence[int], seconds: Sequence[float], cached_seconds: float) -> Axes:
+    """Time of a pass against the tokens in it, as multiples of a pass that reads one token with the rest in a cache.
+
+    Args:
+        num_tokens: tokens in each pass without a cache.
+        seconds: what each of these passes took.
+        cached_seconds: what the pass with a cache took; it is the unit.
+    """
+    ratios = np.array(seconds) / cached_seconds
     with new_figure(3.6) as ax:
-        for name, times, color in (("without a cache", without_cache, RED), ("with a cache", with_cache, BLUE)):
-            ax.plot(range(1, len(times) + 1), np.array(times) / unit, ".", color=color, label=name, ms=5)
-        ax.plot(1, with_cache[0] / unit, "o", ms=10, mfc="none", mec=BLUE, mew=2, label="prefill")
-        ax.set(xlabel="forward pass", ylabel="time (median decode step = 1)", ylim=(0, None))
-        ax.legend(loc="upper left")
+        top = max(*ratios, 1.0) * 1.25
+        ax.plot([1, top], [1, top], color=GREY, ls="--", label="if each token cost as much as the first")
+        ax.plot(num_tokens, ratios, "o-", color=RED, label="without a cache: the whole text", ms=5)
+        ax.plot([1], [1], "o", color=BLUE, label="with a cache: the newest token", ms=9)
+        ax.set(xlabel="tokens in the pass", ylabel="time (cached pass = 1)", xlim=(0, None), ylim=(0, top))
+        ax.legend(loc="lower right", fontsize=10.5)
+        told = ", ".join(f"{n} tokens {ratio:.2g}" for n, ratio in zip(num_tokens, ratios))
+        ax.figure.alt = f"Time of a pass against the tokens in it, in units of a cached pass of one token: {told}."
     return ax
 
 
@@ -62,4 +75,7 @@ def plot_along_text(values: Mapping[str, Sequence[float]], ylabel: str, choices:
         ax.set(xlabel="token of the text", ylabel=ylabel)
         if len(values) > 1:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=len(values))
+        told = ", ".join(f"{name} from {min(s):.3f} to {max(s):.3f}" for name, s in values.items())
+        marked = f", and {len(choices)} places marked at which the grammar had a choice" if choices else ""
+        ax.figure.alt = f"Along {len(next(iter(values.values())))} tokens of a text, {ylabel}: {told}{marked}."
     return ax

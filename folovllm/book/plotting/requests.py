@@ -25,36 +25,52 @@ STATUS_COLORS = {
 
 def plot_state_machine() -> Axes:
     """The states of a sequence, and what moves it from one to the next."""
-    places = {"waiting": (0, 0), "running": (1.5, 0), "swapped": (1.5, -1.15)}
-    ends = ("finished_stopped", "finished_length_capped", "finished_aborted", "finished_ignored")
-    reasons = ("end token or stop text", "max_tokens reached", "user gone, or an error", "not among the n best")
+    places = {"waiting": (0, 0), "running": (1.5, 0), "swapped": (1.5, -1.15), "finished_ignored": (3.35, -1.58)}
+    ends = {
+        "finished_stopped": "end token or stop text",
+        "finished_length_capped": "max_tokens reached",
+        "finished_aborted": "user gone, or an error",
+    }
+    places |= {end: (3.35, 0.55 - 0.62 * i) for i, end in enumerate(ends)}
+    notes = ends | {"finished_ignored": "not among the n best"}
     dark = "#333333"
 
     def arrow(start: tuple[float, float], end: tuple[float, float], text: str, at: tuple[float, float]) -> None:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": dark, "shrinkA": 0, "shrinkB": 0})
         ax.text(*at, text, ha="center", va="center", fontsize=9.5, color=dark)
 
-    with new_figure(3.7) as ax:
-        for i, (end, reason) in enumerate(zip(ends, reasons)):
-            places[end] = (3.35, 0.55 - 0.62 * i)
-            ax.text(3.35, places[end][1] - 0.25, reason, ha="center", va="center", fontsize=9, color="#555555")
+    with new_figure(3.9) as ax:
         for name, (x, y) in places.items():
-            width = 1.1 if name in ends else 0.76
+            width = 1.1 if name in notes else 0.76
             box = FancyBboxPatch((x - width / 2, y - 0.12), width, 0.24, boxstyle="round,pad=0.03", lw=1.5)
             box.set(facecolor="white", edgecolor=STATUS_COLORS[name] if name != "finished_ignored" else GREY)
             ax.add_patch(box)
-            ax.text(
-                x, y, name.replace("finished_", "").replace("_", " ").upper(), ha="center", va="center", fontsize=9.5
-            )
+            ax.text(x, y, _label(name).upper(), ha="center", va="center", fontsize=9.5)
+            ax.text(x, y - 0.25, notes.get(name, ""), ha="center", va="center", fontsize=9, color="#555555")
         arrow((0.43, 0.05), (1.07, 0.05), "scheduled", (0.75, 0.2))
         arrow((1.07, -0.05), (0.43, -0.05), "preempted", (0.75, -0.22))
-        arrow((1.4, -0.17), (1.4, -0.98), "swapped\nout", (1.0, -0.58))
-        arrow((1.6, -0.98), (1.6, -0.17), "swapped\nin", (2.0, -0.58))
+        arrow((1.4, -0.17), (1.4, -0.98), "swapped\nout", (1.05, -0.58))
+        arrow((1.6, -0.98), (1.6, -0.17), "swapped\nin", (1.92, -0.58))
         arrow((1.93, 0.05), (2.72, 0.4), "finished", (2.2, 0.4))
-        ax.add_patch(FancyBboxPatch((2.76, -1.62), 1.18, 2.37, boxstyle="round,pad=0.02", fill=False, ls="--", ec=GREY))
-        ax.set(xlim=(-0.5, 4.05), ylim=(-1.75, 0.85))
+        ax.plot([0, 0, 2.42, 2.42], [-0.17, -1.55, -1.55, -0.69], color=dark, lw=1)
+        ax.plot([1.93, 2.42], [-1.15, -1.15], color=dark, lw=1)
+        arrow((2.42, -0.69), (2.76, -0.69), "aborted", (0.36, -1.4))
+        arrow((3.35, -1.06), (3.35, -1.42), "ranked", (3.66, -1.24))
+        ax.add_patch(FancyBboxPatch((2.76, -1.02), 1.18, 1.77, boxstyle="round,pad=0.02", fill=False, ls="--", ec=GREY))
+        ax.set(xlim=(-0.5, 4.05), ylim=(-1.95, 0.85))
         ax.axis("off")
+        reached = ", ".join(f"{_label(end)} ({reason})" for end, reason in ends.items())
+        ax.figure.alt = (
+            "State diagram. Waiting and running are joined by arrows both ways (scheduled, preempted), so are running "
+            f"and swapped (swapped out, swapped in). An arrow leads from running to a group of ends: {reached}; "
+            "waiting and swapped lead to aborted as well. An arrow leads from the ends to ignored: not among the best."
+        )
     return ax
+
+
+def _label(status: str) -> str:
+    """A status as a reader sees it."""
+    return status.replace("finished_", "").replace("_", " ")
 
 
 def plot_timeline(statuses: Mapping[str, Sequence[str]]) -> Axes:
@@ -68,10 +84,15 @@ def plot_timeline(statuses: Mapping[str, Sequence[str]]) -> Axes:
                 start += length
         present = [s for s in STATUS_COLORS if any(s in history for history in statuses.values())]
         for status in present:
-            ax.barh(0, 0, color=STATUS_COLORS[status], label=status.replace("finished_", "").replace("_", " "))
+            ax.barh(0, 0, color=STATUS_COLORS[status], label=_label(status))
         ax.set(yticks=range(len(statuses)), yticklabels=list(statuses), xlabel="step")
         ax.invert_yaxis()
         ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=len(present), fontsize=10.5, handlelength=1)
+        told = (
+            f"{name} is running for {history.count('running')} steps and ends as {_label(history[-1])}"
+            for name, history in statuses.items()
+        )
+        ax.figure.alt = f"Timeline of {len(statuses)} sequences along the steps: {'; '.join(told)}."
     return ax
 
 
@@ -82,6 +103,10 @@ def plot_cumulative_logprobs(logprobs: Mapping[str, Sequence[float]]) -> Axes:
             ax.step(range(1, len(values) + 1), np.cumsum(values), where="post", label=name, color=color, lw=2)
         ax.set(xlabel="tokens generated", ylabel="cumulative log probability")
         ax.legend(loc="lower left", fontsize=10.5)
+        ends = ", ".join(f"{sum(values):.1f} nats for {name}" for name, values in logprobs.items())
+        ax.figure.alt = (
+            f"Falling staircases of cumulative log probability against tokens generated. They end at {ends}."
+        )
     return ax
 
 
@@ -101,4 +126,9 @@ def plot_fork_blocks(prompt_len: int, output_len: int, block_size: int, num_seqs
         ax.set(xlabel="answers (n)", ylabel=f"blocks of {block_size}", ylim=(0, max(copied) * 1.12))
         ax.set_xticks(places, [str(n) for n in num_seqs])
         ax.legend(loc="upper left")
+        ax.figure.alt = (
+            f"Pairs of bars, blocks of {block_size} tokens for {', '.join(map(str, num_seqs))} answers to one prompt "
+            f"of {prompt_len:,} tokens: with a copy each {', '.join(map(str, copied))}; with the prompt's full blocks "
+            f"shared {', '.join(map(str, forked))}."
+        )
     return ax
