@@ -264,15 +264,15 @@ def prompt_and_outputs_apart(prompt_len: int, output_len: int, block_size: int, 
     return prompt_len // block_size + n * blocks(output_len, block_size)
 
 
-def header_of(path: str, order: str = "little", skip: int = 0) -> dict[str, Any]:
+def header_of(path: str, order: str = "little", skip: int = 0, num_bytes: int = 8) -> dict[str, Any]:
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), order)
+        length = int.from_bytes(file.read(8)[:num_bytes], order)
         file.read(skip)
         return json.loads(file.read(length))
 
 
-def tensors_of(path: str) -> list[dict[str, Any]]:
-    return [entry for name, entry in header_of(path).items() if name != "__metadata__"]
+def tensors_of(path: str, num_bytes: int = 8) -> list[dict[str, Any]]:
+    return [entry for name, entry in header_of(path, num_bytes=num_bytes).items() if name != "__metadata__"]
 
 
 def pad(left: bool = True, mask: Callable = lambda row, gap: [0] * gap + [1] * (len(row) - gap), pad_with: Any = None):
@@ -288,17 +288,27 @@ def pad(left: bool = True, mask: Callable = lambda row, gap: [0] * gap + [1] * (
     return attempt
 
 
+def pad_in_place(prompts: list[list[int]], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
+    rows, mask = pad()(prompts, pad_id)
+    for prompt, row in zip(prompts, rows):
+        prompt[:] = row
+    return rows, mask
+
+
 def generate(
-    feed: Callable[[list[int], list[int]], list[int]], keep: bool = True, give: Callable = lambda prompt, output: output
+    feed: Callable[[list[int], list[int]], list[int]],
+    keep: bool = True,
+    give: Callable = lambda prompt, output: output,
+    choose: Callable[[torch.Tensor], Any] = torch.argmax,
 ) -> Callable[[Any, list[int], int], Any]:
-    """Generates greedily; after the first pass the model is fed ``feed(prompt, output)``."""
+    """Generates with ``choose``; after the first pass the model is fed ``feed(prompt, output)``."""
 
     def attempt(model: Any, prompt: list[int], max_tokens: int) -> Any:
         output: list[int] = []
         cache, unread = None, prompt
         for _ in range(max_tokens):
             result = model(torch.tensor([unread]), past_key_values=cache)
-            output.append(int(result.logits[0, -1].argmax()))
+            output.append(int(choose(result.logits[0, -1])))
             unread, cache = feed(prompt, output), result.past_key_values if keep else None
         return give(prompt, output)
 
@@ -307,6 +317,26 @@ def generate(
 
 def newest(prompt: list[int], output: list[int]) -> list[int]:
     return output[-1:]
+
+
+def read_token_by_token(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
+    cache, output = None, []
+    for i in range(len(prompt) + max_tokens - 1):
+        result = model(torch.tensor([[(prompt + output)[i]]]), past_key_values=cache)
+        cache = result.past_key_values
+        if i >= len(prompt) - 1:
+            output.append(int(result.logits[0, -1].argmax()))
+    return output
+
+
+def one_pass_too_many(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
+    return generate(newest)(model, prompt, max_tokens + 1)[:-1]
+
+
+def append_to_the_prompt(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
+    output = generate(newest)(model, prompt, max_tokens)
+    prompt += output
+    return output
 
 
 def share_out(num_left: list[int], budget: int, chunked: bool) -> list[int]:
@@ -450,6 +480,12 @@ WRONG: dict[str, dict[str, Any]] = {
         "min_tokens one less": finish(early=lambda length, least: length < least - 1),
         "min_tokens for the end token alone": stop_tokens_ignore_min_tokens,
         "length with the prompt": lambda seq, eos: CAPPED if seq.get_len() >= 4 else finish()(seq, eos),
+        "the first stop token only": finish(
+            ends=lambda seq, eos: seq.get_last_token_id() in {eos, *seq.sampling_params.stop_token_ids[:1]}
+        ),
+        "a limit of 4": finish(late=lambda length, most: length >= 4),
+        "stops at 7": finish(ends=lambda seq, eos: seq.get_last_token_id() in {eos, 7}),
+        "ends at 2": finish(ends=lambda seq, eos: seq.get_last_token_id() in {2, *seq.sampling_params.stop_token_ids}),
         "as a text": lambda seq, eos: finish()(seq, eos).value,
     },
     "check_blocks_of_forks": {
@@ -459,6 +495,14 @@ WRONG: dict[str, dict[str, Any]] = {
         "all shared": lambda prompt, output, size, n: blocks(prompt + output, size),
         "prompt and outputs apart": prompt_and_outputs_apart,
         "one sequence": lambda prompt, output, size, n: blocks(prompt + n * output, size),
+        "one more when nobody writes": lambda prompt, output, size, n: (
+            forks(lambda prompt, output, size: prompt // size)(prompt, output, size, n)
+            if output
+            else prompt // size + 1
+        ),
+        "blocks of 16": lambda prompt, output, size, n: (
+            forks(lambda prompt, output, size: prompt // size)(prompt, output, 16, n) if output else blocks(prompt, 16)
+        ),
     },
     "check_count_weights": {
         "the file's size": lambda path: Path(path).stat().st_size // 4,
@@ -471,6 +515,8 @@ WRONG: dict[str, dict[str, Any]] = {
         "big end first": lambda path: len(header_of(path, "big")),
         "too far in": lambda path: len(header_of(path, skip=8)),
         "the first tensor": lambda path: math.prod(tensors_of(path)[0]["shape"]),
+        "one byte of the length": lambda path: sum(math.prod(e["shape"]) for e in tensors_of(path, num_bytes=1)),
+        "two bytes of the length": lambda path: sum(math.prod(e["shape"]) for e in tensors_of(path, num_bytes=2)),
     },
     "check_kv_bytes": {
         "keys only": lambda layers, heads, kv_heads, dim, size: layers * kv_heads * dim * size,
@@ -492,6 +538,8 @@ WRONG: dict[str, dict[str, Any]] = {
         "another pad token": pad(pad_with=0),
         "rows only": lambda prompts, pad_id: pad()(prompts, pad_id)[0],
         "as they were": lambda prompts, pad_id: (prompts, [[1] * len(p) for p in prompts]),
+        "two rows only": lambda prompts, pad_id: pad()(prompts[:2], pad_id),
+        "changes what it was given": pad_in_place,
     },
     "check_tokens_computed": {
         "counts the last token": lambda prompt, output, cached: (
@@ -520,6 +568,11 @@ WRONG: dict[str, dict[str, Any]] = {
         "one token less": generate(newest, give=lambda prompt, output: output[:-1]),
         "one token more": lambda model, prompt, n: generate(newest)(model, prompt, n + 1),
         "the last token only": generate(newest, give=lambda prompt, output: output[-1]),
+        "samples": generate(newest, choose=lambda logits: torch.multinomial(logits.softmax(0), 1)),
+        "the unlikeliest": generate(newest, choose=torch.argmin),
+        "token by token": read_token_by_token,
+        "one pass too many": one_pass_too_many,
+        "appends to the prompt": append_to_the_prompt,
         "calls generate": lambda model, prompt, n: model.generate(torch.tensor([prompt]), max_new_tokens=n),
     },
 }

@@ -6,8 +6,8 @@ A module for each subject, and one (`folovllm.book.exercises.verdict`) with what
 from folovllm.book.exercises.configs import check_budget, check_num_blocks, check_tokens_that_fit
 from folovllm.book.exercises.engine import check_cached_tokens, check_schedule
 from folovllm.book.exercises.generation import check_generate, check_tokens_computed
-from folovllm.book.exercises.loading import check_count_weights, check_kv_bytes, check_pad_batch
-from folovllm.book.exercises.requests import check_blocks_of_forks, check_finish_status
+from folovllm.book.exercises.loading import check_count_weights, check_kv_bytes, check_pad_batch, check_read_tensor
+from folovllm.book.exercises.requests import check_blocks_of_forks, check_finish_status, check_next_status
 from folovllm.book.exercises.sampling import check_draw, check_softmax, check_top_p
 from folovllm.book.exercises.verdict import Verdict
 
@@ -21,8 +21,10 @@ __all__ = [
     "check_finish_status",
     "check_generate",
     "check_kv_bytes",
+    "check_next_status",
     "check_num_blocks",
     "check_pad_batch",
+    "check_read_tensor",
     "check_schedule",
     "check_softmax",
     "check_tokens_computed",
