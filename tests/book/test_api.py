@@ -28,6 +28,7 @@ def public_members(cls: type) -> Iterator[str]:
     members = [field for field in fields if field in vars(cls).get("__annotations__", {})]
     for name, value in vars(cls).items():
         is_routine = isinstance(value, (property, classmethod, staticmethod)) or inspect.isfunction(value)
+        is_routine &= getattr(value, "__module__", cls.__module__) == cls.__module__  # not made by a base class
         is_value = issubclass(cls, enum.Enum) and isinstance(value, cls)
         if is_routine or is_value:
             members.append(name)

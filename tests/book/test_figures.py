@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import importlib
 import inspect
+import io
 import math
 import sys
 import types
@@ -23,15 +26,17 @@ import torch
 from figure_helpers import bars, bottoms, heights, lefts, legend, line, texts, ticks, widths
 from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
 
 from folovllm.book import plotting
-from folovllm.book.plotting import PATH, STATUS_COLORS, style
+from folovllm.book.plotting import PATH, STATUS_COLORS, book_figure, style
 from folovllm.book.plotting.style import PALETTE
 from folovllm.tales import EMBEDDED_MODEL
 
@@ -503,18 +508,101 @@ class TestLegibility:
             foreign = {color for color in used - allowed if not any(is_darker(color, other) for other in PALETTE)}
             assert not foreign, f"neither of the palette nor a darker shade of it: {foreign}"
 
-    def test_its_letters_stand_out(self, name: str) -> None:
+    @pytest.mark.parametrize("theme", ["light", "dark"])
+    def test_its_letters_stand_out(self, name: str, theme: str) -> None:
         """WCAG 2 asks for a contrast of 4.5 to the ground, and of 3 for large letters."""
-        weak = {}
-        for text in written(figure_of(name)[0]):
-            ground = style.BLUE if luminance(text.get_color()) > 0.9 else "white"  # white is written on blue boxes
-            large = text.get_fontsize() >= 18 or (text.get_fontsize() >= 14 and text.get_weight() == "bold")
-            if contrast(text.get_color(), ground) < (3 if large else 4.5):
-                weak[text.get_text().strip()] = f"{to_hex(text.get_color())}, {contrast(text.get_color(), ground):.1f}"
+        figure, weak = figure_of(name)[0], {}
+        with contextlib.nullcontext() if theme == "light" else book_figure.darkened(figure):
+            for text, grounds in grounds_of(figure):
+                large = text.get_fontsize() >= 18 or (text.get_fontsize() >= 14 and text.get_weight() == "bold")
+                for ground in grounds:
+                    if contrast(text.get_color(), ground) < (3 if large else 4.5):
+                        says = f"{to_hex(text.get_color())} on {ground}, {contrast(text.get_color(), ground):.1f}"
+                        weak[text.get_text().strip()] = says
         assert not weak, f"too pale: {weak}"
 
+    def test_it_says_what_it_shows(self, name: str) -> None:
+        """For those who do not see it: the figure's text, which the notebook stores and the page has as alt text."""
+        alt = repr(figure_of(name)[0])
+        assert 40 <= len(alt) <= 600 and alt[0].isupper() and alt.endswith("."), f"set ax.figure.alt: {alt!r}"
+        assert "nan" not in alt.split() and "\n" not in alt, alt
 
-INK = {"#000000", "#333333", "#555555", "#cccccc", "#ffffff", style.GREY.lower(), style.LIGHT.lower()}
+    def test_its_dark_picture_is_as_large(self, name: str) -> None:
+        figure = figure_of(name)[0]
+        before, light = picture_of(figure), io.BytesIO()
+        figure.savefig(light, format="png", dpi=figure.dpi, bbox_inches="tight")
+        with Image.open(light) as one, Image.open(io.BytesIO(book_figure.draw_dark(figure))) as other:
+            assert one.size == other.size
+            assert to_hex(np.array(other.getpixel((2, 2))[:3]) / 255) == book_figure.DARK_PAPER
+        assert (picture_of(figure) == before).all(), "the figure did not get its own colours back"
+
+
+def picture_of(figure: Figure) -> np.ndarray:
+    """The pixels of a figure, ``[height, width, 3]``."""
+    canvas = FigureCanvasAgg(figure)  # a figure that was closed has another one
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def grounds_of(figure: Figure) -> list[tuple[Text, list[str]]]:
+    """What each text is written on: the colours of at least a fifth of its box, were it not there."""
+    letters = written(figure)
+    before = [text.get_alpha() for text in letters]
+    for text in letters:
+        text.set_alpha(0)
+    pixels = picture_of(figure)
+    found = []
+    for text, alpha in zip(letters, before):
+        text.set_alpha(alpha)
+        box = text.get_window_extent()
+        top, bottom = (round(len(pixels) - y) for y in (box.y1, box.y0))
+        part = pixels[max(top, 0) : bottom, max(round(box.x0), 0) : round(box.x1)].reshape(-1, 3)
+        colors, counts = np.unique(part, axis=0, return_counts=True)
+        found.append((text, [to_hex(color / 255) for color, n in zip(colors, counts) if n >= 0.2 * len(part)]))
+    return found
+
+
+def test_no_number_is_typed_into_a_description() -> None:
+    """Beside a number that is typed, the plotted one changes unseen."""
+    for path in sorted(Path(plotting.__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "attr", None) == "alt":
+                formats = {
+                    id(c)
+                    for f in ast.walk(node.value)
+                    if isinstance(f, ast.FormattedValue) and f.format_spec
+                    for c in ast.walk(f.format_spec)
+                }
+                typed = [
+                    c.value
+                    for c in ast.walk(node.value)
+                    if isinstance(c, ast.Constant) and isinstance(c.value, str) and id(c) not in formats
+                ]
+                wrong = [text for text in typed if any(char.isdigit() for char in text)]
+                assert not wrong, f"{path.name}, line {node.lineno}: {wrong} has a number that is not the plot's"
+
+
+def test_sentences_are_made_of_numbers() -> None:
+    assert style.listed(["a"]) == "a"
+    assert style.listed(["a", 2, "c"]) == "a, 2 and c"
+    assert style.course([1.0, 7.0, 5.0]) == "rises from 1 to 5"
+    assert style.course([5, 1.2345], [0, 9]) == "falls from 5 at 0 to 1.23 at 9"
+    assert style.course([2, 9, 2]) == "begins and ends at 2"
+
+
+def test_colors_of_a_dark_page() -> None:
+    assert to_hex(book_figure.dark_color("white")) == book_figure.DARK_PAPER
+    assert book_figure.dark_color("none") == "none"
+    for color in (*PALETTE, style.GREY):
+        assert book_figure.dark_color(color) == color, "data keeps its colour"
+        assert contrast(color, book_figure.DARK_PAPER) >= 3, "and can be seen on the dark page, as WCAG 2 asks of lines"
+        darker = [0.6 * part for part in to_rgb(color)]
+        assert luminance(book_figure.dark_color(darker)) > luminance(color), "a darker shade becomes a lighter one"
+    assert book_figure.dark_color((1, 1, 1, 0.5))[3] == 0.5
+
+
+INK = {"#000000", "#111111", "#333333", "#555555", "#cccccc", "#ffffff", style.GREY.lower(), style.LIGHT.lower()}
 """Black, greys and white, beside the palette."""
 
 

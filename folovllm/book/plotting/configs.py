@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from folovllm.book.plotting.style import BLUE, DARK_RED, GREY, ORANGE, PALETTE, new_figure, to_array
+from folovllm.book.plotting.style import BLUE, DARK_RED, GREY, ORANGE, PALETTE, listed, new_figure, to_array
 
 GIB = 2**30
 
@@ -43,6 +43,11 @@ def plot_memory_split(
         ax.set(xlabel="gpu_memory_utilization", ylabel="GiB", ylim=(0, total_gib * 1.2))
         ax.set_xticks(places, [f"{u:g}" for u in utilizations])
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, fontsize=10.5, handlelength=1.2)
+    fits = [f"{count:,} tokens" if count else "nothing, for the weights do not fit" for count in tokens]
+    ax.figure.alt = (
+        f"Stacked bars of a GPU's {total_gib:g} GiB by gpu_memory_utilization: the weights take {weights:.1f} GiB in "
+        f"each, and the KV cache has room for {listed(f'{room} at {u:g}' for room, u in zip(fits, utilizations))}."
+    )
     return ax
 
 
@@ -59,6 +64,10 @@ def plot_block_waste(lengths: Sequence[int], block_sizes: Sequence[int]) -> Axes
         ax.set(xlabel="block_size (tokens)", ylabel="share of the slots")
         ax.set_xticks(places, [f"{size:,}" for size in block_sizes])
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2)
+    ax.figure.alt = (
+        f"Stacked bars of the slots reserved for {len(lengths):,} sequences, by block size. The share that is "
+        f"reserved and empty is {listed(f'{1 - share:.0%} at {size:,}' for share, size in zip(used, block_sizes))}."
+    )
     return ax
 
 
@@ -69,4 +78,9 @@ def plot_dtype_errors(errors: Mapping[str, Tensor]) -> Axes:
             ax.plot(range(1, len(error) + 1), to_array(error), "o", ms=4.5, color=PALETTE[i], label=name)
         ax.set(yscale="log", xlabel="token of the text", ylabel="error of its probability")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=len(errors))
+    typical = {name: float(np.median(to_array(error))) for name, error in errors.items()}
+    ax.figure.alt = (
+        "Dots of the error of each token's probability along a text, on a logarithmic scale. The median error is "
+        f"{listed(f'{middle:.1g} with {name}' for name, middle in typical.items())}."
+    )
     return ax

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from folovllm.book.plotting.style import BLUE, GREEN, GREY, LIGHT, ORANGE, PALETTE, RED, new_figure
+from folovllm.book.plotting.style import BLUE, GREY, LIGHT, ON_LIGHT_FILL, ORANGE, PALETTE, RED, listed, new_figure
 
 
 def plot_steps(steps: Sequence[Any]) -> Axes:
@@ -20,6 +20,12 @@ def plot_steps(steps: Sequence[Any]) -> Axes:
         ax.bar(range(len(steps)), prefills, bottom=decodes, width=1, color=ORANGE, label="prefill")
         ax.set(xlabel="step", ylabel="tokens computed", xlim=(-0.5, len(steps) - 0.5))
         ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    totals = decodes + prefills
+    ax.figure.alt = (
+        f"Stacked bars of the tokens computed by each of {len(steps):,} steps, prefill on decode: {prefills.sum():,} "
+        f"tokens of prefill and {decodes.sum():,} of decode, at most {totals.max():,} in one step (step "
+        f"{totals.argmax():,})."
+    )
     return ax
 
 
@@ -32,6 +38,14 @@ def plot_running(runs: Mapping[str, Sequence[Any]]) -> Axes:
             )
         ax.set(xlabel="step", ylabel="sequences in the step", ylim=(0, None))
         ax.legend(ncols=len(runs), loc="lower left", bbox_to_anchor=(0, 1))
+    says = {
+        name: f"{len(steps):,} steps, at most {max(s.num_seqs for s in steps):,} at once"
+        for name, steps in runs.items()
+    }
+    ax.figure.alt = (
+        "Lines of how many sequences each step computes: "
+        f"{listed(f'{name} takes {what}' for name, what in says.items())}."
+    )
     return ax
 
 
@@ -54,7 +68,7 @@ def plot_block_tables(tables: Sequence[Mapping[str, Sequence[int]]], num_blocks:
                     ha="center",
                     va="center",
                     fontsize=10,
-                    color="white" if color in (BLUE, GREEN, RED) else "black",
+                    color="white" if color == BLUE else ON_LIGHT_FILL,
                 )
         ax.set(
             xlim=(0, num_blocks),
@@ -65,6 +79,11 @@ def plot_block_tables(tables: Sequence[Mapping[str, Sequence[int]]], num_blocks:
             ylabel="step",
         )
         ax.invert_yaxis()
+    free = [num_blocks - len({block_id for blocks in table.values() for block_id in blocks}) for table in tables]
+    ax.figure.alt = (
+        f"Grid of {num_blocks} blocks after each of {len(tables)} steps, each block with the name of the sequence "
+        f"that has it ({listed(names)}); {free[0]} are free after the first step and {free[-1]} after the last."
+    )
     return ax
 
 
@@ -77,4 +96,14 @@ def plot_reserved(seq_lens: Sequence[Sequence[int]], block_sizes: Mapping[str, i
         ax.fill_between(range(len(seq_lens)), [sum(lens) for lens in seq_lens], color=LIGHT, label="hold a token")
         ax.set(xlabel="step", ylabel="slots of the cache", ylim=(0, None), xlim=(0, len(seq_lens) - 1))
         ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10.5, handlelength=1.2)
+    held = [sum(lens) for lens in seq_lens]
+    most = {
+        name: max(sum(-(-length // size) * size for length in lens) for lens in seq_lens)
+        for name, size in block_sizes.items()
+    }
+    ax.figure.alt = (
+        f"Lines of the slots reserved along {len(seq_lens):,} steps, above the area of those that hold a token: at "
+        f"most {listed(f'{slots:,} are reserved with {name}' for name, slots in most.items())}, where {max(held):,} "
+        "hold a token."
+    )
     return ax

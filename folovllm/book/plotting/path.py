@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from folovllm.book.plotting.style import BLUE, DARK_RED, GREY, RED, new_figure
+from folovllm.book.plotting.style import BLUE, DARK_RED, GREY, RED, listed, new_figure
 
 PATH = ("text", "tokenizer", "Request", "scheduler", "model", "sampler", "detokenizer", "RequestOutput")
 """The way from a prompt to its answer."""
@@ -42,4 +42,10 @@ def plot_path(*here: str, told_by: str | None = None) -> Axes:
             banner = {"facecolor": BLUE, "edgecolor": BLUE, "boxstyle": "round,pad=0.4"}
             ax.text(1.5, 0.65, told_by, ha="center", va="center", color="white", weight="bold", bbox=banner)
         ax.axis("off")
+    filled = f"; {listed(here)} {'is' if len(here) == 1 else 'are'} filled in" if here else ""
+    banner_says = f", below a banner that says {told_by}" if told_by else ""
+    ax.figure.alt = (
+        f"Diagram of {len(PATH)} stations in two rows, from {PATH[0]} to {PATH[-1]}{banner_says}{filled}. An arrow "
+        "leads from the sampler back to the scheduler."
+    )
     return ax

@@ -18,6 +18,8 @@ from folovllm.book.plotting.style import (
     PALETTE,
     RED,
     SKY,
+    course,
+    listed,
     new_figure,
     to_array,
     token_label,
@@ -37,6 +39,15 @@ def plot_token_bars(series: Mapping[str, Tensor], tokenizer: Any, top: int = 10)
         ax.invert_yaxis()
         if len(series) > 1:
             ax.legend(loc="lower right")
+    labels = [token_label(tokenizer, t) for t in token_ids]
+    rows = {
+        name: listed(f"{label} {float(p):.3f}" for label, p in zip(labels, probs[token_ids[:3]]))
+        for name, probs in series.items()
+    }
+    ax.figure.alt = (
+        f"Bars of the probabilities of the {top} likeliest tokens, from {labels[0]} to {labels[-1]}. The first of "
+        f"them, by series: {'; '.join(f'{name}: {row}' for name, row in rows.items())}."
+    )
     return ax
 
 
@@ -64,6 +75,12 @@ def plot_temperatures(probs: Mapping[float, Tensor], tokenizer: Any, top: int = 
             columnspacing=1,
             handlelength=1,
         )
+    leading = {t: (share[0], 1 - share.sum()) for t, share in zip(probs, shares)}
+    ax.figure.alt = (
+        f"Stacked bars of how the probability is shared out at each temperature, cut into {listed(names)} and all "
+        f"others. {names[0]} and all others get "
+        f"{listed(f'{a:.2f} and {b:.2f} at T = {t:g}' for t, (a, b) in leading.items())}."
+    )
     return ax
 
 
@@ -74,6 +91,10 @@ def plot_entropy(temperatures: Sequence[float], entropies: Sequence[float], limi
         ax.axhline(limit, color=GREY, ls="--")
         ax.text(temperatures[0], limit, "every token equally likely", va="bottom", color="#555555")
         ax.set(xlabel="temperature", ylabel="entropy (nats)", ylim=(0, limit * 1.15))
+    ax.figure.alt = (
+        f"Line of the entropy in nats against temperature: it {course(entropies, temperatures)}. A dashed line at "
+        f"{limit:.3g} marks the entropy of equal probabilities."
+    )
     return ax
 
 
@@ -88,6 +109,10 @@ def plot_kept(probs: Tensor, kept: Mapping[str, Tensor], tokenizer: Any, top: in
             ax.set_title(f"{name}: keeps {int(mask.sum())} of {len(mask):,}", fontsize=12)
         labels = [token_label(tokenizer, t) for t in token_ids.tolist()]
         np.atleast_1d(axes)[-1].set_xticks(range(top), labels, rotation=60, ha="right", rotation_mode="anchor")
+    np.atleast_1d(axes)[0].figure.alt = (
+        f"A panel for each filter, with the same {top} likeliest tokens, kept ones filled and others hollow: "
+        f"{listed(f'{name} keeps {int(mask.sum())}' for name, mask in kept.items())} of {len(probs):,} tokens."
+    )
     return axes
 
 
@@ -108,6 +133,11 @@ def plot_inverse_cdf(probs: Tensor, uniform: float, tokenizer: Any) -> Axes:
         ax.set(ylabel="cumulative probability", xlim=(-0.6, len(labels) - 0.4))
         ax.set_xticks(places, labels, rotation=60, ha="right", rotation_mode="anchor")
         ax.get_xticklabels()[hit].set(color=DARK_RED, weight="bold")
+    ax.figure.alt = (
+        f"Staircase of the cumulative probability over {len(labels)} tokens. An arrow at the height of {uniform:.3f} "
+        f"ends at the step of {labels[hit]}, which reaches from {cumulative[hit] - own[hit]:.3f} to "
+        f"{cumulative[hit]:.3f}."
+    )
     return ax
 
 
@@ -128,4 +158,11 @@ def plot_draws(probs: Tensor, token_ids: Sequence[int], tokenizer: Any, top: int
             range(top), [token_label(tokenizer, t) for t in likeliest], rotation=60, ha="right", rotation_mode="anchor"
         )
         ax.legend()
+    deviations = np.sqrt(expected * (1 - to_array(probs[likeliest])))
+    inside = int((np.abs(counts - expected) <= 2 * deviations).sum())
+    ax.figure.alt = (
+        f"Bars of how often each of the {top} likeliest tokens came up in {len(token_ids):,} draws, from "
+        f"{counts[0]:,} times to {counts[-1]:,}, beside the expected counts: {inside} of the bars end within two "
+        "standard deviations."
+    )
     return ax

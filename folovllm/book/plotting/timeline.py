@@ -56,6 +56,13 @@ def plot_gantt(records: Sequence[StepRecord]) -> Axes:
             bbox_to_anchor=(0, 1),
             ncols=2,
         )
+    waited = {name: sum(name in r.waiting or name in r.swapped for r in records) for name in colors}
+    longest = max(waited, key=lambda name: waited[name])
+    ax.figure.alt = (
+        f"Lines of {len(colors)} sequences along {len(records):,} steps: grey while one waits, orange while its "
+        f"prompt is read, in its own colour while it decodes. {sum(map(bool, waited.values()))} of them have to wait, "
+        f"{longest} longest, for {waited[longest]:,} steps."
+    )
     return ax
 
 
@@ -70,6 +77,12 @@ def plot_places(records: Sequence[StepRecord], num_places: int) -> Axes:
         ax.set(xlim=(0, len(records)), ylim=(-0.6, num_places - 0.4), xlabel="step", ylabel="place in the batch")
         ax.set_yticks(range(num_places))
         ax.invert_yaxis()
+    taken = sum(len(r.places) for r in records)
+    ax.figure.alt = (
+        f"Map of {num_places} places of the batch along {len(records):,} steps, each in the colour of the sequence "
+        f"that has it: {len(colors)} sequences pass through, and {taken / (num_places * max(len(records), 1)):.0%} of "
+        "the map is taken."
+    )
     return ax
 
 
@@ -90,4 +103,10 @@ def plot_block_map(records: Sequence[StepRecord], num_blocks: int) -> Axes:
             ax.broken_barh(stretches(steps), (block_id - 0.45, 0.9), facecolor=GREY, edgecolor="none")
         ax.set(xlim=(0, len(records)), ylim=(-0.6, num_blocks - 0.4), xlabel="step", ylabel="block")
         ax.invert_yaxis()
+    in_use = [sum(count > 0 for count in r.ref_counts) for r in records]
+    shared = max(sum(count > 1 for count in r.ref_counts) for r in records)
+    ax.figure.alt = (
+        f"Map of {num_blocks} blocks of the cache along {len(records):,} steps, each in its owner's colour: at most "
+        f"{max(in_use):,} are in use at once, and at most {shared:,} are in several tables."
+    )
     return ax
