@@ -1,1 +1,5 @@
 """What the notebooks need and the engine does not: source listings, plots, checks of exercises."""
+
+from folovllm.book.short_errors import shorten_errors
+
+shorten_errors()
