@@ -1,4 +1,4 @@
-"""What the notebooks need and the engine does not: source listings, plots, checks of exercises."""
+"""What the notebooks need and the engine does not: figures, source listings, checks of exercises."""
 
 from folovllm.book.short_errors import shorten_errors
 

@@ -1,5 +1,7 @@
 """Errors as the pages show them: the reader's own lines and the sentence, without the frames of other people's code.
 
+A name that is not defined is nearly always one of a cell above that was not run since a restart, so the sentence says so.
+
 Importing `folovllm.book` in a notebook switches this on. ``%xmode Verbose`` shows every frame again, and ``%tb`` shows
 those of the last error.
 """
@@ -17,6 +19,15 @@ ESCAPES = re.compile(r"\x1b\[[\d;]*m")
 def is_elsewhere(frame: str) -> bool:
     """Whether a part of IPython's traceback is a frame in a file, not in a cell."""
     return ESCAPES.sub("", frame).startswith("File ")
+
+
+def point_above(error: BaseException, trace: TracebackType) -> None:
+    """Adds "run the cells above first" to the message of a `NameError` that a cell raised itself."""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    in_a_cell = trace.tb_frame.f_globals.get("__name__") == "__main__"
+    if in_a_cell and isinstance(error, NameError) and not isinstance(error, UnboundLocalError):
+        error.args = (f"{error}: run the cells above first",)
 
 
 def shorten_errors() -> None:
@@ -44,6 +55,7 @@ def show_short(
     """
     if isinstance(error, SyntaxError):
         return shell.showsyntaxerror()
+    point_above(error, trace)
     parts = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
     if shell.InteractiveTB.mode != "Verbose":
         *frames, last = parts

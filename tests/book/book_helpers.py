@@ -37,6 +37,17 @@ MODULES = {
 """The modules that a chapter is about: it links their pages and sources, and lists all of their public code."""
 
 
+UNMENDED = {
+    "01_configs",
+    "02_sampling",
+    "03_requests_and_sequences",
+    "04_loading",
+    "05_one_request_by_hand",
+    "06_the_engine",
+}
+"""Chapters that were written before the newest rules, and that still break some. A chapter that keeps them leaves."""
+
+
 @dataclass
 class Cell:
     """One cell of a notebook."""
@@ -118,6 +129,11 @@ class Chapter:
     @property
     def number(self) -> int:
         return int(self.name.split("_")[0])
+
+    @property
+    def has_exercises(self) -> bool:
+        """Whether it is a chapter as all are; the first look at an engine has nothing to build, list or compare."""
+        return self.number > 0
 
     @property
     def code(self) -> list[Cell]:

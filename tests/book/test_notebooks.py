@@ -26,6 +26,7 @@ from book_helpers import (
     NOTEBOOKS,
     PATHS,
     ROOT,
+    UNMENDED,
     Cell,
     Chapter,
     called,
@@ -323,6 +324,9 @@ def nine_parts_in_order(chapter: Chapter) -> Iterator[str]:
         "'## What you can do now'": DONE,
         '<div class="next">': re.compile(r'^<div class="next">$', re.MULTILINE),
     }
+    if not chapter.has_exercises:
+        for name in ("a listing", 'a box (<div class="vllm">)', "'## Your turn'", "'## In an interview'"):
+            del parts[name]
     found = {name: pattern.search(text) for name, pattern in parts.items()}
     for name, match in found.items():
         if match is None:
@@ -340,10 +344,10 @@ def nine_parts_in_order(chapter: Chapter) -> Iterator[str]:
 def sections_ask_questions(chapter: Chapter) -> Iterator[str]:
     """At least three sections between the picture of the whole and the exercises, each with a short heading."""
     text = chapter.text
-    start, end = WHERE.search(text), TURN.search(text)
+    start, end = WHERE.search(text), (TURN if chapter.has_exercises else DONE).search(text)
     headings = re.findall(r"^## (.+)$", text[start.end() : end.start()] if start and end else "", re.MULTILINE)
     if len(headings) < 3:
-        yield f"it has {len(headings)} sections between '## Where are we?' and '## Your turn': a chapter has at least 3"
+        yield f"it has {len(headings)} sections between '## Where are we?' and the exercises: a chapter has at least 3"
     for heading in headings:
         if len(heading) > 60:
             yield f"the heading {heading!r} is too long to be a question that a beginner asks"
@@ -395,6 +399,8 @@ def goals_are_verbs(chapter: Chapter) -> Iterator[str]:
 def the_vllm_box_is_pinned(chapter: Chapter) -> Iterator[str]:
     """A comparison says with which version, and where to look."""
     text = box("vllm", chapter.text) or ""
+    if not text and not chapter.has_exercises:
+        return
     if "**How vLLM does it**" not in text:
         yield 'its <div class="vllm"> has no "**How vLLM does it**"'
     if VLLM not in text:
@@ -414,8 +420,10 @@ def defined(cell: Cell) -> set[str]:
 def exercises_are_whole(chapter: Chapter) -> Iterator[str]:
     """Two to four, each a stub, a check and a folded solution, one after the other."""
     stubs = chapter.tagged("exercise")
-    if not 2 <= len(stubs) <= 4:
+    if chapter.has_exercises and not 2 <= len(stubs) <= 4:
         yield f"it has {len(stubs)} exercises: a chapter has 2 to 4"
+    if stubs and not chapter.has_exercises:
+        yield f"it has {len(stubs)} exercises, and a first look has nothing to build"
     numbers = re.findall(r"^\*\*Exercise (\d+)\.\*\* \S", section(TURN, chapter.text), re.MULTILINE)
     if numbers != [str(i) for i in range(1, len(stubs) + 1)]:
         yield f"its {len(stubs)} exercises are announced as {numbers}: write '**Exercise 1.** …' and so on before each"
@@ -447,8 +455,33 @@ def exercises_are_whole(chapter: Chapter) -> Iterator[str]:
 
 
 @rule
+def exercises_are_announced(chapter: Chapter) -> Iterator[str]:
+    """How hard, how long, what to do, and two hints that are folded."""
+    for stub in chapter.tagged("exercise"):
+        text = chapter.cells[stub.index - 1].source
+        if not re.search(r"^\*\*Exercise \d+\.\*\* ●[●○]{2} · \d+ minutes?\. \S", text, re.MULTILINE):
+            yield f"the text before {stub} should begin like '**Exercise 1.** ●●○ · 10 minutes. What to do'"
+        hints = re.findall(r"<details><summary>(First|Second) hint</summary>\n\n\S", text)
+        if hints[-2:] != ["First", "Second"]:
+            yield f"before {stub} there should be two folded hints, <details><summary>First hint</summary> and Second"
+        if "meant to fail: your code here" not in stub.source:
+            yield f"{stub} should say that it fails as it stands: '# meant to fail: your code here'"
+
+
+@rule
+def a_first_look_names_who_explains_it(chapter: Chapter) -> Iterator[str]:
+    """Each picture of chapter 0 is followed by a link to the chapter that explains it."""
+    for cell in figures(chapter) if not chapter.has_exercises else []:
+        after = next((c.source for c in chapter.cells[cell.index + 1 :] if not c.is_code), "")
+        if not re.search(r"\]\(\d\d_\w+\.ipynb", after):
+            yield f"{cell} draws a picture, and the text after it links no chapter that explains it"
+
+
+@rule
 def interview_answers_are_folded(chapter: Chapter) -> Iterator[str]:
     """Three to five questions that people are really asked."""
+    if not chapter.has_exercises:
+        return
     text = section(INTERVIEW, chapter.text)
     folded = re.findall(r"<details><summary>(.+?)</summary>\n\n(.+?)\n\n</details>", text, re.DOTALL)
     if not 3 <= len(folded) <= 5:
@@ -517,6 +550,26 @@ def figures_can_be_read_by_all(chapter: Chapter) -> Iterator[str]:
 
 
 @rule
+def figures_are_images(chapter: Chapter) -> Iterator[str]:
+    """PNGs that a cell made: what is drawn in HTML or pasted into the text has no numbers that a test can read."""
+    for cell in chapter.code:
+        html = " ".join(joined(output.get("data", {}).get("text/html", "")) for output in cell.outputs)
+        if found := re.search(r"<(svg|img|canvas|object|iframe)\b", html):
+            yield f"{cell} draws in HTML (<{found.group(1)}>): a figure is made by a plot_… function"
+    for cell in chapter.prose:
+        if re.search(r"!\[|<(?:svg|img)\b", cell.source) or "attachments" in cell.data:
+            yield f"{cell} holds an image: let a cell make it"
+
+
+@rule
+def a_quarter_are_listings(chapter: Chapter) -> Iterator[str]:
+    """A wall of listings is not reading; the API pages show all of the code."""
+    listings = chapter.tagged("listing")
+    if 4 * len(listings) > len(chapter.code):
+        yield f"{len(listings)} of its {len(chapter.code)} code cells are listings: at most a quarter"
+
+
+@rule
 def listings_are_tagged(chapter: Chapter) -> Iterator[str]:
     """So that they are found, and compared with the code."""
     for cell in chapter.code:
@@ -559,8 +612,8 @@ def forty_words_to_a_code_cell(chapter: Chapter) -> Iterator[str]:
 
 @rule
 def the_book_begins_with_a_picture(chapter: Chapter) -> Iterator[str]:
-    """The first chapter has a plot on the screen within its first ten cells."""
-    if chapter.number == 1 and not any(cell.images() for cell in chapter.cells[:10]):
+    """The first chapters have a plot on the screen within their first ten cells."""
+    if chapter.number <= 1 and not any(cell.images() for cell in chapter.cells[:10]):
         yield "there is no figure among its first ten cells"
 
 
@@ -617,10 +670,16 @@ def links_lead_somewhere(chapter: Chapter) -> Iterator[str]:
                 yield f"{cell} links {link}: {why}"
 
 
+NEWEST = {"a quarter are listings", "exercises are announced"}
+"""Rules that the chapters of `UNMENDED` may still break."""
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", RULES)
 def test_rule_holds(name: str, path: Path) -> None:
     if complaints := list(RULES[name](read(path))):
+        if path.stem in UNMENDED and name in NEWEST:
+            pytest.xfail("not mended yet")
         pytest.fail("\n  ".join([f"notebooks/{path.name}, where not {name!r}:", *complaints]), pytrace=False)
 
 
@@ -730,6 +789,8 @@ def figure(name: str) -> dict[str, Any]:
 
 def good_notebook() -> dict[str, Any]:
     filler = "These are words that a reader reads before the next cell is run. " * 12
+    hint = "\n\n<details><summary>{} hint</summary>\n\nLook.\n\n</details>"
+    hints = hint.format("First") + hint.format("Second")
     question = "<details><summary>Question {}?</summary>\n\n" + "An answer. " * 10 + "\n\n</details>\n\n"
     error = {"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": ["\x1b[31mValueError: no"]}
     folded = {"tags": ["solution", "hide-cell"], "jupyter": {"source_hidden": True}}
@@ -754,13 +815,13 @@ def good_notebook() -> dict[str, Any]:
         prose(
             "b1",
             '<div class="vllm">\n\n**How vLLM does it** (0.33.0, `vllm/config/model.py`)\n\n- The same.\n\n</div>\n\n'
-            "## Your turn\n\n**Exercise 1.** Do it.",
+            "## Your turn\n\n**Exercise 1.** ●○○ · 2 minutes. Do it." + hints,
         ),
-        code("b2", "def one(x):\n    return x  # your code here", tags=["exercise"]),
+        code("b2", "def one(x):\n    return x  # meant to fail: your code here", tags=["exercise"]),
         code("b3", "exercises.check_one(one)", result("Not yet: no."), tags=["check"]),
         code("b4", "def one(x):\n    return 1\n\n\nexercises.check_one(one)", result("Right: yes."), **folded),
-        prose("b5", "**Exercise 2.** Do it again."),
-        code("b6", "def two(x):\n    return x  # your code here", tags=["exercise"]),
+        prose("b5", "**Exercise 2.** ●●○ · 9 minutes. Do it again." + hints),
+        code("b6", "def two(x):\n    return x  # meant to fail: your code here", tags=["exercise"]),
         code("b7", "exercises.check_two(two)", result("Not yet: no."), tags=["check"]),
         code("b8", "def two(x):\n    return 2\n\n\nexercises.check_two(two)", result("Right: yes."), **folded),
         prose(
@@ -973,7 +1034,11 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("exercises are whole", "another check at the end", replaced("b8", "check_two", "check_one")),
     ("exercises are whole", "an open solution", put("b8", metadata={"tags": ["solution"]})),
     ("exercises are whole", "a stray check", put("a4", metadata={"tags": ["check"]})),
-    ("exercises are whole", "no place to write", replaced("b6", "  # your code here", "")),
+    ("exercises are whole", "no place to write", replaced("b6", "  # meant to fail: your code here", "")),
+    ("exercises are announced", "no minutes", replaced("b5", " · 9 minutes", "")),
+    ("exercises are announced", "four dots", replaced("b5", "●●○", "●●○○")),
+    ("exercises are announced", "one hint", replaced("b1", "Second hint", "A hint")),
+    ("exercises are announced", "a stub that looks right", replaced("b6", "meant to fail: ", "")),
     ("interview answers are folded", "two questions", replaced("b9", "<details><summary>Question 2?", "Question 2?")),
     ("interview answers are folded", "no question", replaced("b9", "Question 1?", "Tell me.")),
     ("interview answers are folded", "no answer", replaced("b9", "An answer. " * 10, "Yes.")),
@@ -989,6 +1054,13 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("figures can be read by all", "a name twice", described("a6", "figure", name="fig-01-three")),
     ("figures can be read by all", "nothing at all", put("a6", metadata={})),
     ("figures can be read by all", "a figure described and not drawn", put("a4", metadata={"mystnb": figure("four")})),
+    ("figures are images", "one in HTML", put("a4", outputs=[result("1", text_html="<svg></svg>")])),
+    ("figures are images", "one in the text", replaced("a2", "words", "![words](../book/glossary.md)")),
+    (
+        "a quarter are listings",
+        "four of thirteen",
+        lambda nb: [cell_of(nb, id)["metadata"].update(tags=["listing"]) for id in ("a3", "a4", "a7")],
+    ),
     ("listings are tagged", "no tag", put("b0", metadata={})),
     ("listings are tagged", "a tag and no listing", put("a4", metadata={"tags": ["listing"]})),
     ("listings are tagged", "no Markdown", put("b0", outputs=[result("f (1 lines)")])),
@@ -1026,8 +1098,47 @@ def test_a_spoilt_chapter_breaks_the_rule(
     assert all(len(complaint) > 20 for complaint in complaints), "a complaint says where, and what to do"
 
 
+def first_look(sample: Callable[..., Chapter], spoil: Callable[[dict[str, Any]], object]) -> Chapter:
+    """The good chapter as chapter 0: no listing, no box, nothing to build, and a link after each picture."""
+
+    def make(notebook: dict[str, Any]) -> None:
+        for id in ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8"):
+            removed(id)(notebook)
+        replaced("a0", "# 1.", "# 0.")(notebook)
+        replaced("b9", "## In an interview", "## And?")(notebook)
+        for id in ("a2", "a8", "b9"):
+            cell_of(notebook, id)["source"] += " [It](01_sample.ipynb) explains it."
+        for id, name in (("a1", "path"), ("a6", "two"), ("a9", "three")):
+            described(id, "figure", name=f"fig-00-{name}")(notebook)
+        spoil(notebook)
+
+    chapter = sample(make)
+    chapter.path = chapter.path.with_name("00_sample.ipynb")
+    return chapter
+
+
+SPOILT_FIRST_LOOK: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
+    ("a first look names who explains it", "no link", replaced("a8", "](01_sample.ipynb)", "]")),
+    ("exercises are whole", "something to build", put("a3", metadata={"tags": ["exercise"]})),
+    ("nine parts in order", "no goals", replaced("a0", "## You will learn to", "## Goals")),
+]
+
+
+def test_a_good_first_look_breaks_no_rule(sample: Callable[..., Chapter]) -> None:
+    chapter = first_look(sample, lambda notebook: None)
+    assert {name: found for name, check in RULES.items() if (found := list(check(chapter)))} == {}
+
+
+@pytest.mark.parametrize("name, how, spoil", SPOILT_FIRST_LOOK, ids=[how for _, how, _ in SPOILT_FIRST_LOOK])
+def test_a_spoilt_first_look_breaks_the_rule(
+    name: str, how: str, spoil: Callable[[dict[str, Any]], object], sample: Callable[..., Chapter]
+) -> None:
+    assert list(RULES[name](first_look(sample, spoil))), f"the rule does not see this: {how}"
+
+
 def test_every_rule_is_known_to_bite() -> None:
-    assert {name for name, _, _ in SPOILT} == set(RULES), "add a line to SPOILT for each new rule"
+    spoilt = {name for name, _, _ in (*SPOILT, *SPOILT_FIRST_LOOK)}
+    assert spoilt == set(RULES), "add a line to SPOILT for each new rule"
 
 
 def test_names_of_a_cell_are_found() -> None:

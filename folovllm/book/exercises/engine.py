@@ -7,7 +7,10 @@ from collections.abc import Callable
 from folovllm.book.exercises.verdict import exercise, expect
 
 
-@exercise("the first to come is served first, and a prompt that does not fit waits or is cut.")
+@exercise(
+    "the first to come is served first, and a prompt that does not fit waits or is cut.",
+    gives="a list of numbers of tokens",
+)
 def check_schedule(attempt: Callable[[list[int], int, bool], list[int]]) -> None:
     """``attempt(num_left, budget, chunked)``: how many tokens each sequence computes now, first come first served."""
     cases = (
@@ -25,7 +28,7 @@ def check_schedule(attempt: Callable[[list[int], int, bool], list[int]]) -> None
         )
 
 
-@exercise("a block is named by its tokens and by everything before them.")
+@exercise("a block is named by its tokens and by everything before them.", gives="a number of tokens")
 def check_cached_tokens(attempt: Callable[[list[int], list[int], int], int]) -> None:
     """``attempt(cached, prompt, block_size)``: tokens of ``prompt`` that need not be computed after ``cached`` was."""
     cases = (

@@ -8,66 +8,62 @@ from typing import Any
 from folovllm.book.exercises.verdict import exercise, expect
 
 
-def _tensor(value: Any) -> Any:
-    import torch
-
-    return torch.as_tensor(value, dtype=torch.float64)
-
-
-@exercise("it moves the largest logit to 0 before it takes the exponential.")
+@exercise("it moves the largest logit to 0 before it takes the exponential.", gives="a tensor of probabilities")
 def check_softmax(attempt: Callable[[Any, float], Any]) -> None:
     """``attempt(logits, temperature)``: probabilities of a tensor of logits ``[vocab_size]``."""
     import torch
 
-    logits = torch.tensor([2.0, 1.0, -1.0])
-    got = _tensor(attempt(logits, 1.0))
-    expect(abs(float(got.sum()) - 1) < 1e-4, f"probabilities sum to 1, yours to {float(got.sum()):.3f}.")
-    expect(
-        torch.allclose(got, _tensor(logits.softmax(0)), atol=1e-4), "at temperature 1 these are not softmax's numbers."
-    )
-    cold = _tensor(attempt(logits, 0.5))
-    expect(
-        torch.allclose(cold, _tensor((logits / 0.5).softmax(0)), atol=1e-4),
-        "temperature 0.5 changes too little or too much: divide by it.",
-    )
-    large = _tensor(attempt(torch.tensor([1000.0, 999.0]), 1.0))
-    expect(
-        bool(large.isfinite().all()),
-        "a logit of 1,000 gives nan: only differences matter, so subtract the largest first.",
-    )
+    for values, temperature, why in (
+        ([2.0, 0.7, -1.3], 1.0, "at temperature 1 these are not softmax's numbers"),
+        ([0.3, 1.9, -0.4, 1.1], 0.5, "temperature 0.5 changes too little or too much: divide by it"),
+        (
+            [1000.0, 999.0],
+            1.0,
+            "only differences matter: subtract the largest logit, and 1,000 is no trouble",
+        ),
+        ([1000.0, 0.0], 2.0, "1,000 beside 0 is still too much: subtract the largest logit, not the average"),
+        ([-1000.0, -1001.5], 1.0, "logits of -1,000 all vanish: move the largest of them to 0 before you take exp"),
+    ):
+        logits = torch.tensor(values)
+        got = torch.as_tensor(attempt(logits, temperature), dtype=torch.float64)
+        right = (torch.tensor(values).double() / temperature).softmax(0)
+        total = float(got.sum())
+        expect(not abs(total - 1) > 1e-4, f"probabilities sum to 1, yours to {total:.3f}.")
+        expect(got.shape == right.shape, f"{len(values)} logits give {len(values)} probabilities, not {got.shape}.")
+        expect(torch.allclose(got, right, atol=1e-4), f"{why}.")
+        expect(logits.tolist() == torch.tensor(values).tolist(), "your code changed the logits that it was given.")
 
 
-@exercise("the token that crosses p stays, and so at least one always does.")
+@exercise("the token that crosses p stays, and so at least one always does.", gives="a list of token ids")
 def check_top_p(attempt: Callable[[list[float], float], list[int]]) -> None:
     """``attempt(probs, p)``: token ids that stay, likeliest first."""
-    probs = [0.1, 0.5, 0.15, 0.25]
+    probs = [0.25, 0.125, 0.0625, 0.5, 0.0625]
     got = list(attempt(probs, 0.7))
     expect(len(got) > 0, "it keeps nothing: at least the likeliest token always stays.")
-    expect(got != [1], "at p = 0.7 token 1 has only 0.5: the token that crosses the line stays too.")
-    expect(set(got) == {1, 3}, f"at p = 0.7 tokens 1 and 3 stay (0.5 + 0.25), yours keeps {got}.")
-    expect(got == [1, 3], f"the likeliest comes first, yours gives {got}.")
-    expect(
-        list(attempt(probs, 0.4)) == [1],
-        f"at p = 0.4 the likeliest token alone crosses, yours keeps {list(attempt(probs, 0.4))}.",
-    )
-    met = list(attempt(probs, 0.5))
-    expect(met == [1], f"at p = 0.5 token 1 reaches the line exactly, and no other is needed; yours keeps {met}.")
-    expect(sorted(attempt(probs, 1.0)) == [0, 1, 2, 3], "at p = 1 every token stays.")
+    expect(got != [3], "at p = 0.7 token 3 has only 0.5: the token that crosses the line stays too.")
+    expect(sorted(got) == [0, 3], f"at p = 0.7 tokens 3 and 0 stay (0.5 + 0.25), yours keeps {got}.")
+    for other, p, right, why in (
+        (probs, 0.7, [3, 0], "the likeliest comes first"),
+        ([0.125, 0.25, 0.625], 0.4, [2], "the likeliest token alone crosses 0.4"),
+        (probs, 0.5, [3], "token 3 reaches 0.5 exactly, and no other is needed"),
+        ([0.125, 0.25, 0.625], 0.9, [2, 1, 0], "0.625 + 0.25 is less than 0.9, so the third stays too"),
+        ([0.25, 0.125], 1.0, [0, 1], "probabilities that sum to less than p all stay"),
+    ):
+        before = list(other)
+        got = list(attempt(other, p))
+        expect(got == right, f"of {before} at p = {p} {right} stay: {why}; yours keeps {got}.")
+        expect(other == before, "your code changed the list that it was given.")
 
 
-@exercise("it walks up the staircase until it is above u.")
+@exercise("it walks up the staircase until it is above u.", gives="a token id")
 def check_draw(attempt: Callable[[list[float], float], int]) -> None:
     """``attempt(probs, u)``: the token whose slice ``u`` falls into."""
     probs = [0.25, 0.0, 0.5, 0.25]
-    for u, right in ((0.0, 0), (0.1, 0), (0.6, 2), (0.99, 3)):
-        expect(
-            attempt(probs, u) == right,
-            f"u = {u} falls into the slice of token {right}, yours says {attempt(probs, u)}.",
-        )
-    expect(
-        attempt(probs, 0.25) != 1,
-        "token 1 has probability 0 and was drawn: a slice holds its lower end, not its upper one.",
-    )
-    expect(
-        attempt(probs, 0.25) == 2, f"u = 0.25 is the lower end of token 2's slice, yours says {attempt(probs, 0.25)}."
-    )
+    for other, u, right in ((probs, 0.1, 0), (probs, 0.6, 2), ([0.125, 0.875], 0.2, 1), (probs, 0.99, 3)):
+        got = attempt(other, u)
+        expect(got == right, f"of {other} u = {u} falls into the slice of token {right}, yours says {got!r}.")
+    got = attempt(probs, 0.25)
+    expect(got != 1, "token 1 has probability 0 and was drawn: a slice holds its lower end, not its upper one.")
+    expect(got == 2, f"u = 0.25 is the lower end of token 2's slice, yours says {got!r}.")
+    got = attempt([0.0, 1.0], 0.0)
+    expect(got == 1, f"of [0.0, 1.0] only token 1 can be drawn, also by u = 0; yours says {got!r}.")

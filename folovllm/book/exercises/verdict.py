@@ -1,4 +1,4 @@
-"""Checks of the exercises: each takes an attempt and says in one sentence what is wrong with it, or that it is right.
+"""What a check is made of: it takes an attempt and says in one sentence what is wrong with it, or that it is right.
 
 An attempt may be anything, also unfinished or broken: what it raises becomes part of the sentence, never a traceback.
 """
@@ -6,10 +6,23 @@ An attempt may be anything, also unfinished or broken: what it raises becomes pa
 from __future__ import annotations
 
 import functools
+import os
+import reprlib
+import sysconfig
 import textwrap
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import folovllm
+
+NOT_THE_READERS = tuple(
+    f"{Path(path).resolve()}{os.sep}"
+    for path in (*folovllm.__path__, *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
+)
+"""Where code lies that is ours or a library's: an error that passed through none but these is not in the attempt."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +46,25 @@ def expect(ok: bool, sentence: str) -> None:
         raise NotYet(sentence)
 
 
-def exercise(praise: str) -> Callable[[Callable[[Any], None]], Callable[[Any], Verdict]]:
-    """Makes a check out of a function that calls `expect`: ``praise`` is what a right attempt reads."""
+def exercise(praise: str, gives: str = "") -> Callable[[Callable[[Any], None]], Callable[[Any], Verdict]]:
+    """Makes a check out of a function that calls `expect`.
+
+    Args:
+        praise: what a right attempt reads.
+        gives: what the attempt is asked to give, in words: "a list of token ids". A reader whose attempt gives
+            something that the check cannot work with is told so.
+    """
 
     def decorate(check: Callable[[Any], None]) -> Callable[[Any], Verdict]:
         @functools.wraps(check)
         def run(attempt: Any) -> Verdict:
+            last: dict[str, Any] = {}
             try:
-                check(attempt if isinstance(attempt, type) else _guarded(attempt))
+                check(attempt if isinstance(attempt, type) else _watched(attempt, last))
             except NotYet as error:
                 return Verdict(False, _one_line(str(error)))
-            except Exception as error:  # in the check, which could not work with what the attempt gave
-                return Verdict(False, f"what your code gives is not of the kind that was asked for ({_name(error)}).")
+            except Exception as error:
+                return Verdict(False, _one_line(_explain(error, last, gives)))
             return Verdict(True, praise)
 
         return run
@@ -52,22 +72,51 @@ def exercise(praise: str) -> Callable[[Callable[[Any], None]], Callable[[Any], V
     return decorate
 
 
-def _guarded(attempt: Any) -> Callable[..., Any]:
-    """The attempt, whose errors and forgotten ``return`` become sentences."""
+def _watched(attempt: Any, last: dict[str, Any]) -> Callable[..., Any]:
+    """The attempt; ``last`` keeps what its last call was given and gave, and a forgotten ``return`` is a sentence."""
 
-    def call(*args: Any) -> Any:
-        try:
-            found = attempt(*args)
-        except Exception as error:
-            raise NotYet(f"your code raised {_name(error)}.") from None
+    def call(*args: Any, **kwargs: Any) -> Any:
+        last.clear()
+        expect(callable(attempt), f"a function is asked for, and you gave {_shown(attempt)}.")
+        last["args"] = (*args, *kwargs.values())
+        found = attempt(*args, **kwargs)
         expect(found is not None, "your code gives back None: is there a return?")
+        last["found"] = found
         return found
 
     return call
 
 
+def _explain(error: Exception, last: dict[str, Any], gives: str) -> str:
+    """What to tell somebody whose attempt made the check stop with this error."""
+    own = [
+        (f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__) if _is_the_readers(f.f_code.co_filename)
+    ]
+    if own and isinstance(error, NameError) and not isinstance(error, UnboundLocalError):
+        return f"your code uses {error.name}, which is not defined: run the cells above first, or import it."
+    if own:
+        kinds = " and ".join(f"a {type(value).__name__}" for value in last.get("args", ()))
+        was_given = f"; it was given {kinds}" if kinds and isinstance(error, (TypeError, AttributeError)) else ""
+        code, line = own[-1]
+        return f"your code raised {_name(error)} (line {line} of {code.co_name}{was_given})."
+    asked = f", and {gives} is asked for" if gives else ""
+    if "found" in last:
+        return f"your code gives {_shown(last['found'])}{asked} ({_name(error)})."
+    return f"your code could not be called as the exercise asks{asked} ({_name(error)})."
+
+
+@functools.cache
+def _is_the_readers(filename: str) -> bool:
+    return not filename.startswith("<") and not str(Path(filename).resolve()).startswith(NOT_THE_READERS)
+
+
+def _shown(value: Any) -> str:
+    """A value and its kind, short."""
+    return f"{_one_line(reprlib.repr(value), 60)} (a {type(value).__name__})"
+
+
 def _name(error: Exception) -> str:
-    message = _one_line(str(error), 200).rstrip(".")
+    message = _one_line(str(error), 140).rstrip(".")
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
