@@ -1,4 +1,4 @@
-"""The operations of which every layer is made: the product with a weight, and the norm. Chapter 6 is about this module.
+"""The operations of which every layer is made: the product with a weight, and the norm. Chapter 7 is about this module.
 
 Nearly all of a model's FLOPs are matrix products. On a CPU their weights are packed once, after loading: oneDNN stores
 them in the order in which its kernels read them. torch's own ``linear`` calls MKL, which reorders the weight at each

@@ -22,6 +22,8 @@ MODULES = {
     "02_sampling": ("folovllm.sampling_params", "folovllm.sample.sampler"),
     "03_requests_and_sequences": ("folovllm.request", "folovllm.outputs"),
     "04_loading": ("folovllm.model_loader", "folovllm.model.checkpoint", "folovllm.utils.common"),
+    "06_inside_a_pass": ("folovllm.model.decoder",),
+    "07_how_long_is_a_step": ("folovllm.simulator.cost", "folovllm.simulator.presets", "folovllm.model.layers"),
     "06_the_engine": (
         "folovllm.llm",
         "folovllm.engine.llm_engine",

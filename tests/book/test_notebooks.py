@@ -43,7 +43,16 @@ from PIL import Image
 VLLM = "0.33.0"
 """The version of vLLM that the boxes "How vLLM does it" are about."""
 
-TAGS = {"raises-exception", "nbval-ignore-output", "listing", "exercise", "check", "solution", "hide-cell"}
+TAGS = {
+    "raises-exception",
+    "nbval-ignore-output",
+    "listing",
+    "exercise",
+    "check",
+    "solution",
+    "hide-cell",
+    "hide-output",
+}
 """The tags that mean something; another one is a slip, and would silently mean nothing."""
 
 RULES: dict[str, Callable[[Chapter], Iterator[str]]] = {}

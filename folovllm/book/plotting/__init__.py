@@ -4,6 +4,13 @@ A module for each subject, and one (`folovllm.book.plotting.style`) with the sty
 """
 
 from folovllm.book.plotting.configs import plot_block_waste, plot_dtype_errors, plot_memory_split
+from folovllm.book.plotting.cost import (
+    plot_cost_ratio,
+    plot_machine,
+    plot_roofline,
+    plot_step_parts,
+    plot_throughput,
+)
 from folovllm.book.plotting.engine import plot_block_tables, plot_reserved, plot_running, plot_steps
 from folovllm.book.plotting.generation import plot_along_text, plot_pass_times, plot_product_times, plot_tokens_computed
 from folovllm.book.plotting.loading import (
@@ -11,6 +18,15 @@ from folovllm.book.plotting.loading import (
     plot_measured_against_predicted,
     plot_weights_by_dtype,
     plot_weights_by_layer,
+)
+from folovllm.book.plotting.passes import (
+    plot_attention_map,
+    plot_dials,
+    plot_layer,
+    plot_logit_lens,
+    plot_masks,
+    plot_score_by_distance,
+    plot_shared_heads,
 )
 from folovllm.book.plotting.path import PATH, plot_path
 from folovllm.book.plotting.requests import (
@@ -34,10 +50,13 @@ __all__ = [
     "PATH",
     "STATUS_COLORS",
     "plot_along_text",
+    "plot_attention_map",
     "plot_block_map",
     "plot_block_tables",
     "plot_block_waste",
+    "plot_cost_ratio",
     "plot_cumulative_logprobs",
+    "plot_dials",
     "plot_draws",
     "plot_dtype_errors",
     "plot_entropy",
@@ -46,6 +65,10 @@ __all__ = [
     "plot_inverse_cdf",
     "plot_kept",
     "plot_kv_capacity",
+    "plot_layer",
+    "plot_logit_lens",
+    "plot_machine",
+    "plot_masks",
     "plot_measured_against_predicted",
     "plot_memory_split",
     "plot_pass_times",
@@ -53,10 +76,15 @@ __all__ = [
     "plot_places",
     "plot_product_times",
     "plot_reserved",
+    "plot_roofline",
     "plot_running",
+    "plot_score_by_distance",
+    "plot_shared_heads",
     "plot_state_machine",
+    "plot_step_parts",
     "plot_steps",
     "plot_temperatures",
+    "plot_throughput",
     "plot_timeline",
     "plot_token_bars",
     "plot_tokens_computed",
