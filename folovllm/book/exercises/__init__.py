@@ -8,34 +8,44 @@ from folovllm.book.exercises.cost import check_crossing, check_ridge, check_tpot
 from folovllm.book.exercises.engine import check_cached_tokens, check_schedule
 from folovllm.book.exercises.generation import check_generate, check_tokens_computed
 from folovllm.book.exercises.loading import check_count_weights, check_kv_bytes, check_pad_batch, check_read_tensor
+from folovllm.book.exercises.paging import check_allocate_slots, check_block_pool, check_leak, check_slot_mapping
 from folovllm.book.exercises.passes import check_attention, check_mask, check_rope
+from folovllm.book.exercises.preemption import check_cheaper, check_rambling, check_victim, check_victims
 from folovllm.book.exercises.requests import check_blocks_of_forks, check_finish_status, check_next_status
 from folovllm.book.exercises.sampling import check_draw, check_softmax, check_top_p
 from folovllm.book.exercises.verdict import Verdict
 
 __all__ = [
     "Verdict",
+    "check_allocate_slots",
     "check_attention",
+    "check_block_pool",
     "check_blocks_of_forks",
     "check_budget",
     "check_cached_tokens",
+    "check_cheaper",
     "check_count_weights",
     "check_crossing",
     "check_draw",
     "check_finish_status",
     "check_generate",
     "check_kv_bytes",
+    "check_leak",
     "check_mask",
     "check_next_status",
     "check_num_blocks",
     "check_pad_batch",
+    "check_rambling",
     "check_read_tensor",
     "check_ridge",
     "check_rope",
     "check_schedule",
+    "check_slot_mapping",
     "check_softmax",
     "check_tokens_computed",
     "check_tokens_that_fit",
     "check_top_p",
     "check_tpot",
+    "check_victim",
+    "check_victims",
 ]

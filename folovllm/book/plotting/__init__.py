@@ -4,13 +4,7 @@ A module for each subject, and one (`folovllm.book.plotting.style`) with the sty
 """
 
 from folovllm.book.plotting.configs import plot_block_waste, plot_dtype_errors, plot_memory_split
-from folovllm.book.plotting.cost import (
-    plot_cost_ratio,
-    plot_machine,
-    plot_roofline,
-    plot_step_parts,
-    plot_throughput,
-)
+from folovllm.book.plotting.cost import plot_cost_ratio, plot_machine, plot_roofline, plot_step_parts, plot_throughput
 from folovllm.book.plotting.engine import plot_block_tables, plot_reserved, plot_running, plot_steps
 from folovllm.book.plotting.generation import plot_along_text, plot_pass_times, plot_product_times, plot_tokens_computed
 from folovllm.book.plotting.loading import (
@@ -19,6 +13,7 @@ from folovllm.book.plotting.loading import (
     plot_weights_by_dtype,
     plot_weights_by_layer,
 )
+from folovllm.book.plotting.paging import plot_block_size_costs, plot_flat_pass, plot_pages, plot_texts_at_once
 from folovllm.book.plotting.passes import (
     plot_attention_map,
     plot_dials,
@@ -29,6 +24,7 @@ from folovllm.book.plotting.passes import (
     plot_shared_heads,
 )
 from folovllm.book.plotting.path import PATH, plot_path
+from folovllm.book.plotting.preemption import plot_admission, plot_resume_costs, plot_states, plot_used_blocks
 from folovllm.book.plotting.requests import (
     STATUS_COLORS,
     plot_cumulative_logprobs,
@@ -49,9 +45,11 @@ from folovllm.book.plotting.timeline import plot_block_map, plot_gantt, plot_pla
 __all__ = [
     "PATH",
     "STATUS_COLORS",
+    "plot_admission",
     "plot_along_text",
     "plot_attention_map",
     "plot_block_map",
+    "plot_block_size_costs",
     "plot_block_tables",
     "plot_block_waste",
     "plot_cost_ratio",
@@ -60,6 +58,7 @@ __all__ = [
     "plot_draws",
     "plot_dtype_errors",
     "plot_entropy",
+    "plot_flat_pass",
     "plot_fork_blocks",
     "plot_gantt",
     "plot_inverse_cdf",
@@ -71,23 +70,28 @@ __all__ = [
     "plot_masks",
     "plot_measured_against_predicted",
     "plot_memory_split",
+    "plot_pages",
     "plot_pass_times",
     "plot_path",
     "plot_places",
     "plot_product_times",
     "plot_reserved",
+    "plot_resume_costs",
     "plot_roofline",
     "plot_running",
     "plot_score_by_distance",
     "plot_shared_heads",
     "plot_state_machine",
+    "plot_states",
     "plot_step_parts",
     "plot_steps",
     "plot_temperatures",
+    "plot_texts_at_once",
     "plot_throughput",
     "plot_timeline",
     "plot_token_bars",
     "plot_tokens_computed",
+    "plot_used_blocks",
     "plot_weights_by_dtype",
     "plot_weights_by_layer",
 ]
