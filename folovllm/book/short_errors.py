@@ -1,6 +1,6 @@
 """Errors as the pages show them: the reader's own lines and the sentence, without the frames of other people's code.
 
-A name that is not defined is nearly always one of a cell above that was not run since a restart, so the sentence says so.
+A name that is not defined is nearly always that of a cell above that was not run since a restart, and is told so.
 
 Importing `folovllm.book` in a notebook switches this on. ``%xmode Verbose`` shows every frame again, and ``%tb`` shows
 those of the last error.
