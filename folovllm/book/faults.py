@@ -38,6 +38,15 @@ class OverrunsBudget(Scheduler):
         super()._admit(output, self.max_num_batched_tokens)
 
 
+class LongestFirst(Scheduler):
+    """Serves first whoever has most tokens left to compute."""
+
+    def schedule(self) -> SchedulerOutput:
+        """Decides the next step."""
+        self.running.sort(key=lambda seq: seq.num_computed_tokens - seq.get_len())
+        return super().schedule()
+
+
 class YoungestFirst(Scheduler):
     """Serves the last to come first."""
 
@@ -204,6 +213,7 @@ class StopWithinOneToken(Detokenizer):
 FAULTS: dict[str, type[Any]] = {
     "the second batch never starts": ClosedForever,
     "a step is larger than its budget": OverrunsBudget,
+    "a stream freezes while a prompt is read": LongestFirst,
     "the newest is served first": YoungestFirst,
     "the oldest makes room": OldestIsVictim,
     "after a preemption a text rambles": KeepsItsCount,

@@ -312,6 +312,7 @@ class Watch:
         self._arrived: dict[str, int] = {}
         self._waited: set[str] = set()
         self._grew = False
+        self._line: list[Sequence] = []  # the running, by how long they have run
         self._run = engine.runner.run
         self._calls = 0
         engine.runner.run = self.run  # type: ignore[method-assign]
@@ -335,6 +336,7 @@ class Watch:
         """Checks a step, then computes it."""
         self._check_size(scheduled)
         self._check_order(scheduled)
+        self._check_line(scheduled)
         self._check_cached(scheduled)
         self._check_writes(scheduled)
         self.steps.append({seq.seq_id: num for seq, num in zip(scheduled.seqs, scheduled.num_new_tokens)})
@@ -380,6 +382,23 @@ class Watch:
                     self._rank(last) < self._rank(seq) or (seq.index > 0 and seq.seq_id not in self._waited),
                     f"{where} admits {name_of(last)}, and {name_of(seq)}, whose turn it is, still waits",
                 )
+
+    def _check_line(self, scheduled: SchedulerOutput) -> None:
+        """Whoever has run longer gets all of its tokens before the next one gets any."""
+        running = self.engine.scheduler.running
+        self._line = [seq for seq in self._line if any(seq is other for other in running)]
+        computed = {id(seq): num for seq, num in zip(scheduled.seqs, scheduled.num_new_tokens)}
+        is_fcfs = self.engine.config.scheduler_config.policy == "fcfs"
+        passed: Sequence | None = None
+        for seq in self._line if self.in_order and is_fcfs and not scheduled.preempted else ():
+            num, left = computed.get(id(seq), 0), seq.get_len() - seq.num_computed_tokens
+            expect(
+                passed is None or num == 0,
+                f"{self._where()} computes {num} tokens of {name_of(seq)}, and {name_of(passed or seq)}, which has run "
+                "longer, does not get all that it needs",
+            )
+            passed = seq if num < left and passed is None else passed
+        self._line += [seq for seq in running if all(seq is not other for other in self._line)]
 
     def _rank(self, seq: Sequence) -> tuple[int, int, int]:
         for request_id in self.engine.output_processor.states:
