@@ -3,6 +3,12 @@
 A module for each subject, and one (`folovllm.book.exercises.verdict`) with what a check is made of.
 """
 
+from folovllm.book.exercises.chunking import (
+    check_choose_budget,
+    check_considerate,
+    check_count_passes,
+    check_steady_stream,
+)
 from folovllm.book.exercises.configs import check_budget, check_num_blocks, check_tokens_that_fit
 from folovllm.book.exercises.cost import check_crossing, check_ridge, check_tpot
 from folovllm.book.exercises.engine import check_cached_tokens, check_schedule
@@ -11,6 +17,7 @@ from folovllm.book.exercises.loading import check_count_weights, check_kv_bytes,
 from folovllm.book.exercises.paging import check_allocate_slots, check_block_pool, check_leak, check_slot_mapping
 from folovllm.book.exercises.passes import check_attention, check_mask, check_rope
 from folovllm.book.exercises.preemption import check_cheaper, check_rambling, check_victim, check_victims
+from folovllm.book.exercises.prefixes import check_block_hash, check_cache_salt, check_fresh_words, check_prompt_order
 from folovllm.book.exercises.requests import check_blocks_of_forks, check_finish_status, check_next_status
 from folovllm.book.exercises.sampling import check_draw, check_softmax, check_top_p
 from folovllm.book.exercises.verdict import Verdict
@@ -19,15 +26,21 @@ __all__ = [
     "Verdict",
     "check_allocate_slots",
     "check_attention",
+    "check_block_hash",
     "check_block_pool",
     "check_blocks_of_forks",
     "check_budget",
+    "check_cache_salt",
     "check_cached_tokens",
     "check_cheaper",
+    "check_choose_budget",
+    "check_considerate",
+    "check_count_passes",
     "check_count_weights",
     "check_crossing",
     "check_draw",
     "check_finish_status",
+    "check_fresh_words",
     "check_generate",
     "check_kv_bytes",
     "check_leak",
@@ -35,6 +48,7 @@ __all__ = [
     "check_next_status",
     "check_num_blocks",
     "check_pad_batch",
+    "check_prompt_order",
     "check_rambling",
     "check_read_tensor",
     "check_ridge",
@@ -42,6 +56,7 @@ __all__ = [
     "check_schedule",
     "check_slot_mapping",
     "check_softmax",
+    "check_steady_stream",
     "check_tokens_computed",
     "check_tokens_that_fit",
     "check_top_p",

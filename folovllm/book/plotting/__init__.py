@@ -3,6 +3,7 @@
 A module for each subject, and one (`folovllm.book.plotting.style`) with the style that all share.
 """
 
+from folovllm.book.plotting.chunking import plot_frontier, plot_prompt_cost, plot_step_makeup, plot_token_gaps
 from folovllm.book.plotting.configs import plot_block_waste, plot_dtype_errors, plot_memory_split
 from folovllm.book.plotting.cost import plot_cost_ratio, plot_machine, plot_roofline, plot_step_parts, plot_throughput
 from folovllm.book.plotting.engine import plot_block_tables, plot_reserved, plot_running, plot_steps
@@ -25,6 +26,7 @@ from folovllm.book.plotting.passes import (
 )
 from folovllm.book.plotting.path import PATH, plot_path
 from folovllm.book.plotting.preemption import plot_admission, plot_resume_costs, plot_states, plot_used_blocks
+from folovllm.book.plotting.prefixes import plot_hash_tree, plot_hit_rates, plot_ttft_by_turn, plot_turns
 from folovllm.book.plotting.requests import (
     STATUS_COLORS,
     plot_cumulative_logprobs,
@@ -60,7 +62,10 @@ __all__ = [
     "plot_entropy",
     "plot_flat_pass",
     "plot_fork_blocks",
+    "plot_frontier",
     "plot_gantt",
+    "plot_hash_tree",
+    "plot_hit_rates",
     "plot_inverse_cdf",
     "plot_kept",
     "plot_kv_capacity",
@@ -75,6 +80,7 @@ __all__ = [
     "plot_path",
     "plot_places",
     "plot_product_times",
+    "plot_prompt_cost",
     "plot_reserved",
     "plot_resume_costs",
     "plot_roofline",
@@ -83,6 +89,7 @@ __all__ = [
     "plot_shared_heads",
     "plot_state_machine",
     "plot_states",
+    "plot_step_makeup",
     "plot_step_parts",
     "plot_steps",
     "plot_temperatures",
@@ -90,7 +97,10 @@ __all__ = [
     "plot_throughput",
     "plot_timeline",
     "plot_token_bars",
+    "plot_token_gaps",
     "plot_tokens_computed",
+    "plot_ttft_by_turn",
+    "plot_turns",
     "plot_used_blocks",
     "plot_weights_by_dtype",
     "plot_weights_by_layer",

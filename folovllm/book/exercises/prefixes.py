@@ -1,0 +1,163 @@
+"""Checks of the exercises of chapter 13."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from folovllm.book import faults, judges
+from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.core.kv_cache import KVCacheManager
+from folovllm.request import Sequence as TokenSequence
+from folovllm.request import SequenceData
+from folovllm.sampling_params import SamplingParams
+
+MIN_BYTES = 16
+"""Of a block's hash: with fewer, two blocks with the same one can be found by trying."""
+
+CACHING: tuple[dict[str, Any], ...] = (
+    {"max_num_seqs": 4, "block_size": 4, "num_blocks": 100, "enable_prefix_caching": True},
+    {"max_num_seqs": 4, "block_size": 4, "num_blocks": 24, "enable_prefix_caching": True},
+    {"max_num_seqs": 3, "block_size": 1, "num_blocks": 70, "enable_prefix_caching": True},
+)
+"""Engines for a hash; the second has too few blocks to keep everything."""
+
+ALIKE: tuple[tuple[tuple[bytes, list[int]], tuple[bytes, list[int]], str], ...] = (
+    ((b"", [5, 6, 7, 8]), (b"", [8, 7, 6, 5]), "the order of the tokens counts"),
+    ((b"", [5, 6, 7, 8]), (b"", [9, 6, 7, 8]), "the first token counts"),
+    ((b"", [5, 6, 7, 8]), (b"", [5, 6, 7, 9]), "the last token counts"),
+    ((b"", [5, 6, 7, 8]), (b"", [5, 9, 7, 8]), "every token counts"),
+    ((b"one", [5, 6, 7, 8]), (b"two", [5, 6, 7, 8]), "what stands before a block is in `parent`, and it counts"),
+    ((b"", [1, 23, 4, 5]), (b"", [12, 3, 4, 5]), "1, 23 and 12, 3 are different tokens: keep them apart"),
+    ((b"", [1, 2, 3, 4]), (b"", [257, 2, 3, 4]), "token ids are larger than a byte"),
+    ((b"", [1, 2, 3, 4]), (b"", [65_537, 2, 3, 4]), "token ids are larger than two bytes"),
+)
+"""Pairs of blocks that must not have the same hash, and why."""
+
+
+@exercise("the parent and every token count, and nobody finds two blocks with one hash.")
+def check_block_hash(attempt: Callable[[bytes, list[int]], bytes]) -> None:
+    """``attempt(parent, token_ids)``: the hash of a block, for ``KVCacheManager.hash_block``."""
+    first = attempt(b"", [5, 6, 7, 8])
+    expect(isinstance(first, bytes), f"a hash should be bytes, yours is of the type {type(first).__name__}.")
+    expect(attempt(b"", [5, 6, 7, 8]) == first, "the same block has another hash when it is asked for again.")
+    for block, other, why in ALIKE:
+        expect(attempt(*block) != attempt(*other), f"{block} and {other} get the same hash: {why}.")
+    expect(
+        len(attempt(first, [5, 6, 7, 8])) == len(first),
+        f"a hash has a fixed length; yours grows from {len(first)} to {len(attempt(first, [5, 6, 7, 8]))} bytes.",
+    )
+    many = [attempt(first, [i, i + 1]) for i in range(300)]
+    num_bytes = sum(len(set(column)) > 50 for column in zip(*many))
+    expect(
+        num_bytes >= MIN_BYTES,
+        f"{num_bytes} bytes of your hash change from block to block, and with fewer than {MIN_BYTES} two blocks with "
+        "the same hash can be found by trying: take a digest of hashlib.",
+    )
+    manager = type("Manager", (KVCacheManager,), {"hash_block": staticmethod(attempt)})
+    judges.judge_cache(manager, CACHING)
+
+
+@exercise("a salt for each tenant, always the same, which nobody can work out without the secret.")
+def check_cache_salt(attempt: Callable[[str, str], str]) -> None:
+    """``attempt(tenant, secret)``: the ``cache_salt`` of a tenant's requests."""
+    salt = attempt("anna", "s3cret")
+    expect(isinstance(salt, str), f"a salt is a text, yours is of the type {type(salt).__name__}.")
+    expect(len(salt) >= 20, f"a salt of {len(salt)} characters can be guessed by trying: make it at least 20 long.")
+    expect(
+        attempt("anna", "s3cret") == salt,
+        "the same tenant has another salt the second time, and finds nothing of its own: don't draw it at random.",
+    )
+    expect("s3cret" not in salt, "the secret can be read in the salt, which may end up in a log: hash both.")
+    expect(
+        attempt("anna", "another") != salt,
+        "with another secret the salt is the same, so whoever knows a tenant's name can work its salt out.",
+    )
+    names = ["anna", "Anna", "bert", *(f"customer-{i}" for i in range(2000))]
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(attempt(name, "s3cret"), name)
+        expect(other == name, f"{other} and {name} have the same salt, and find each other's blocks.")
+    _try_salts(salt, attempt("bert", "s3cret"))
+
+
+def _try_salts(anna: str, bert: str) -> None:
+    """Sends one prompt from two tenants, twice from the first, and looks at what was found."""
+    engine = judges.make_engine(CACHING[0])
+    params = SamplingParams(max_tokens=1, seed=0, detokenize=False)
+    found = []
+    for i, salt in enumerate((anna, bert, anna)):
+        arrival = judges.Arrival(f"r{i}", list(range(3, 36)), params, cache_salt=salt)
+        metrics = judges.drive(engine, [arrival])[arrival.name].metrics
+        found.append(0 if metrics is None else metrics.num_cached_tokens)
+    expect(
+        found == [0, 0, 32],
+        f"in the engine, Anna's first, Bert's and Anna's second request found {found} tokens, and [0, 0, 32] is right.",
+    )
+
+
+def count_computed(requests: Sequence[dict[str, list[int]]], order: Sequence[str], block_size: int = 4) -> int:
+    """Tokens that the real cache manager leaves to be computed, when each prompt's parts come in this order.
+
+    Args:
+        requests: the token ids of each part by its name, for each request; every request has the same names.
+        order: the names.
+        block_size: tokens per block.
+    """
+    cache = KVCacheManager(10_000, block_size, enable_prefix_caching=True)
+    computed = 0
+    for i, parts in enumerate(requests):
+        token_ids = [token_id for name in order for token_id in parts[name]]
+        seq = TokenSequence(str(i), str(i), SequenceData(token_ids), SamplingParams())
+        seq.num_computed_tokens = cache.get_computed_blocks(seq)
+        cache.allocate_slots(seq, len(token_ids))
+        computed += len(token_ids) - seq.num_computed_tokens
+        cache.free(seq)
+    return computed
+
+
+def _requests(num_requests: int, sizes: dict[str, tuple[int, int]], seed: int) -> list[dict[str, list[int]]]:
+    """Requests whose part ``name`` has ``(tokens, different values)``, one value after the other."""
+    rng = random.Random(seed)
+    values = {
+        name: [[rng.randrange(3, 1000) for _ in range(num_tokens)] for _ in range(num_values)]
+        for name, (num_tokens, num_values) in sizes.items()
+    }
+    return [{name: list(values[name][i % len(values[name])]) for name in sizes} for i in range(num_requests)]
+
+
+PROMPTS = (
+    _requests(12, {"date": (4, 12), "system": (24, 1), "question": (8, 12)}, 0),
+    _requests(12, {"document": (32, 3), "question": (8, 12), "system": (16, 1)}, 1),
+    _requests(12, {"a": (8, 12), "b": (24, 1), "user": (12, 4), "d": (16, 2)}, 2),
+    _requests(8, {"question": (40, 8), "system": (4, 1), "clock": (4, 8), "rules": (8, 1)}, 3),
+    _requests(12, {"z": (4, 1), "m": (32, 2), "k": (4, 12)}, 4),
+)
+"""Prompts in parts: some are the same in every request, some change now and then, some always."""
+
+
+@exercise("what never changes goes first, what always changes goes last.")
+def check_prompt_order(attempt: Callable[[list[dict[str, list[int]]]], list[str]]) -> None:
+    """``attempt(requests)``: the names of the parts in the order in which the prefix cache saves most."""
+    for requests in PROMPTS:
+        names = list(requests[0])
+        order = list(attempt([{name: list(part) for name, part in parts.items()} for parts in requests]))
+        expect(
+            sorted(map(str, order)) == sorted(names),
+            f"the parts are {names}, each of them once, and yours are {order}.",
+        )
+        got = count_computed(requests, order)
+        best = min(count_computed(requests, each) for each in itertools.permutations(names))
+        expect(
+            got == best,
+            f"in the order {order} the {len(requests)} requests compute {got} tokens, and {best} would be enough.",
+        )
+
+
+@exercise("a block that is handed out forgets what it held.")
+def check_fresh_words(attempt: type) -> None:
+    """``attempt``: a mended `folovllm.book.faults.StaleHashes`."""
+    judges.expect_subclass(attempt, faults.StaleHashes)
+    judges.judge_cache(attempt)

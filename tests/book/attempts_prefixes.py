@@ -1,0 +1,131 @@
+"""Attempts at the exercises of chapter 13, wrong ones and right ones."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import itertools
+import secrets
+import zlib
+from array import array
+from typing import Any
+
+from folovllm.book import faults
+from folovllm.book.exercises.prefixes import count_computed
+from folovllm.core.kv_cache import BlockPool, KVCacheManager
+
+
+def sha(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+class PoolThatForgets(faults.ForgetsNothing):
+    def allocate(self) -> int:
+        block_id = super().allocate()
+        self.forget(block_id)
+        return block_id
+
+
+class PoolThatForgetsTooEarly(BlockPool):
+    def release(self, block_id: int) -> None:
+        self.forget(block_id)
+        super().release(block_id)
+
+
+class ByValue(faults.StaleHashes):
+    block_pool_cls = PoolThatForgets
+
+
+class TooEarly(faults.StaleHashes):
+    block_pool_cls = PoolThatForgetsTooEarly
+
+
+class Untouched(faults.StaleHashes):
+    pass
+
+
+class FindsNothing(faults.StaleHashes):
+    def get_computed_blocks(self, seq: Any) -> int:
+        return 0
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "check_block_hash": {
+        "no parent": lambda parent, ids: sha(repr(ids).encode()),
+        "parent only": lambda parent, ids: sha(parent),
+        "no borders": lambda parent, ids: sha(parent + "".join(map(str, ids)).encode()),
+        "one byte each": lambda parent, ids: sha(parent + bytes(i % 256 for i in ids)),
+        "two bytes each": lambda parent, ids: sha(parent + array("H", [i % 2**16 for i in ids]).tobytes()),
+        "bytes of the list": lambda parent, ids: sha(parent + bytes(ids)),
+        "sorted": lambda parent, ids: sha(parent + repr(sorted(ids)).encode()),
+        "a set": lambda parent, ids: sha(parent + repr(set(ids)).encode()),
+        "their sum": lambda parent, ids: sha(parent + repr(sum(ids)).encode()),
+        "first and last": lambda parent, ids: sha(parent + repr((ids[0], ids[-1])).encode()),
+        "a checksum": lambda parent, ids: zlib.crc32(parent + repr(ids).encode()).to_bytes(16, "big"),
+        "python's hash": lambda parent, ids: hash((parent, tuple(ids))).to_bytes(16, "big", signed=True),
+        "eight bytes": lambda parent, ids: sha(parent + repr(ids).encode())[:8],
+        "a text": lambda parent, ids: hashlib.sha256(parent + repr(ids).encode()).hexdigest(),
+        "a number": lambda parent, ids: hash((parent, tuple(ids))),
+        "at random": lambda parent, ids: secrets.token_bytes(16),
+        "no hash at all": lambda parent, ids: parent + array("q", ids).tobytes(),
+        "always the same": lambda parent, ids: bytes(16),
+        "the identity": lambda parent, ids: sha(repr((parent, id(ids), object())).encode()),
+    },
+    "check_cache_salt": {
+        "the name": lambda tenant, secret: tenant,
+        "the secret": lambda tenant, secret: secret,
+        "both, readable": lambda tenant, secret: f"{tenant}:{secret}:{'x' * 20}",
+        "a hash of the name": lambda tenant, secret: hashlib.sha256(tenant.encode()).hexdigest(),
+        "a hash of the secret": lambda tenant, secret: hashlib.sha256(secret.encode()).hexdigest(),
+        "at random": lambda tenant, secret: secrets.token_hex(16),
+        "short": lambda tenant, secret: hmac.new(secret.encode(), tenant.encode(), "sha256").hexdigest()[:4],
+        "short and filled up": lambda tenant, secret: (
+            hmac.new(secret.encode(), tenant.encode(), "sha256").hexdigest()[:4] + "0" * 20
+        ),
+        "bytes": lambda tenant, secret: hmac.new(secret.encode(), tenant.encode(), "sha256").digest(),
+        "small letters": lambda tenant, secret: hmac.new(secret.encode(), tenant.lower().encode(), "md5").hexdigest(),
+        "the first letters": lambda tenant, secret: hmac.new(secret.encode(), tenant[:10].encode(), "md5").hexdigest(),
+    },
+    "check_prompt_order": {
+        "as they came": lambda requests: list(requests[0]),
+        "backwards": lambda requests: list(requests[0])[::-1],
+        "by name": lambda requests: sorted(requests[0]),
+        "the longest first": lambda requests: sorted(requests[0], key=lambda name: -len(requests[0][name])),
+        "the shortest first": lambda requests: sorted(requests[0], key=lambda name: len(requests[0][name])),
+        "what changes most first": lambda requests: sorted(
+            requests[0], key=lambda name: -len({tuple(request[name]) for request in requests})
+        ),
+        "constant parts only": lambda requests: [
+            name for name in requests[0] if len({tuple(request[name]) for request in requests}) == 1
+        ],
+        "constant parts first, the others as they came": lambda requests: sorted(
+            requests[0], key=lambda name: len({tuple(request[name]) for request in requests}) > 1
+        ),
+        "the first two requests decide": lambda requests: sorted(
+            requests[0], key=lambda name: requests[0][name] != requests[1][name]
+        ),
+        "token ids": lambda requests: list(requests[0].values()),
+    },
+    "check_fresh_words": {
+        "nothing mended": Untouched,
+        "forgets what could be found": TooEarly,
+        "finds nothing": FindsNothing,
+        "from scratch": KVCacheManager,
+    },
+}
+
+RIGHT: dict[str, dict[str, Any]] = {
+    "check_block_hash": {
+        "as ours": lambda parent, ids: hashlib.blake2b(parent + array("q", ids).tobytes(), digest_size=16).digest(),
+        "with commas": lambda parent, ids: sha(parent + ",".join(map(str, ids)).encode()),
+    },
+    "check_cache_salt": {
+        "sha256 of both": lambda tenant, secret: hashlib.sha256(f"{secret}/{tenant}".encode()).hexdigest(),
+    },
+    "check_prompt_order": {
+        "by trying": lambda requests: min(
+            itertools.permutations(requests[0]), key=lambda order: count_computed(requests, order)
+        )
+    },
+    "check_fresh_words": {"a pool of its own": ByValue},
+}
