@@ -399,8 +399,8 @@ def test_numbers_of_pass_times() -> None:
     # The pass with a cache, 0.02 s, is the unit.
     assert line(ax, "without a cache: the whole text") == ([1, 7, 16], [1, 1.5, 3])
     assert line(ax, "with a cache: the newest token") == ([1], [1])
-    proportional = line(ax, "if each token cost as much as the first")
-    assert proportional[0] == proportional[1]
+    (proportional,) = (found for found in ax.lines if found.get_label() == "if each token cost as much as the first")
+    assert list(proportional.get_xdata()) == list(proportional.get_ydata())
     assert ax.get_ylim()[0] == 0
 
 

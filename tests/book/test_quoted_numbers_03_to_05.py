@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 import pytest
 import torch
-from book_helpers import NOTEBOOKS, read
+from book_helpers import NOTEBOOKS, Cell, joined, read
 
 from folovllm.book import plotting
 from folovllm.book.shapes import REAL_MODELS, build_empty, weight_bytes
@@ -34,6 +34,10 @@ def text_of(name: str) -> str:
 
 def assert_says(name: str, sentence: str) -> None:
     assert sentence in text_of(name), f"{name} does not say {sentence!r} any more: mend it here or there"
+
+
+def printed_by(cell: Cell) -> str:
+    return "".join(joined(output.get("text", "")) for output in cell.outputs)
 
 
 @functools.cache
@@ -121,10 +125,7 @@ def test_chapter_5() -> None:
     assert_says(name, "at 989 / 3.35, about 295 tokens in a pass")
     assert round(989 / 3.35) == 295
     assert_says(name, "Less than a tenth of a nat over a hundred tokens")
-    stored = {
-        cell.data["id"]: "".join(o.get("text", "") for o in cell.outputs)
-        for cell in read(NOTEBOOKS / f"{name}.ipynb").code
-    }
+    stored = {cell.data["id"]: printed_by(cell) for cell in read(NOTEBOOKS / f"{name}.ipynb").code}
     assert float(re.search(r"divergence is (\S+) nats", stored["c05-033"]).group(1)) < 0.1
     assert_says(name, "That is more than fifty tokens of work for every token of text")
     generated, computed = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens", stored["c05-015"])[:2])

@@ -75,7 +75,7 @@ def check_finish_status(attempt: Callable[[Any, int], Any]) -> None:
     """``attempt(seq, eos_token_id)``: RUNNING, FINISHED_STOPPED or FINISHED_LENGTH_CAPPED."""
     four: dict[str, Any] = {"eos": 2, "stop": (7,), "most": 4, "least": 0}
     cases: list[tuple[list[int], dict[str, Any], str]] = [
-        ([5], {}, "one ordinary token of four: it runs on"),
+        ([5], {}, "one ordinary token of four, and an end token in the prompt, which does not count: it runs on"),
         ([5, 5, 5], {}, "three ordinary tokens of four: it runs on"),
         ([5, 2], {}, "the end token stops it"),
         ([5, 7], {}, "a token of stop_token_ids stops it too"),
