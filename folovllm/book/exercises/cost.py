@@ -12,7 +12,9 @@ def _is(got: float, right: float) -> bool:
     return math.isclose(float(got), right, rel_tol=1e-3)
 
 
-@exercise("that is where arithmetic takes as long as reading: on an H100 with 16-bit weights at 295 tokens.")
+@exercise(
+    "that is where arithmetic takes as long as reading: on an H100 with 16-bit weights at 295 tokens.", gives="a number"
+)
 def check_ridge(attempt: Callable[[float, float, float], float]) -> None:
     """``attempt(flops, bandwidth, bytes_per_weight)``: tokens per step at which both times are equal."""
     got = attempt(989.4e12, 3.35e12, 2)
@@ -32,7 +34,7 @@ def check_ridge(attempt: Callable[[float, float, float], float]) -> None:
         )
 
 
-@exercise("two terms: keys and values of every sequence, and the weights once or their arithmetic.")
+@exercise("two terms: keys and values of every sequence, and the weights once or their arithmetic.", gives="a number")
 def check_tpot(attempt: Callable[[float, float, Sequence[int], float, float], float]) -> None:
     """``attempt(num_weights, kv_token_bytes, contexts, flops, bandwidth)``: seconds of a decode step."""
     weights, kv, h100 = 7.568e9, 147_456.0, (989.4e12, 3.35e12)
@@ -66,7 +68,7 @@ def check_tpot(attempt: Callable[[float, float, Sequence[int], float, float], fl
         expect(False, f"{case}: {1000 * right:.4g} ms, yours says {1000 * got:.4g} ms.")
 
 
-@exercise("an input embedding is not read, unless it is the head as well.")
+@exercise("an input embedding is not read, unless it is the head as well.", gives="a number")
 def check_crossing(attempt: Callable[[int, int, int, bool, int], float]) -> None:
     """``attempt(num_params, vocab_size, hidden_size, tied, kv_token_bytes)``: cached tokens, all sequences together."""
     cases = (

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from folovllm.model.decoder import Decoder
 
 
-@exercise("each new token sees everything before it, and itself.")
+@exercise("each new token sees everything before it, and itself.", gives="a list of rows of True and False")
 def check_mask(attempt: Callable[[int, int], Any]) -> None:
     """``attempt(num_cached, num_new)``: rows of booleans, ``[num_new][num_cached + num_new]``."""
     for num_cached, num_new in ((0, 3), (3, 1), (2, 3), (5, 2), (0, 1)):
@@ -34,7 +34,7 @@ def check_mask(attempt: Callable[[int, int], Any]) -> None:
             expect(all(row[: num_cached + i]), f"{case}: new token {i} misses a token before it.")
 
 
-@exercise("the same angles as model/decoder.py, for every pair, position and base.")
+@exercise("the same angles as model/decoder.py, for every pair, position and base.", gives="a tensor")
 def check_rope(attempt: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """``attempt(x, positions, theta)``: ``[num_tokens, num_heads, head_dim]`` rotated, in the same shape."""
     import torch
@@ -73,7 +73,7 @@ def check_rope(attempt: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         )
 
 
-@exercise("the decoder tells the same tale with your attention as with the engine's.")
+@exercise("the decoder tells the same tale with your attention as with the engine's.", gives="a tensor")
 def check_attention(attempt: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """``attempt(q, k, v)``: outputs ``[num_queries, num_heads * head_dim]`` of a sequence's last tokens."""
     import torch

@@ -1,0 +1,132 @@
+"""The numbers that chapters 6 and 7 quote in their text, computed again."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+from book_helpers import NOTEBOOKS, read
+
+from folovllm import LLM, SamplingParams
+from folovllm.book.tracing import PassTrace, trace_pass
+from folovllm.simulator.cost import Efficiency, Roofline
+from folovllm.simulator.presets import GPUS, MODELS
+from folovllm.tales import EMBEDDED_MODEL
+
+MODEL, GPU = MODELS["qwen3-8b"], GPUS["h100"]
+IDEAL, REACHED = Roofline(MODEL, GPU, Efficiency.data_sheet()), Roofline(MODEL, GPU)
+TALE = (
+    "Once upon a time, in the valley, there lived a quiet fox named Oskar."
+    " Oskar loved to bake bread. One afternoon in the valley, Oskar"
+)
+OSKARS = 15, 17, 29
+"""Where the name stands in the tale."""
+
+
+@functools.cache
+def text_of(name: str) -> str:
+    """A chapter's prose and captions, in one line."""
+    chapter = read(NOTEBOOKS / f"{name}.ipynb")
+    captions = [cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "") for cell in chapter.code]
+    return re.sub(r"\s+", " ", f"{chapter.text} {' '.join(captions)}")
+
+
+def assert_says(name: str, sentence: str) -> None:
+    assert sentence in text_of(name), f"{name} does not say {sentence!r} any more: mend it here or there"
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(str(EMBEDDED_MODEL), dtype="float32", max_model_len=256, max_num_seqs=1)
+
+
+@pytest.fixture(scope="module")
+def trace(llm: LLM) -> PassTrace:
+    return trace_pass(llm.engine.decoder, llm.engine.tokenizer.encode(TALE))
+
+
+def step_ms(num_seqs: int, context: int, roofline: Roofline = IDEAL) -> float:
+    return 1000 * roofline.step([1] * num_seqs, [context] * num_seqs).total
+
+
+def test_who_looks_at_whom(trace: PassTrace) -> None:
+    name, (first, second, third) = "06_inside_a_pass", OSKARS
+    row = trace.probs[3, 3, second]
+    assert_says(name, 'gives nearly half of its attention to the first one, a third to the word before "valley"')
+    assert row[first] == pytest.approx(0.44, abs=0.01) and row[6] == pytest.approx(0.37, abs=0.01)
+    assert_says(name, "In one head of layer 1 the comma gives 99 % of its attention to the two places")
+    found = trace.probs[1, :, third - 1, [first, second]].sum(-1)
+    assert found.max() == pytest.approx(0.99, abs=0.005) and found.min() > 0.9
+    assert_says(name, "It stands eleven tokens after the second")
+    assert third - 1 - second == 11
+    assert_says(name, '(Two rows further up "the" finds the "valley" that it is about to name again.)')
+    assert trace.probs[1, int(found.argmax()), third - 3, 7] > 0.9
+
+
+def test_what_the_stream_says(llm: LLM, trace: PassTrace) -> None:
+    decoder, tokenizer = llm.engine.decoder, llm.engine.tokenizer
+    (name_id,) = tokenizer.encode(" Oskar")
+    probs = decoder.compute_logits(decoder.norm(trace.stream[:, OSKARS[2] - 1])).softmax(-1)
+    assert_says("06_inside_a_pass", 'After layer 0 it leans towards "Oskar"; after layer 1')
+    assert int(probs[1].argmax()) == name_id and 0.3 < probs[1, name_id] < 0.6 and probs[2, name_id] > 0.95
+    last = decoder.compute_logits(decoder.norm(trace.stream[-1, -1])).argmax()
+    assert_says("06_inside_a_pass", "It expects `lost`")
+    assert tokenizer.decode([int(last)]) == " lost"
+
+
+def test_how_much_of_the_reading_is_used(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=200)
+    (output,) = llm.generate(TALE, params, use_tqdm=False)
+    tale = llm.engine.tokenizer.encode(TALE) + output.outputs[0].token_ids
+    small = (trace_pass(llm.engine.decoder, tale).probs[:, :, -1] < 0.01).float().mean()
+    assert_says("06_inside_a_pass", "Each of the sixteen heads reads a hundred keys, and four fifths of them")
+    assert len(tale) == pytest.approx(100, abs=10) and small == pytest.approx(0.8, abs=0.02)
+    share = 4 * 32 * 128 * 100_000 / (4 * 32 * 128 * 100_000 + 2 * MODEL.num_layer_params / MODEL.num_layers)
+    assert_says("06_inside_a_pass", "at a hundred thousand it is four fifths of all")
+    assert share == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_weights() -> None:
+    name = "07_how_long_is_a_step"
+    read_ms = 1000 * IDEAL.weight_bytes / GPU.bandwidth
+    token_ms = read_ms / IDEAL.ridge
+    assert_says(name, "reads for four and a half milliseconds and computes for 0.015 of one")
+    assert (round(read_ms, 1), round(token_ms, 3)) == (4.5, 0.015)
+    assert_says(name, "idle for 99.7 % of the step")
+    assert_says(name, "idle for 95 % of it")
+    assert (round(100 * (1 - token_ms / read_ms), 1), round(100 * (1 - 16 * token_ms / read_ms))) == (99.7, 95)
+    assert_says(name, "up to 295 tokens")
+    assert round(IDEAL.ridge) == 295
+
+
+def test_the_cache() -> None:
+    name = "07_how_long_is_a_step"
+    assert_says(name, "About 103,000 tokens")
+    assert_says(name, "64 texts of 1,600 tokens")
+    tokens = IDEAL.weight_bytes / MODEL.kv_token_bytes
+    assert round(tokens, -3) == 103_000 and round(tokens / 64, -2) == 1600
+    assert_says(name, "some 11,000 tokens per second")
+    assert round(GPU.bandwidth / IDEAL.kv_bytes(2000), -3) == 11_000
+    assert_says(name, "(two vectors, 36 layers, 8 heads, 128 numbers, two bytes: 147,456)")
+    assert 2 * 36 * 8 * 128 * 2 == MODEL.kv_token_bytes == 147_456
+
+
+def test_what_a_batch_gains_and_costs() -> None:
+    name = "07_how_long_is_a_step"
+    assert_says(name, "twelve times the tokens, and users wait 1.3 times as long")
+    wait = step_ms(16, 2000) / step_ms(1, 2000)
+    assert (round(wait, 1), round(16 / wait)) == (1.3, 12)
+    assert_says(name, "the engine gains 1.3 times the tokens, and everybody waits 1.6 times as long")
+    wait = step_ms(128, 2000) / step_ms(64, 2000)
+    assert (round(wait, 1), round(2 / wait, 1)) == (1.6, 1.3)
+    assert_says(name, "it takes about four times as long as a step of one text")
+    for roofline in (IDEAL, REACHED):
+        prompt = 1000 * roofline.step([1188], [0]).total
+        assert prompt / step_ms(1, 2000, roofline) == pytest.approx(4, abs=0.35)
+
+
+def test_an_interviews_estimate() -> None:
+    assert_says("07_how_long_is_a_step", "About 14 to 16 ms")
+    cost = Roofline(MODELS["llama-3.1-70b"], GPU, tensor_parallel_size=4).step([1], [100])
+    assert 0.014 < cost.total - cost.attention < 0.016
