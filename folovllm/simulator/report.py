@@ -18,6 +18,7 @@ from folovllm.outputs import RequestOutput, RunnerOutput
 from folovllm.simulator.clock import to_us
 from folovllm.simulator.cost import Roofline, StepCost
 from folovllm.simulator.runner import CostRunner
+from folovllm.utils import cdiv
 from folovllm.validation import check_choice, require
 
 
@@ -292,7 +293,7 @@ class Recorder:
             record, num_tokens = self.records[seq.request_id], seq.num_computed_tokens
             bill = record.bill
             bill.kv_bytes_read += num_tokens * self.kv_token_bytes
-            bill.block_steps += -(-num_tokens // block_size)
+            bill.block_steps += cdiv(num_tokens, block_size)
             bill.gpu_seconds += token_seconds * num_new
             if seq.request_id in self._waiting_since:
                 bill.steps_waited += num_step - self._waiting_since.pop(seq.request_id)

@@ -14,6 +14,7 @@ from pathlib import Path
 from folovllm.engine.input_processor import Prompt
 from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from folovllm.utils import cdiv
 from folovllm.validation import check_int, check_number, require
 
 VOCAB_SIZE = 32_000
@@ -251,7 +252,7 @@ def make_workload(name: str, num_requests: int, rate: float, seed: int = 0, voca
     """
     vocab_size = min(vocab_size, VOCAB_SIZE)
     if name == "chat":
-        num_users = -(-_positive("num_requests", num_requests) // 4)
+        num_users = cdiv(_positive("num_requests", num_requests), 4)
         return chats(num_users, 4, rate / 4, 200, (20, 200), (50, 350), seed=seed, vocab_size=vocab_size)
     if name in ("poisson", "burst"):
         burstiness = 0.25 if name == "burst" else 1.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from folovllm.__main__ import main
 from folovllm.llm import LLM, make_engine_config
 from folovllm.sampling_params import SamplingParams
 from folovllm.simulator.cluster import ROUTERS, serve, simulate
@@ -260,3 +263,54 @@ class TestRealModel:
 def test_a_perfect_card_is_a_bound():
     real, bound = simulate(small()), simulate(small(), efficiency=Efficiency.data_sheet())
     assert all(fast.e2e < slow.e2e for fast, slow in zip(bound.requests, real.requests))
+
+
+def test_the_page_has_the_numbers_of_today():
+    """The rows of ``book/simulator.md`` that take no time to compute again."""
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("benchmark", root / "tests" / "benchmarks" / "simulator.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    page = (root / "book" / "simulator.md").read_text(encoding="utf-8")
+    for name, figure, source, run in benchmark.PUBLISHED[4:]:
+        assert benchmark.published_row(name, figure, source, run()) in page
+
+
+class TestCommand:
+    def test_it_prints_a_report(self, capsys):
+        options = ["--workload", "burst", "--num-requests", "20", "--replicas", "2", "--max-num-seqs", "8"]
+        assert main(["simulate", "--gpu", "a100", "--model", "qwen3-0.6b", *options]) == 0
+        out = capsys.readouterr().out
+        assert "qwen3-0.6b, 16 bits, on a100; burst; replicas: 2" in out
+        assert "20 requests in" in out and "ttft" in out
+
+    def test_the_same_seed_prints_the_same_report(self, capsys):
+        printed = []
+        for seed in ("1", "1", "2"):
+            assert main(["simulate", "--num-requests", "8", "--seed", seed]) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1] != printed[2]
+
+    def test_a_trace_and_a_checkpoints_folder(self, tmp_path, capsys):
+        path = tmp_path / "trace.csv"
+        path.write_text("arrival_s,prompt_tokens,output_tokens\n0.5,20,3\n0.7,30,4\n")
+        assert main(["simulate", "--model", default_model(), "--workload", str(path), "--weight-bits", "4"]) == 0
+        out = capsys.readouterr().out
+        assert "4 bits" in out and "2 requests in" in out
+
+    @pytest.mark.parametrize(
+        ("options", "why"),
+        [
+            (["--gpu", "h1000"], "the nearest is 'h100'"),
+            (["--workload", "none.csv"], "workload must be chat, poisson, burst or a CSV file"),
+            (["--rate", "0"], "rate must be positive"),
+            (["--num-requests", "0"], "num_requests must be positive"),
+            (["--weight-bits", "0"], "weight_bits must be 1 to 16"),
+            (["--router", "x"], "router must be"),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, options, why, capsys):
+        assert main(["simulate", *options]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.startswith("error: ") and why in captured.err
+        assert captured.err.count("\n") == 1
