@@ -53,8 +53,10 @@ def plot_states(runs: Mapping[str, Sequence[StepRecord]]) -> np.ndarray:
             counts = [sum(name in record.preempted for record in records) for name in names]
             told.append(f"{title}: preemptions of {', '.join(f'{n} {c}' for n, c in zip(names, counts))}")
         axes[-1, 0].set_xlabel("step")
-        kinds = {"waiting": STATUS_COLORS["waiting"], "swapped": STATUS_COLORS["swapped"], "prompt, or again": ORANGE}
-        handles = [Patch(color=color, label=label) for label, color in {**kinds, "running": BLUE}.items()]
+        kinds = {"waiting": STATUS_COLORS["waiting"], "prompt, or again": ORANGE, "running": BLUE}
+        if any(record.swapped for records in runs.values() for record in records):
+            kinds["swapped"] = STATUS_COLORS["swapped"]
+        handles = [Patch(color=color, label=label) for label, color in kinds.items()]
         axes[0, 0].figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=10, handlelength=1.2)
         axes[0, 0].figure.alt = f"Lines of states along {longest} steps, crosses for preemptions. {'; '.join(told)}."
     return axes
