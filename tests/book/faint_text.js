@@ -15,6 +15,15 @@
     for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor));
     return layers.reverse().reduce((below, top) => over(top, below), [1, 1, 1, 1]);
   };
+  const boxUnder = (text) => {
+    const { x, y, width, height } = text.getBoundingClientRect();
+    const isUnder = (box) => {
+      const { left, right, top, bottom } = box.getBoundingClientRect();
+      return left <= x + width / 2 && right >= x + width / 2 && top <= y + height / 2 && bottom >= y + height / 2;
+    };
+    const filled = [...text.closest("svg").querySelectorAll("rect")].filter((box) => getComputedStyle(box).fill !== "none");
+    return filled.filter(isUnder).reduce((below, box) => over(parse(getComputedStyle(box).fill), below), background(text.closest("svg")));
+  };
   const opacity = (element) => {
     let product = 1;
     for (let e = element; e; e = e.parentElement) product *= Number(getComputedStyle(e).opacity);
@@ -30,8 +39,9 @@
     const text = walker.currentNode.textContent.trim();
     if (!text || !element.checkVisibility({ visibilityProperty: true, opacityProperty: true })) continue;
     const style = getComputedStyle(element);
-    const ground = background(element);
-    const [r, g, b, a] = parse(style.color);
+    const drawn = element.closest("svg") !== null; // the words of a drawing
+    const ground = drawn ? boxUnder(element) : background(element);
+    const [r, g, b, a] = parse(drawn ? style.fill : style.color);
     const [light, dark] = [luminance(over([r, g, b, a * opacity(element)], ground)), luminance(ground)].sort((x, y) => y - x);
     const contrast = (light + 0.05) / (dark + 0.05);
     const size = parseFloat(style.fontSize);

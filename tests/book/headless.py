@@ -40,20 +40,34 @@ def find_chromium() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27}
+"""What a test presses, by the codes that Chromium wants beside the names."""
+
+
 class Page:
-    """One tab. Every request it makes is kept in ``requests``."""
+    """One tab. Every request it makes is kept in ``requests``, what goes wrong in it in ``errors``."""
 
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
         self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.downloads: list[str] = []
         self._last_id = 0
-        for domain in ("Page", "Network"):
+        for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
     def _receive(self) -> dict[str, Any]:
         message = json.loads(self.socket.recv())
-        if message.get("method") == "Network.requestWillBeSent":
-            self.requests.append(message["params"]["request"]["url"])
+        params = message.get("params", {})
+        match message.get("method"):
+            case "Network.requestWillBeSent":
+                self.requests.append(params["request"]["url"])
+            case "Log.entryAdded" if params["entry"]["level"] == "error":
+                self.errors.append(f"{params['entry'].get('url', '')}: {params['entry']['text']}")
+            case "Runtime.exceptionThrown":
+                self.errors.append(str(params["exceptionDetails"].get("exception", {}).get("description")))
+            case "Page.downloadWillBegin" | "Browser.downloadWillBegin":
+                self.downloads.append(params["suggestedFilename"])
         return message
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -66,11 +80,13 @@ class Page:
             raise RuntimeError(f"{method}: {message['error']['message']}")
         return message["result"]
 
-    def open(self, path: Path) -> None:
-        """Loads a file, and waits until it stands still: scripts run, formulas set, fonts and images there."""
-        self.call("Page.navigate", url=path.resolve().as_uri())
+    def open(self, address: Path | str, settle: bool = True) -> None:
+        """Loads a file or an address, and waits until it stands still: scripts run, formulas set, fonts there."""
+        self.call("Page.navigate", url=address if isinstance(address, str) else address.resolve().as_uri())
         while self._receive().get("method") != "Page.loadEventFired":
             pass
+        if not settle:
+            return
         self.evaluate(
             """(async () => {
                 if (window.MathJax?.startup) await MathJax.startup.promise;
@@ -86,16 +102,28 @@ class Page:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return result["result"].get("value")
 
+    def press(self, key: str, shift: bool = False) -> None:
+        """Presses one of `KEYS` and lets it go; the page has then done what it does."""
+        code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": 8 if shift else 0}
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **code, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **code)
+        self.evaluate("new Promise(done => setTimeout(() => requestAnimationFrame(done)))")
+
     def set_width(self, width: int, height: int = 900) -> None:
         """Makes the page as wide as a device."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width <= PHONE
         )
 
-    def set_dark(self, dark: bool) -> None:
-        """Asks for the dark or the light colours, as the reader's system would."""
+    def set_dark(self, dark: bool, paper: bool = False) -> None:
+        """Asks for the dark or the light colours, as the reader's system would, on a screen or on ``paper``."""
         features = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
-        self.call("Emulation.setEmulatedMedia", features=[{"name": n, "value": v} for n, v in features.items()])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            media="print" if paper else "screen",
+            features=[{"name": n, "value": v} for n, v in features.items()],
+        )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,43 @@
+/* The few things that the theme leaves to do. */
+"use strict";
+
+const isFile = location.protocol === "file:";
+const root = document.documentElement;
+if (root.dataset.theme === "auto") {
+  // At once, not when the theme's script runs: else the page shows, and loads, the pictures of both themes.
+  root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+}
+if (isFile) DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false; // a page opened as a file may not read other files
+
+document.addEventListener("DOMContentLoaded", () => {
+  sayWhatAFileCannot();
+  keepFocus();
+});
+
+/** Says on the search's page, and beside the download, what works from a server only. */
+function sayWhatAFileCannot() {
+  const results = document.getElementById("search-results");
+  if (isFile && results) {
+    const note = document.createElement("p");
+    note.className = "only-file";
+    note.textContent = "Opened as a file, this page finds the same pages, but cannot show what they say around your words.";
+    results.before(note);
+  }
+  for (const link of document.querySelectorAll(".btn-download-source-button")) {
+    if (isFile) link.closest("li").remove(); // a browser would show the file's text; how to run it stands below
+    link.removeAttribute("target");
+    link.setAttribute("download", "");
+  }
+}
+
+/** Gives the focus back to the button that opened a menu, when Escape closes it. */
+function keepFocus() {
+  for (const [dialogId, buttonClass] of [
+    ["pst-primary-sidebar-modal", ".primary-toggle"],
+    ["pst-secondary-sidebar-modal", ".secondary-toggle"],
+  ]) {
+    const dialog = document.getElementById(dialogId);
+    const button = document.querySelector(buttonClass);
+    dialog?.addEventListener("close", () => setTimeout(() => button?.focus()));
+  }
+}
