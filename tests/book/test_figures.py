@@ -557,8 +557,8 @@ def grounds_of(figure: Figure) -> list[tuple[Text, list[str]]]:
         box = text.get_window_extent()
         top, bottom = (round(len(pixels) - y) for y in (box.y1, box.y0))
         part = pixels[max(top, 0) : bottom, max(round(box.x0), 0) : round(box.x1)].reshape(-1, 3)
-        colors, counts = np.unique(part, axis=0, return_counts=True)
-        found.append((text, [to_hex(color / 255) for color, n in zip(colors, counts) if n >= 0.2 * len(part)]))
+        colors, counts = np.unique(part @ [1 << 16, 1 << 8, 1], return_counts=True)
+        found.append((text, [f"#{color:06x}" for color, n in zip(colors, counts) if n >= 0.2 * len(part)]))
     return found
 
 
