@@ -14,7 +14,10 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 from headless import PHONE, Page, chromium_page, find_chromium
+from matplotlib.colors import to_hex
 from site_pages import ROOT, SITE, pages_of_the_book, require_site
+
+from folovllm.book.plotting.book_figure import DARK_PAPER
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed")
 
@@ -98,12 +101,16 @@ SHOWN = """[...document.querySelectorAll("article figure img")]
 
 
 def test_figures_have_the_colors_of_the_page_and_only_those_are_loaded(page: Page) -> None:
-    chapter = CHAPTERS[0]
-    for dark in (True, False):
+    for dark, chapter in ((True, CHAPTERS[0]), (False, CHAPTERS[1])):  # what is in memory is taken from there
         page.set_dark(dark)
         page.open(SITE / f"{chapter}.html")
         page.requests.clear()
         shown = page.evaluate(SHOWN)
+        hidden = "[...document.querySelectorAll('figcaption')].filter(caption => !caption.checkVisibility()).length"
+        assert page.evaluate(hidden) == 0, "captions are hidden"
+        if dark:
+            ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert to_hex([int(part) / 255 for part in re.findall(r"\d+", ground)[:3]]) == DARK_PAPER
         assert len(shown) >= 3 and all(("only-dark" in classes) == dark for classes in shown), shown
         page.evaluate("""(async () => {
             for (const img of document.querySelectorAll("article figure img")) {
