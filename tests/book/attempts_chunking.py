@@ -169,3 +169,11 @@ RIGHT: dict[str, dict[str, Any]] = {
     "check_considerate": {"in a loop": InALoop},
     "check_steady_stream": {"the parent's": Restored},
 }
+
+SAME: dict[str, dict[str, str]] = {
+    "check_considerate": {
+        change: "the exercise leaves open how small the small budget is"
+        for change in ("small = 16 → small = 17", "small = 16 → small = 15")
+    }
+}
+"""Changes of a solution that mean the same, and why."""

@@ -129,3 +129,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     },
     "check_fresh_words": {"a pool of its own": ByValue},
 }
+
+SAME: dict[str, dict[str, str]] = {
+    "check_prompt_order": {
+        f"return sorted(requests[0], key=num_values) → return sorted(requests[{i}], key=num_values)": (
+            "all requests have the same names, in the same order"
+        )
+        for i in (1, -1)
+    }
+}
+"""Changes of a solution that mean the same, and why."""

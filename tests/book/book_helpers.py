@@ -35,6 +35,8 @@ MODULES = {
         "folovllm.model.layers",
         "folovllm.engine.detokenizer",
     ),
+    "12_chunked_prefill": ("folovllm.core.scheduler",),
+    "13_prefix_caching": ("folovllm.core.kv_cache",),
 }
 """The modules that a chapter is about: it links their pages and sources, and lists all of their public code."""
 

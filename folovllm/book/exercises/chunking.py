@@ -29,8 +29,7 @@ def check_count_passes(attempt: Callable[[int, int, int], int]) -> None:
         got = attempt(prompt_len, budget, num_decoding)
         expect(
             got == right,
-            f"{prompt_len} tokens, a budget of {budget} and {num_decoding} streams: {right} steps ({why}), yours says "
-            f"{got}.",
+            f"prompt {prompt_len}, budget {budget}, streams {num_decoding}: {right} ({why}), yours says {got}.",
         )
     huge = 2**60 + 1
     expect(
@@ -49,6 +48,7 @@ BUDGETS: tuple[tuple[Mapping[int, float], int, float, int, int, str], ...] = (
     ({255: 0.008, 999: 0.030}, 4, 0.010, 512, 255, "256 tokens take 30 ms"),
     ({256: 0.010, 999: 0.030}, 4, 0.010, 512, 256, "exactly 10 ms keeps the promise"),
     ({999: 0.008}, 4, 0.010, 512, 512, "every step keeps the promise, so the limit is the budget"),
+    ({999: 0.008}, 4, 0.010, 64, 64, "every step keeps the promise, and the limit is 64 this time"),
     ({999: 0.030}, 4, 0.010, 512, 0, "no step keeps the promise"),
     ({5: 0.008, 999: 0.030}, 4, 0.010, 512, 5, "5 tokens are just enough for four streams and a prompt"),
     ({4: 0.008, 999: 0.030}, 4, 0.010, 512, 0, "a budget of 4 leaves nothing for a prompt beside four streams"),
@@ -102,7 +102,7 @@ def check_considerate(attempt: type) -> None:
     asked = getattr(attempt, "small", None)
     expect(isinstance(asked, int), "the small budget should be an attribute of the class, as in `small = 16`.")
     for small in (asked, 9):
-        theirs, ours = (type(base.__name__, (base,), {"small": small}) for base in (attempt, _Considerate))
+        theirs, ours = (_with_budget(base, small) for base in (attempt, _Considerate))
         for seed, settings in enumerate(CHUNKED):
             found, right = (
                 judges.run_watched(judges.make_engine, {**settings, "scheduler_cls": cls}, seed)
@@ -110,6 +110,17 @@ def check_considerate(attempt: type) -> None:
             )
             budget = settings["max_num_batched_tokens"]
             _compare_sizes(found.steps, right.steps, f"budgets of {small} and {budget}")
+
+
+def _with_budget(base: type[Scheduler], small: int) -> type[Scheduler]:
+    """The scheduler with another small budget, and with a sentence about a forgotten ``return``."""
+
+    def schedule(self: Scheduler) -> SchedulerOutput:
+        output = base.schedule(self)
+        expect(isinstance(output, SchedulerOutput), "schedule should return what super().schedule() gives")
+        return output
+
+    return type(base.__name__, (base,), {"small": small, "schedule": schedule})
 
 
 def _compare_sizes(found: list[dict[str, int]], right: list[dict[str, int]], budgets: str) -> None:
