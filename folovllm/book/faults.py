@@ -214,7 +214,7 @@ FAULTS: dict[str, type[Any]] = {
     "the second batch never starts": ClosedForever,
     "a step is larger than its budget": OverrunsBudget,
     "a stream freezes while a prompt is read": LongestFirst,
-    "the newest is served first": YoungestFirst,
+    "some never get an answer": YoungestFirst,
     "the oldest makes room": OldestIsVictim,
     "after a preemption a text rambles": KeepsItsCount,
     "memory runs out by evening": LeaksABlock,

@@ -17,6 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from folovllm.book.exercises.verdict import NotYet, expect
+from folovllm.book.faults import replace_part
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler, SchedulerOutput
 from folovllm.engine.detokenizer import Detokenizer
@@ -27,6 +28,7 @@ from folovllm.outputs import RequestOutput, RunnerOutput
 from folovllm.request import Sequence
 from folovllm.sampling_params import SamplingParams
 from folovllm.tales import EMBEDDED_MODEL
+from folovllm.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -276,8 +278,8 @@ def check_outputs(
             wrong = next((i for i, pair in enumerate(zip(answer.token_ids, right)) if pair[0] != pair[1]), None)
             expect(
                 wrong is None,
-                f"{a.name} gets other tokens than it gets alone, from its answer's token {wrong} on: its cache did not "
-                "hold what it should have held",
+                f"{a.name} gets other tokens than it gets alone, from its answer's token {wrong} on: what it reads, or "
+                "draws, is not its own",
             )
             aborted = answer.finish_reason == "abort"
             expect(
@@ -339,7 +341,7 @@ class Watch:
         self._check_line(scheduled)
         self._check_cached(scheduled)
         self._check_writes(scheduled)
-        self.steps.append({seq.seq_id: num for seq, num in zip(scheduled.seqs, scheduled.num_new_tokens)})
+        self.steps.append({name_of(seq): num for seq, num in zip(scheduled.seqs, scheduled.num_new_tokens)})
         self.num_steps, self._calls = self.num_steps + 1, 0
         self._grew = bool(scheduled.admitted)
         self._waited = {seq.seq_id for seq in self.engine.scheduler.waiting}
@@ -489,7 +491,7 @@ def expect_subclass(attempt: Any, base: type) -> None:
     """Raises `NotYet` unless the attempt is a class that inherits from ``base``."""
     expect(
         isinstance(attempt, type) and issubclass(attempt, base),
-        f"a class was asked for that begins with `class Name({base.__name__}):`, yours is {attempt!r}.",
+        f"a class was asked for that begins with `class Name({base.__name__}):`, and yours does not.",
     )
 
 
@@ -514,7 +516,12 @@ def judge_scheduler(
     for seed, each in enumerate(settings):
         found = run_watched(make_engine, {**each, "scheduler_cls": attempt}, seed, in_order)
         if same_steps:
-            _compare_steps(run_watched(make_engine, each, seed).steps, found.steps, each)
+            _compare_steps(_our_steps(tuple(each.items()), seed), found.steps, each)
+
+
+@cache
+def _our_steps(settings: tuple[tuple[str, Any], ...], seed: int) -> list[dict[str, int]]:
+    return run_watched(make_engine, dict(settings), seed).steps
 
 
 def _compare_steps(ours: list[dict[str, int]], found: list[dict[str, int]], settings: Mapping[str, Any]) -> None:
@@ -544,8 +551,64 @@ def judge_cache(attempt: type, settings: SequenceOf[Mapping[str, Any]] = SETTING
         )
 
 
+@cache
+def _embedded_engine() -> LLMEngine:
+    return LLMEngine(make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, block_size=16, num_blocks=16), "cpu")
+
+
+SEEDED = [
+    Arrival(
+        f"r{i}",
+        list(range(10 + 7 * i, 10 + 7 * i + length)),
+        SamplingParams(temperature=1.0, seed=i, n=n, max_tokens=num, ignore_eos=True, detokenize=False),
+        step,
+    )
+    for i, (length, n, num, step) in enumerate([(12, 1, 7, 0), (14, 2, 4, 0), (16, 1, 3, 1)])
+]
+"""Requests whose answers are drawn, with seeds."""
+
+
+@cache
+def _tokens_alone() -> dict[tuple[str, int], list[int]]:
+    """What the embedded model answers to each of `SEEDED` alone, by our own runner."""
+    engine = replace_part(_embedded_engine(), ModelRunner)
+    outputs = [drive(engine, [Arrival(a.name, a.prompt, a.params)])[a.name] for a in SEEDED]
+    return {(o.request_id, answer.index): answer.token_ids for o in outputs for answer in o.outputs}
+
+
+def judge_runner(attempt: type) -> None:
+    """Lets a reader's runner compute seeded requests with the embedded model.
+
+    Args:
+        attempt: a subclass of `folovllm.worker.model_runner.ModelRunner`.
+
+    Raises:
+        NotYet: if somebody gets other tokens than alone.
+    """
+    expect_subclass(attempt, ModelRunner)
+    alone = _tokens_alone()
+    try:
+        engine = replace_part(_embedded_engine(), attempt)
+        Watch(engine)
+        check_outputs(SEEDED, drive(engine, SEEDED), lambda a, index: alone[a.name, index])
+    except NotYet as error:
+        raise NotYet(f"{str(error).rstrip('.')}.") from error
+    except Exception as error:
+        raise NotYet(f"your code raised {type(error).__name__}: {error}.") from error
+    finally:
+        _forget_requests(_embedded_engine())
+
+
+def _forget_requests(engine: LLMEngine) -> None:
+    """Ends what a broken part has left behind, and puts our own parts back."""
+    for name in list(engine.output_processor.states):
+        engine.output_processor.forget(name)
+    for part in (KVCacheManager, Scheduler, ModelRunner):
+        replace_part(engine, part)
+
+
 TEXTS = (
-    ("Grüße, Jürgen! The fox 🦊 met a bear 🐻‍❄️ in Zürich.", [], False),
+    ("Grüße, said the fox 🦊 to Jürgen, the bear 🐻 of Zürich.", [], False),
     ("नमस्ते, 你好, καλημέρα: three ways to begin.", [], False),
     ("Plain words, and then the END of it", ["END"], False),
     ("The first line.\n\nThe second paragraph.", ["\n\nThe s", "paragraph"], False),
@@ -565,11 +628,11 @@ def judge_detokenizer(attempt: type, stops: bool = True) -> None:
     Raises:
         NotYet: with the sentence about the first thing that is wrong.
     """
-    expect(isinstance(attempt, type), f"a class was asked for, yours is {attempt!r}.")
+    expect(isinstance(attempt, type), "a class was asked for, and yours is something else.")
     missing = [name for name in ("add", "finish", "visible_text", "text") if not hasattr(attempt, name)]
     expect(not missing, f"the engine calls {', '.join(missing)} of a detokenizer, and yours has no such thing.")
-    texts = [text for text in TEXTS if stops or not text[1]]
-    ours = _tell(Detokenizer, texts)
+    texts = _texts(stops)
+    ours = _our_texts(stops)
     try:
         found = _tell(attempt, texts)
     except Exception as error:
@@ -578,16 +641,27 @@ def judge_detokenizer(attempt: type, stops: bool = True) -> None:
         _compare_texts(f"{text!r}{f' with stop={stop}' if stop else ''}", right, got)
 
 
+def _texts(stops: bool) -> list[tuple[str, list[str], bool]]:
+    return [text for text in TEXTS if stops or not text[1]]
+
+
+@cache
+def _our_texts(stops: bool) -> list[list[str]]:
+    return _tell(Detokenizer, _texts(stops))
+
+
 def _tell(part: type, texts: SequenceOf[tuple[str, list[str], bool]]) -> list[list[str]]:
     """What the user of each text has seen after each token; last, why it ended."""
-    encoded = [_tokenizer().encode(text) for text, _, _ in texts]
+    # Those without stop strings end by the end token, which is no text.
+    ends = [[] if stop else [cast(int, _tokenizer().eos_token_id)] for _, stop, _ in texts]
+    encoded = [_tokenizer().encode(text) + end for (text, _, _), end in zip(texts, ends)]
     script = {str(i): token_ids for i, token_ids in enumerate(encoded)}
     engine_cls = cast(type[LLMEngine], type("Engine", (LLMEngine,), {"detokenizer_cls": part}))
     engine = make_engine({"block_size": 16, "num_blocks": 64, "max_model_len": 256}, script, engine_cls)
     seen: list[list[str]] = [[] for _ in texts]
     for i, (_, stop, include) in enumerate(texts):
         params = SamplingParams(
-            max_tokens=len(encoded[i]), stop=stop or None, include_stop_str_in_output=include, ignore_eos=True
+            max_tokens=len(encoded[i]), stop=stop or None, include_stop_str_in_output=include, ignore_eos=bool(stop)
         )
         engine.add_request(str(i), [5], params)
     while engine.has_unfinished_requests():

@@ -1,4 +1,4 @@
-"""What an engine did, step by step, for the figures of chapters 8 to 13.
+"""What an engine did, step by step, for the figures of chapters 0 and 8 to 13.
 
 An engine itself keeps counts only. Who had which place and which blocks is written down by a step hook, which is one of
 the engine's doors.
@@ -7,18 +7,20 @@ the engine's doors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.stats import StepStats
 from folovllm.outputs import RequestOutput, RunnerOutput
+from folovllm.request import Sequence
 from folovllm.sampling_params import SamplingParams
 
 
 @dataclass
 class StepRecord:
-    """One step. Sequences are called by their ``seq_id``."""
+    """One step. A sequence is called by its request, and by its ``seq_id`` where the request has several answers."""
 
     prefill: dict[str, int]
     """Tokens computed for each sequence that was reading its prompt, or what a preemption made it lose."""
@@ -39,45 +41,86 @@ class StepRecord:
     stats: StepStats
     time_us: int
     """The engine's clock after the step."""
+    arrived: list[str] = field(default_factory=list)
+    """Who is seen in this step, waiting or at work, for the first time."""
+    tokens: list[str] = field(default_factory=list)
+    """Who got a token in this step."""
+
+
+def name_of(seq: Sequence) -> str:
+    """What a figure calls a sequence."""
+    return seq.request_id if seq.sampling_params.best_of == 1 else seq.seq_id
+
+
+def names_of(seqs: Iterable[Sequence]) -> list[str]:
+    """What a figure calls each sequence."""
+    return [name_of(seq) for seq in seqs]
+
+
+def split_work(scheduled: SchedulerOutput) -> tuple[dict[str, int], list[str]]:
+    """The tokens of each sequence that read its prompt, or what it had lost; and the sequences that decoded."""
+    prefill, decode = {}, []
+    for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
+        # The step is over, so its own token is counted, and the one that it drew is not.
+        if num_new == 1 and seq.num_computed_tokens > seq.get_prompt_len():
+            decode.append(name_of(seq))
+        else:
+            prefill[name_of(seq)] = num_new
+    return prefill, decode
+
+
+def take_places(places: dict[str, int], in_step: list[str], running: list[str]) -> None:
+    """Removes who is gone from the places of a batch, and gives those who are new the first free ones."""
+    for name in set(places) - {*in_step, *running}:
+        del places[name]
+    for name in in_step:
+        if name not in places:
+            places[name] = next(i for i in range(len(places) + 1) if i not in places.values())
+
+
+def steps_to_first_token(records: SequenceOf[StepRecord]) -> dict[str, int]:
+    """For each sequence how many steps it took, from its arrival, until its first token was there: at least 1."""
+    arrived = {name: step for step, record in enumerate(records) for name in record.arrived}
+    first: dict[str, int] = {}
+    for step, record in enumerate(records):
+        for name in record.tokens:
+            first.setdefault(name, step + 1 - arrived[name])
+    return first
 
 
 def record_steps(engine: LLMEngine) -> list[StepRecord]:
     """A list to which every later step of the engine adds its record."""
     records: list[StepRecord] = []
     places: dict[str, int] = {}
+    seen: set[str] = set()
 
     def hook(scheduled: SchedulerOutput, _: RunnerOutput, stats: StepStats) -> None:
-        scheduler, running = engine.scheduler, {seq.seq_id for seq in engine.scheduler.running}
+        scheduler = engine.scheduler
         in_step = [*scheduled.seqs, *(child for _, child in scheduled.forks)]
-        for name in [name for name in places if name not in {seq.seq_id for seq in in_step} | running]:
-            del places[name]
-        for seq in in_step:
-            if seq.seq_id not in places:
-                places[seq.seq_id] = next(i for i in range(len(places) + 1) if i not in places.values())
-        prefill, decode = {}, []
-        for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
-            if num_new == 1 and seq.num_computed_tokens > seq.get_prompt_len():
-                decode.append(seq.seq_id)
-            else:
-                prefill[seq.seq_id] = num_new
+        prefill, decode = split_work(scheduled)
+        take_places(places, names_of(in_step), names_of(scheduler.running))
+        present = names_of([*in_step, *scheduler.waiting, *scheduler.swapped])
         records.append(
             StepRecord(
                 prefill=prefill,
                 decode=decode,
                 places=dict(places),
-                waiting=[seq.seq_id for seq in scheduler.waiting],
-                swapped=[seq.seq_id for seq in scheduler.swapped],
-                preempted=[seq.seq_id for seq in scheduled.preempted],
-                tables={seq.seq_id: list(seq.block_ids) for seq in scheduler.running},
+                waiting=names_of(scheduler.waiting),
+                swapped=names_of(scheduler.swapped),
+                preempted=names_of(scheduled.preempted),
+                tables={name_of(seq): list(seq.block_ids) for seq in scheduler.running},
                 ref_counts=list(engine.cache.pool.ref_counts),
-                finished=[seq.seq_id for seq in in_step if seq.is_finished()],
+                finished=[name_of(seq) for seq in in_step if seq.is_finished()],
                 stats=stats,
                 time_us=engine.clock.now_us(),
+                arrived=[name for name in present if name not in seen],
+                tokens=[name_of(seq) for seq, _ in scheduled.sampled],
             )
         )
+        seen.update(present)
         for seq in in_step:
-            if seq.seq_id not in running:
-                del places[seq.seq_id]
+            if seq.is_finished():
+                del places[name_of(seq)]
 
     engine.step_hooks.append(hook)
     return records

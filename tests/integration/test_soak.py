@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 
 from folovllm import LLM, SamplingParams
+from folovllm.book.judges import expected_tokens, next_token
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.outputs import RunnerOutput
 from folovllm.tales import EMBEDDED_MODEL
@@ -25,11 +26,6 @@ BAD = (
     ([5], {"min_tokens": 100, "max_tokens": None}),
     ("a \udce9", {}),
 )
-
-
-def next_token(token_ids: list[int], seed: int) -> int:
-    """What the pretended model says after some tokens: a text depends on its past and its seed alone."""
-    return 3 + hash((tuple(token_ids), seed)) % 1200
 
 
 def make_llm() -> LLM:
@@ -70,12 +66,6 @@ class Caller:
         self.wrong: list[object] = []
         self.done: dict[str, int] = {}
 
-    def expected(self, prompt: list[int], params: SamplingParams, index: int = 0) -> list[int]:
-        token_ids = list(prompt)
-        for _ in range(params.max_tokens):
-            token_ids.append(next_token(token_ids, params.seed + index))
-        return token_ids[len(prompt) :]
-
     def request(self) -> tuple[list[int], SamplingParams]:
         # Few beginnings, so that some requests share them.
         prompt = [self.rng.randrange(3, 6) for _ in range(self.rng.randint(1, 30))]
@@ -93,12 +83,12 @@ class Caller:
         params.best_of = params.n
         (output,) = self.llm.generate([prompt], params, use_tqdm=False, priority=[self.rng.randint(-1, 1)])
         tokens = [answer.token_ids for answer in output.outputs]
-        self.check("generate", tokens == [self.expected(prompt, params, i) for i in range(params.n)], tokens)
+        self.check("generate", tokens == [expected_tokens(prompt, params, i) for i in range(params.n)], tokens)
 
     def stream(self) -> None:
         prompt, params = self.request()
         alone = Detokenizer(self.llm.engine.tokenizer, params, prompt)
-        for token_id in self.expected(prompt, params):
+        for token_id in expected_tokens(prompt, params):
             alone.add(token_id)
         alone.finish()
         text = "".join(self.llm.stream(prompt, params))
@@ -185,7 +175,7 @@ def test_20000_steps_of_everything_at_once(traced):
     assert set(given) == set(asked)
     for name, (prompt, params) in asked.items():
         (answer,) = given[name].outputs
-        whole = mine.expected(prompt, params)
+        whole = expected_tokens(prompt, params)
         assert answer.token_ids == whole[: len(answer.token_ids)]
         assert (answer.finish_reason == "length") == (answer.token_ids == whole)
         assert answer.finish_reason == "length" or name in aborted

@@ -3,6 +3,15 @@
 A module for each subject, and one (`folovllm.book.exercises.verdict`) with what a check is made of.
 """
 
+from folovllm.book.exercises.batching import (
+    check_admit,
+    check_latencies,
+    check_mended_order,
+    check_mended_seed,
+    check_passes,
+    check_shown_text,
+    check_whole_characters,
+)
 from folovllm.book.exercises.chunking import (
     check_choose_budget,
     check_considerate,
@@ -24,6 +33,7 @@ from folovllm.book.exercises.verdict import Verdict
 
 __all__ = [
     "Verdict",
+    "check_admit",
     "check_allocate_slots",
     "check_attention",
     "check_block_hash",
@@ -43,17 +53,22 @@ __all__ = [
     "check_fresh_words",
     "check_generate",
     "check_kv_bytes",
+    "check_latencies",
     "check_leak",
     "check_mask",
+    "check_mended_order",
+    "check_mended_seed",
     "check_next_status",
     "check_num_blocks",
     "check_pad_batch",
+    "check_passes",
     "check_prompt_order",
     "check_rambling",
     "check_read_tensor",
     "check_ridge",
     "check_rope",
     "check_schedule",
+    "check_shown_text",
     "check_slot_mapping",
     "check_softmax",
     "check_steady_stream",
@@ -63,4 +78,5 @@ __all__ = [
     "check_tpot",
     "check_victim",
     "check_victims",
+    "check_whole_characters",
 ]

@@ -42,13 +42,22 @@ from folovllm.book.plotting.sampling import (
     plot_temperatures,
     plot_token_bars,
 )
-from folovllm.book.plotting.timeline import plot_block_map, plot_gantt, plot_places
+from folovllm.book.plotting.timeline import (
+    plot_anatomy,
+    plot_block_map,
+    plot_first_tokens,
+    plot_gantt,
+    plot_load,
+    plot_places,
+    plot_queue,
+)
 
 __all__ = [
     "PATH",
     "STATUS_COLORS",
     "plot_admission",
     "plot_along_text",
+    "plot_anatomy",
     "plot_attention_map",
     "plot_block_map",
     "plot_block_size_costs",
@@ -60,6 +69,7 @@ __all__ = [
     "plot_draws",
     "plot_dtype_errors",
     "plot_entropy",
+    "plot_first_tokens",
     "plot_flat_pass",
     "plot_fork_blocks",
     "plot_frontier",
@@ -70,6 +80,7 @@ __all__ = [
     "plot_kept",
     "plot_kv_capacity",
     "plot_layer",
+    "plot_load",
     "plot_logit_lens",
     "plot_machine",
     "plot_masks",
@@ -81,6 +92,7 @@ __all__ = [
     "plot_places",
     "plot_product_times",
     "plot_prompt_cost",
+    "plot_queue",
     "plot_reserved",
     "plot_resume_costs",
     "plot_roofline",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Patch
 
-from folovllm.book.plotting.style import GREY, LIGHT, ORANGE, PALETTE, new_figure
-from folovllm.book.recording import StepRecord
+from folovllm.book.plotting.style import DARK_RED, GREY, LIGHT, ORANGE, PALETTE, new_figure
+from folovllm.book.recording import StepRecord, steps_to_first_token
 
 LIGHTER = tuple(color for color in PALETTE if color != ORANGE)
 COLORS = (*LIGHTER, *(to_hex([0.6 * part for part in to_rgb(color)]) for color in LIGHTER))
@@ -56,13 +57,13 @@ def plot_gantt(records: Sequence[StepRecord]) -> Axes:
             bbox_to_anchor=(0, 1),
             ncols=2,
         )
-    waited = {name: sum(name in r.waiting or name in r.swapped for r in records) for name in colors}
-    longest = max(waited, key=lambda name: waited[name])
-    ax.figure.alt = (
-        f"Lines of {len(colors)} sequences along {len(records):,} steps: grey while one waits, orange while its "
-        f"prompt is read, in its own colour while it decodes. {sum(map(bool, waited.values()))} of them have to wait, "
-        f"{longest} longest, for {waited[longest]:,} steps."
-    )
+        waits = {name: sum(name in (*r.waiting, *r.swapped) for r in records) for name in colors}
+        longest = max(waits, key=lambda name: waits[name])
+        ax.figure.alt = (
+            f"A line for each of {len(colors)} requests along {len(records)} steps: grey while it waits, orange while "
+            f"its prompt is read, then in its own colour; {sum(wait > 0 for wait in waits.values())} of them wait, "
+            f"{longest} the longest, for {waits[longest]} steps."
+        )
     return ax
 
 
@@ -77,12 +78,12 @@ def plot_places(records: Sequence[StepRecord], num_places: int) -> Axes:
         ax.set(xlim=(0, len(records)), ylim=(-0.6, num_places - 0.4), xlabel="step", ylabel="place in the batch")
         ax.set_yticks(range(num_places))
         ax.invert_yaxis()
-    taken = sum(len(r.places) for r in records)
-    ax.figure.alt = (
-        f"Map of {num_places} places of the batch along {len(records):,} steps, each in the colour of the sequence "
-        f"that has it: {len(colors)} sequences pass through, and {taken / (num_places * max(len(records), 1)):.0%} of "
-        "the map is taken."
-    )
+        taken = sum(len(r.places) for r in records)
+        ax.figure.alt = (
+            f"{num_places} places of a batch along {len(records)} steps, each in the colour of the request that has "
+            f"it, {len(colors)} in all; {taken} of {num_places * len(records)} place-steps are taken, the "
+            "others are white."
+        )
     return ax
 
 
@@ -103,10 +104,88 @@ def plot_block_map(records: Sequence[StepRecord], num_blocks: int) -> Axes:
             ax.broken_barh(stretches(steps), (block_id - 0.45, 0.9), facecolor=GREY, edgecolor="none")
         ax.set(xlim=(0, len(records)), ylim=(-0.6, num_blocks - 0.4), xlabel="step", ylabel="block")
         ax.invert_yaxis()
-    in_use = [sum(count > 0 for count in r.ref_counts) for r in records]
-    shared = max(sum(count > 1 for count in r.ref_counts) for r in records)
-    ax.figure.alt = (
-        f"Map of {num_blocks} blocks of the cache along {len(records):,} steps, each in its owner's colour: at most "
-        f"{max(in_use):,} are in use at once, and at most {shared:,} are in several tables."
-    )
+        used = [sum(count > 0 for count in r.ref_counts) for r in records]
+        shared = max(sum(count > 1 for count in r.ref_counts) for r in records)
+        ax.figure.alt = (
+            f"{num_blocks} blocks along {len(records)} steps, each in the colour of the request that has it, white "
+            f"while it is free; at most {max(used)} are in use, and at most {shared} in several tables, which are grey."
+        )
+    return ax
+
+
+def plot_anatomy(records: Sequence[StepRecord], name: str) -> Axes:
+    """One request's line, a box per step, and what its user feels: the wait for the first token, then the gaps."""
+    arrival = next(i for i, r in enumerate(records) if name in r.arrived)
+    tokens = [i for i, r in enumerate(records) if name in r.tokens]
+    first, last = tokens[0] + 1, tokens[-1] + 1
+    color = colors_of(records)[name]
+    with new_figure(2.4) as ax:
+        for step in range(arrival, last):
+            kind = ORANGE if name in records[step].prefill else color if name in records[step].decode else LIGHT
+            ax.broken_barh([(step, 1)], (0, 1), facecolor=kind, edgecolor="white")
+        for step in tokens:
+            ax.plot(step + 1, 1.18, "v", color="#333333", markersize=5)
+        spans = (("TTFT", arrival, first), (f"{len(tokens) - 1} x TPOT", first, last))
+        for label, start, end in spans:
+            ax.annotate("", (start, -0.3), (end, -0.3), arrowprops={"arrowstyle": "<->", "color": DARK_RED})
+            ax.text((start + end) / 2, -0.45, label, ha="center", va="top", color=DARK_RED)
+        ax.set(xlim=(arrival - 0.5, last + 0.5), ylim=(-1.1, 1.5), xlabel="step", yticks=[])
+        ax.spines["left"].set_visible(False)
+        ax.figure.alt = (
+            f"The steps of request {name} as boxes, from its arrival at step {arrival} to its end after step {last}: "
+            "grey while it waits, orange while its prompt is read, then in colour; an arrow marks TTFT, "
+            f"{first - arrival} steps, another the {len(tokens) - 1} tokens after the first, {last - first} steps."
+        )
+    return ax
+
+
+def plot_queue(runs: Mapping[str, Sequence[StepRecord]]) -> Axes:
+    """How many requests wait after each step, a curve for each run."""
+    with new_figure(3.2) as ax:
+        for (label, records), style in zip(runs.items(), ("-", "--", ":", "-.")):
+            waiting = [len(r.waiting) for r in records]
+            ax.step(range(len(records)), waiting, style, where="post", label=label, clip_on=False)
+        ax.set(xlabel="step", ylabel="requests waiting", ylim=(0, None), xlim=(0, None))
+        ax.legend()
+        told = (
+            f"with {label} at most {max(len(r.waiting) for r in records)}, over {len(records)} steps"
+            for label, records in runs.items()
+        )
+        ax.figure.alt = f"Requests that wait after each step, a curve for each run: {'; '.join(told)}."
+    return ax
+
+
+def plot_first_tokens(runs: Mapping[str, Sequence[StepRecord]]) -> Axes:
+    """Which share of the requests has its first token after how many steps, a rising curve for each run."""
+    waits = {label: sorted(steps_to_first_token(records).values()) for label, records in runs.items()}
+    with new_figure(3.4) as ax:
+        corners = (((7, -4), "left", "top"), ((-7, 4), "right", "bottom")) * 2
+        for (label, steps), style, (offset, ha, va) in zip(waits.items(), ("-", "--", ":", "-."), corners):
+            shares = [100 * (i + 1) / len(steps) for i in range(len(steps))]
+            ax.step([0, *steps], [0, *shares], style, where="post", label=label)
+            median = statistics.median(steps)
+            ax.plot(median, 50, "o", color=ax.lines[-1].get_color())
+            ax.annotate(f"{median:g}", (median, 50), offset, textcoords="offset points", ha=ha, va=va)
+        ax.set(xlabel="steps until the first token", ylabel="requests (%)", ylim=(0, 103), xlim=(0, None))
+        ax.legend(loc="lower right")
+        told = (
+            f"{label}: half of them within {statistics.median(s):g} steps, all within {s[-1]}"
+            for label, s in waits.items()
+        )
+        ax.figure.alt = f"Share of requests that have their first token after a number of steps; {'; '.join(told)}."
+    return ax
+
+
+def plot_load(rates: Sequence[float], seconds: Mapping[str, Sequence[float]], ylabel: str) -> Axes:
+    """Seconds that users wait against the requests that come per second, a curve for each run, logarithmic."""
+    with new_figure(3.4) as ax:
+        for (label, values), style in zip(seconds.items(), ("o-", "s--", "^:", "d-.")):
+            ax.plot(rates, values, style, label=label)
+        ax.set(xlabel="requests per second", ylabel=ylabel, yscale="log", xlim=(0, None))
+        ax.legend()
+        told = (
+            f"{label} {values[0]:.3g} s at {rates[0]:g} and {values[-1]:.3g} s at {rates[-1]:g} requests per second"
+            for label, values in seconds.items()
+        )
+        ax.figure.alt = f"{ylabel.capitalize()} against load on a logarithmic scale: {'; '.join(told)}."
     return ax

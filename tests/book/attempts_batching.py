@@ -1,0 +1,264 @@
+"""Attempts at the exercises of chapters 8 and 9: wrong ones, right ones, and changes that change nothing."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Any
+
+from folovllm.book import faults
+from folovllm.core.scheduler import Scheduler
+from folovllm.request import SequenceStatus
+from folovllm.worker.model_runner import ModelRunner
+
+
+def latencies(
+    gaps: Callable[[int], int] = lambda n: n - 1,
+    start: str = "arrival_time",
+    alone: float = 0.0,
+    order: Callable[..., Any] = lambda ttft, tpot, e2e: (ttft, tpot, e2e),
+) -> Callable[[Any, int], Any]:
+    """Reads a request's moments; each part may be got wrong."""
+
+    def attempt(metrics: Any, num_tokens: int) -> Any:
+        first, end = metrics.first_token_time, metrics.finished_time
+        tpot = (end - first) / gaps(num_tokens) if gaps(num_tokens) else alone
+        return order(first - getattr(metrics, start), tpot, end - metrics.arrival_time)
+
+    return attempt
+
+
+class Whole:
+    """A detokenizer that decodes everything each time."""
+
+    def __init__(self, tokenizer: Any, params: Any, prompt_token_ids: list[int]) -> None:
+        self.tokenizer, self.token_ids = tokenizer, []
+
+    def add(self, token_id: int, stop_terminated: bool = False) -> None:
+        if not stop_terminated:
+            self.token_ids.append(token_id)
+
+    def visible_text(self) -> str:
+        return self.text
+
+    def finish(self) -> None:
+        pass
+
+    @property
+    def text(self) -> str:
+        return self.tokenizer.decode(self.token_ids).rstrip("\ufffd")
+
+
+class Pieces(Whole):
+    @property
+    def text(self) -> str:
+        return "".join(self.tokenizer.decode([i]) for i in self.token_ids)
+
+
+class DropsPieces(Whole):
+    @property
+    def text(self) -> str:
+        return "".join(self.tokenizer.decode([i]) for i in self.token_ids).replace("\ufffd", "")
+
+
+class HalfShown(Whole):
+    @property
+    def text(self) -> str:
+        return self.tokenizer.decode(self.token_ids)
+
+
+class OneBehind(Whole):
+    def visible_text(self) -> str:
+        return self.text[:-1]
+
+
+class OnlyAtTheEnd(Whole):
+    def visible_text(self) -> str:
+        return ""
+
+
+class EndIsText(Whole):
+    def add(self, token_id: int, stop_terminated: bool = False) -> None:
+        self.token_ids.append(token_id)
+
+
+class NoFinish:
+    def __init__(self, *_: Any) -> None:
+        self.text = ""
+
+    def add(self, token_id: int, stop_terminated: bool = False) -> None:
+        self.text += "x"
+
+
+def shown(
+    which: Callable[[int, str], Any] = lambda place, stop: place + len(stop),
+    held: Callable[[list[str]], int] = lambda stops: max(map(len, stops), default=1) - 1,
+    cut: Callable[[str, int], str] = lambda text, num: text[: max(len(text) - num, 0)],
+    at_the_end: bool = False,
+) -> Callable[[str, list[str], bool], str]:
+    """Shows what may be shown; each part may be got wrong."""
+
+    def attempt(text: str, stops: list[str], finished: bool) -> str:
+        found = [(text.find(stop), stop) for stop in stops if stop in text]
+        if found:
+            return text[: min(found, key=lambda f: which(*f))[0]]
+        return text if finished and not at_the_end else cut(text, held(stops))
+
+    return attempt
+
+
+def passes(lengths: list[int], num_places: int, continuous: bool) -> int:
+    if not continuous:
+        return sum(max(lengths[i : i + num_places]) for i in range(0, len(lengths), num_places))
+    free_at = [0] * num_places
+    for length in lengths:
+        heapq.heapreplace(free_at, free_at[0] + length)
+    return max(free_at)
+
+
+def admits(
+    goes_on: Callable[[Any, int], bool] = lambda s, budget: len(s.running) < s.config.max_num_seqs and budget > 0,
+    pick: int = 0,
+    if_none: str = "stop",
+    spend: bool = True,
+    closes: Callable[[Any], bool] = lambda s: s.config.batching == "static",
+    grows: bool = True,
+) -> type:
+    """A scheduler; each part of its admission may be got wrong."""
+
+    class Mine(Scheduler):
+        def _admit(self, output: Any, budget: int) -> None:
+            is_open = self._batch_is_open or not self.running
+            if closes(self) and not is_open:
+                return
+            self._batch_is_open = False
+            while self.waiting and goes_on(self, budget):
+                seq = self.waiting[pick]
+                num_new = self._admit_waiting(seq, output, budget)
+                if not num_new and if_none == "stop":
+                    break
+                if not num_new and if_none == "try again":
+                    continue
+                seq.status = SequenceStatus.RUNNING
+                self.running.append(seq)
+                output.add(seq, num_new)
+                budget -= num_new if spend else 0
+                self._batch_is_open = grows
+
+    return Mine
+
+
+class MendedOrder(faults.YoungestFirst):
+    _rank = Scheduler._rank
+
+
+class OnlyTheTime(faults.YoungestFirst):
+    def _rank(self, seq: Any) -> Any:
+        priority, arrival_time, arrival, index = super()._rank(seq)
+        return priority, -arrival_time, arrival, -index
+
+
+class MendedSeed(faults.SharedGenerator):
+    _sample = ModelRunner._sample
+
+
+class NewEachStep(faults.SharedGenerator):
+    def _sample(self, hidden: Any, sampled: Any) -> Any:
+        for seq, _ in sampled:
+            seq.generator = None
+        return ModelRunner._sample(self, hidden, sampled)
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "check_latencies": {
+        "over all tokens": latencies(lambda n: n),
+        "one gap too many": latencies(lambda n: n + 1),
+        "from the first token": latencies(start="first_token_time"),
+        "nothing for one token": latencies(alone=float("nan")),
+        "two numbers": latencies(order=lambda ttft, tpot, e2e: (ttft, tpot)),
+        "another order": latencies(order=lambda ttft, tpot, e2e: (tpot, ttft, e2e)),
+        "divides by zero": lambda m, n: (m.first_token_time - m.arrival_time, 1 / (n - 1), 0.0),
+        "milliseconds": latencies(order=lambda *times: tuple(1000 * t for t in times)),
+    },
+    "check_whole_characters": {
+        "each token for itself": Pieces,
+        "drops the pieces": DropsPieces,
+        "shows halves": HalfShown,
+        "one character behind": OneBehind,
+        "nothing before the end": OnlyAtTheEnd,
+        "the end token is text": EndIsText,
+        "no finish": NoFinish,
+        "a function": lambda *_: "",
+    },
+    "check_shown_text": {
+        "the first that begins": shown(which=lambda place, stop: place),
+        "the first of the list": shown(which=lambda place, stop: 0),
+        "the longest": shown(which=lambda place, stop: -len(stop)),
+        "holds the whole string back": shown(held=lambda stops: max(map(len, stops), default=0)),
+        "holds nothing back": shown(held=lambda stops: 0),
+        "the shortest decides": shown(held=lambda stops: min(map(len, stops), default=1) - 1),
+        "cuts with minus zero": shown(cut=lambda text, num: text[:-num]),
+        "cuts from the other end": shown(cut=lambda text, num: text[: len(text) - num]),
+        "holds back at the end": shown(at_the_end=True),
+        "only what is before": lambda text, stops, finished: text.split(stops[0])[0] if stops else text,
+    },
+    "check_mended_order": {
+        "nothing mended": faults.YoungestFirst,
+        "only half of it": OnlyTheTime,
+        "ours, and not the faulty one": Scheduler,
+    },
+    "check_passes": {
+        "places times the longest": lambda lens, places, continuous: max(lens, default=0) * -(-len(lens) // places),
+        "never white": lambda lens, places, continuous: -(-sum(lens) // places),
+        "always static": lambda lens, places, continuous: passes(lens, places, False),
+        "always continuous": lambda lens, places, continuous: passes(lens, places, True),
+        "the longest first": lambda lens, places, continuous: passes(sorted(lens, reverse=True), places, continuous),
+        "the shortest first": lambda lens, places, continuous: passes(sorted(lens), places, continuous),
+    },
+    "check_admit": {
+        "no limit of places": admits(lambda s, budget: budget > 0),
+        "one place too many": admits(lambda s, budget: len(s.running) <= s.config.max_num_seqs),
+        "one place too few": admits(lambda s, budget: len(s.running) < s.config.max_num_seqs - 1),
+        "one in a step": admits(lambda s, budget: budget == s.max_num_batched_tokens),
+        "the last of the queue": admits(pick=-1),
+        "tries again": admits(if_none="try again"),
+        "adds it all the same": admits(if_none="add"),
+        "spends nothing": admits(spend=False),
+        "always static": admits(closes=lambda s: True),
+        "never static": admits(closes=lambda s: False),
+        "a batch that cannot grow": admits(grows=False),
+        "nothing of its own": type("Ours", (Scheduler,), {}),
+        "no scheduler": object,
+    },
+    "check_mended_seed": {
+        "nothing mended": faults.SharedGenerator,
+        "a new one in each step": NewEachStep,
+        "ours, and not the faulty one": ModelRunner,
+    },
+}
+
+RIGHT: dict[str, dict[str, Any]] = {
+    "check_latencies": {"a list": latencies(order=lambda *times: list(times))},
+    "check_whole_characters": {"decodes everything": Whole},
+    "check_shown_text": {"in parts": shown()},
+    "check_mended_order": {"our own rank": MendedOrder},
+    "check_passes": {"with a heap": passes},
+    "check_admit": {"with a list of conditions": admits()},
+    "check_mended_seed": {"our own sample": MendedSeed},
+}
+
+SAME: dict[str, dict[str, str]] = {
+    "check_whole_characters": {
+        "__init__: tokenizer as in the first call": "an engine has one tokenizer, so it is always the same",
+        "__init__: params as in the first call": "the params are not used without stop strings",
+        "__init__: prompt_token_ids as in the first call": "the prompt is not used by this detokenizer",
+        "def add(self, token_id, stop_terminated=False): → def add(self, token_id, stop_terminated=True):": (
+            "the engine always says whether it is the end token"
+        ),
+    },
+    "check_shown_text": {
+        "longest = max(map(len, stops), default=1) → longest = max(map(len, stops), default=0)": (
+            "a text cut one character behind its end is whole"
+        ),
+    },
+}
