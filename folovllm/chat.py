@@ -1,4 +1,4 @@
-"""Messages in, a prompt's text out. Chapter 6 shows `LLM.chat`, which is built on this module.
+"""Messages in, a prompt's text out. Chapter 13 uses `LLM.chat`, which is built on this module.
 
 A checkpoint brings a chat template: a program in Jinja that writes a conversation as the text the model was trained
 on. This module checks the messages and puts them into the shape the template expects; the engine encodes the text.

@@ -1,4 +1,4 @@
-"""The main interface: texts in, texts out. Chapter 6 is about this module.
+"""The main interface: texts in, texts out. Chapter 8 shows it.
 
 As in vLLM (``vllm/entrypoints/llm.py``, 0.33.0).
 """

@@ -1,4 +1,4 @@
-"""What attention needs to know of a step: whose each token is, and where the cache has its past. Chapter 6.
+"""What attention needs to know of a step: whose each token is, and where the cache has its past. Chapter 10.
 
 As in vLLM, how the cache is read is up to each backend (``v1/attention/backends/``, 0.33.0); ours is
 `folovllm.attention.gather`.

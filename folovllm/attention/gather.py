@@ -1,4 +1,4 @@
-"""Attention through block tables: how a token looks at those before it, wherever their keys lie. Chapter 6.
+"""Attention through block tables: how a token looks at those before it, wherever their keys lie. Chapters 6 and 10.
 
 The cache of a layer is ``[2, num_kv_heads, num_blocks, block_size, head_dim]``: keys, then values. A step's new keys
 and values are written to their slots first (slot = block * block_size + place in the block). Then sequences with one

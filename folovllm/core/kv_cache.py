@@ -1,4 +1,4 @@
-"""The KV cache's blocks: which sequences use them, and which can be reused. Chapter 6 is about this module.
+"""The KV cache's blocks: which sequences use them, and which can be reused. Chapters 10 and 13.
 
 A sequence's table (``Sequence.block_ids``) lists its blocks in order; a block holds ``block_size`` tokens. A block may
 be in several tables: answers to one prompt share it until one of them writes (copy-on-write, Kwon et al. 2023,

@@ -1,4 +1,4 @@
-"""Which sequences run in the next step, and how many tokens of each. Chapter 6 is about this module.
+"""Which sequences run in the next step, and how many tokens of each. Chapters 9, 11 and 12.
 
 There is no prefill phase and no decode phase. A sequence has tokens, and ``num_computed_tokens`` of them have been
 computed; each step raises that number, within one token budget for all sequences. A new prompt has many tokens left to

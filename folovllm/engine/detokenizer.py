@@ -1,4 +1,4 @@
-"""From tokens to text, as they come. Chapter 6 is about this module.
+"""From tokens to text, as they come. Chapter 8 is about this module.
 
 A token is a piece of bytes, not of text: a character may take several tokens, and a token's text may depend on the one
 before it. So every new token is decoded together with a few earlier ones, and what is new at the end is its text. Text

@@ -1,4 +1,4 @@
-"""From a prompt and params to a request, or an error of one sentence. Chapter 6.
+"""From a prompt and params to a request, or an error of one sentence. Chapter 8.
 
 All that can be checked before a step is checked here, so that one caller's mistake never reaches a shared batch.
 As in vLLM (``v1/engine/input_processor.py``, 0.33.0).

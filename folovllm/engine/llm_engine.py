@@ -1,4 +1,4 @@
-"""The engine: schedule, run, update, until no request is left. Chapter 6 is about this module.
+"""The engine: schedule, run, update, until no request is left. Chapter 8 is about this module.
 
 Requests are added with `LLMEngine.add_request`, and each `LLMEngine.step` moves all scheduled ones a little further.
 For texts instead of steps there is `folovllm.llm.LLM`. As in vLLM (``v1/engine/core.py``,

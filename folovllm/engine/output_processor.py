@@ -1,4 +1,4 @@
-"""From tokens to outputs, and from there to the caller who asked for them. Chapter 6.
+"""From tokens to outputs, and from there to the caller who asked for them. Chapter 8.
 
 An output belongs to its request, not to the caller of the step that made it: each request has a sink, and its outputs
 go there and nowhere else. As in vLLM (``v1/engine/output_processor.py``, 0.33.0).

@@ -1,4 +1,4 @@
-"""What an engine needs of a model: something that computes steps, and what is known about its tokens. Chapter 6.
+"""What an engine needs of a model: something that computes steps, and what is known about its tokens. Chapter 8.
 
 `load_model` makes it of a checkpoint; the simulator makes one that computes nothing.
 """

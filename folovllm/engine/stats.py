@@ -1,4 +1,4 @@
-"""Statistics of steps and metrics of requests, counted in one place. Chapter 6.
+"""Statistics of steps and metrics of requests, counted in one place. Chapter 8.
 
 As in vLLM (``v1/metrics/stats.py``, 0.33.0).
 """

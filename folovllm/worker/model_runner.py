@@ -1,6 +1,6 @@
 """From scheduled sequences to tokens: flat tensors in, one row of logits per sequence whose last token was computed.
 
-Chapter 6 is about this module. The tokens of all sequences of a step are one flat batch, without padding.
+Chapter 10 is about this module. The tokens of all sequences of a step are one flat batch, without padding.
 ``query_start_loc`` says where each sequence begins, ``positions`` where each token is in its sequence, ``slot_mapping``
 where its key and value are written, and ``block_table`` where those of earlier tokens are. The sampler is called here,
 as in vLLM (``v1/worker/gpu_model_runner.py``, 0.33.0).

@@ -358,55 +358,7 @@ def append_to_the_prompt(model: Any, prompt: list[int], max_tokens: int) -> list
     return output
 
 
-def share_out(num_left: list[int], budget: int, chunked: bool) -> list[int]:
-    given = []
-    for left in num_left:
-        tokens = min(left, budget) if chunked or left <= budget else 0
-        budget = budget - tokens if tokens == left else 0
-        given.append(tokens)
-    return given
-
-
-def overtaking(num_left: list[int], budget: int, chunked: bool) -> list[int]:
-    given = []
-    for left in num_left:
-        given.append(min(left, budget) if chunked or left <= budget else 0)
-        budget -= given[-1]
-    return given
-
-
-def cached(limit: Callable[[list[int]], int]) -> Callable[[list[int], list[int], int], int]:
-    def cached_tokens(cached: list[int], prompt: list[int], block_size: int) -> int:
-        saved = 0
-        for end in range(block_size, limit(prompt) + 1, block_size):
-            if end > len(cached) or prompt[:end] != cached[:end]:
-                break
-            saved = end
-        return saved
-
-    return cached_tokens
-
-
 WRONG: dict[str, dict[str, Any]] = {
-    "check_schedule": {
-        "everybody gets all": lambda num_left, budget, chunked: num_left,
-        "always in chunks": lambda num_left, budget, chunked: share_out(num_left, budget, True),
-        "never in chunks": lambda num_left, budget, chunked: share_out(num_left, budget, False),
-        "the short overtake the long": overtaking,
-    },
-    "check_cached_tokens": {
-        "nothing": lambda cached, prompt, block_size: 0,
-        "the whole prompt": cached(len),
-        "blocks wherever they are": lambda cached, prompt, block_size: (
-            block_size
-            * sum(
-                prompt[i : i + block_size] == cached[i : i + block_size] for i in range(0, len(prompt) - 1, block_size)
-            )
-        ),
-        "tokens, not blocks": lambda cached, prompt, block_size: next(
-            (i for i, (a, b) in enumerate(zip(cached, prompt)) if a != b), len(prompt) - 1
-        ),
-    },
     "check_finish_status": {
         "end token only": finish(ends=lambda seq, eos: seq.get_last_token_id() == eos),
         "stop tokens only": finish(ends=lambda seq, eos: seq.get_last_token_id() in seq.sampling_params.stop_token_ids),
@@ -540,8 +492,6 @@ RIGHT: dict[str, dict[str, Any]] = {
     "check_generate": {
         "tensors": generate(newest, give=lambda prompt, output: torch.tensor(output)),
     },
-    "check_schedule": {"a tuple": lambda *args: tuple(share_out(*args))},
-    "check_cached_tokens": {"not beyond the last": cached(lambda prompt: len(prompt) - 1)},
 }
 """Attempts that are right, and not written as the solution is."""
 

@@ -119,12 +119,8 @@ FIGURES: dict[str, Callable[[], Axes | np.ndarray]] = {
         {"A": 2**17, "B": 2**18}, {"A": 2**19, "B": 2**18}, {"A": 8 * GIB, "B": 99 * GIB}, 10, 1024
     ),
     "plot_tokens_computed": lambda: plotting.plot_tokens_computed([5, 6, 7], [5, 1, 1]),
-    "plot_product_times": lambda: plotting.plot_product_times([1, 4], {"a": [0.002, 0.005], "b": [0.001, 0.003]}),
     "plot_pass_times": lambda: plotting.plot_pass_times([1, 7, 16], [0.02, 0.03, 0.06], 0.02),
     "plot_steps": lambda: plotting.plot_steps([step(7, 0, 2), step(0, 2, 2), step(3, 1, 2)]),
-    "plot_running": lambda: plotting.plot_running({"a": [step(7, 0, 2), step(0, 2, 1)], "b": [step(0, 0, 3)]}),
-    "plot_block_tables": lambda: plotting.plot_block_tables([{"A": [0], "B": [1]}, {"A": [0, 2], "B": [0]}], 4),
-    "plot_reserved": lambda: plotting.plot_reserved([[3, 5], [9]], {"contiguous": 16, "blocks of 4": 4}),
     "plot_along_text": lambda: plotting.plot_along_text({"m": [1.0, 0.5, 1.0], "g": [1.0, 0.6, 0.9]}, "p", choices=[1]),
 }
 """A small example of each figure; the tests below know its numbers."""
@@ -389,11 +385,6 @@ def test_numbers_of_tokens_computed() -> None:
     assert texts(ax) == ["without a cache: 18", "with a cache: 7"]
 
 
-def test_numbers_of_product_times() -> None:
-    ax = drawn("plot_product_times")
-    assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 2], [4, 5]], [[1, 1], [4, 3]]]
-
-
 def test_numbers_of_pass_times() -> None:
     ax = drawn("plot_pass_times")
     # The pass with a cache, 0.02 s, is the unit.
@@ -408,25 +399,6 @@ def test_numbers_of_steps() -> None:
     ax = drawn("plot_steps")
     assert heights(ax, "decode") == [0, 2, 1] and heights(ax, "prefill") == [7, 0, 3]
     assert bottoms(ax, "prefill") == [0, 2, 1]
-
-
-def test_numbers_of_running() -> None:
-    ax = drawn("plot_running")
-    assert line(ax, "a") == ([0, 1, 2], [2, 1, 0]) and line(ax, "b") == ([0, 1], [3, 0])
-
-
-def test_numbers_of_block_tables() -> None:
-    ax = drawn("plot_block_tables")
-    assert texts(ax) == ["A", "B", "A+B", "A"]
-    colors = [to_hex(bar.get_facecolor()).upper() for bar in bars(ax)]
-    assert colors == [PALETTE[0], PALETTE[1], "#FFFFFF", "#FFFFFF", PALETTE[0], "#FFFFFF", PALETTE[0], "#FFFFFF"]
-
-
-def test_numbers_of_reserved() -> None:
-    ax = drawn("plot_reserved")
-    assert line(ax, "contiguous") == ([0, 1], [32, 16]) and line(ax, "blocks of 4") == ([0, 1], [12, 12])
-    (area,) = ax.collections
-    assert max(y for _, y in area.get_paths()[0].vertices) == 9
 
 
 def test_numbers_of_along_text() -> None:

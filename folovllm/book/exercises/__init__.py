@@ -20,7 +20,6 @@ from folovllm.book.exercises.chunking import (
 )
 from folovllm.book.exercises.configs import check_budget, check_num_blocks, check_tokens_that_fit
 from folovllm.book.exercises.cost import check_crossing, check_ridge, check_tpot
-from folovllm.book.exercises.engine import check_cached_tokens, check_schedule
 from folovllm.book.exercises.generation import check_generate, check_tokens_computed
 from folovllm.book.exercises.loading import check_count_weights, check_kv_bytes, check_pad_batch, check_read_tensor
 from folovllm.book.exercises.paging import check_allocate_slots, check_block_pool, check_leak, check_slot_mapping
@@ -41,7 +40,6 @@ __all__ = [
     "check_blocks_of_forks",
     "check_budget",
     "check_cache_salt",
-    "check_cached_tokens",
     "check_cheaper",
     "check_choose_budget",
     "check_considerate",
@@ -67,7 +65,6 @@ __all__ = [
     "check_read_tensor",
     "check_ridge",
     "check_rope",
-    "check_schedule",
     "check_shown_text",
     "check_slot_mapping",
     "check_softmax",

@@ -6,8 +6,8 @@ A module for each subject, and one (`folovllm.book.plotting.style`) with the sty
 from folovllm.book.plotting.chunking import plot_frontier, plot_prompt_cost, plot_step_makeup, plot_token_gaps
 from folovllm.book.plotting.configs import plot_block_waste, plot_dtype_errors, plot_memory_split
 from folovllm.book.plotting.cost import plot_cost_ratio, plot_machine, plot_roofline, plot_step_parts, plot_throughput
-from folovllm.book.plotting.engine import plot_block_tables, plot_reserved, plot_running, plot_steps
-from folovllm.book.plotting.generation import plot_along_text, plot_pass_times, plot_product_times, plot_tokens_computed
+from folovllm.book.plotting.engine import plot_steps
+from folovllm.book.plotting.generation import plot_along_text, plot_pass_times, plot_tokens_computed
 from folovllm.book.plotting.loading import (
     plot_kv_capacity,
     plot_measured_against_predicted,
@@ -61,7 +61,6 @@ __all__ = [
     "plot_attention_map",
     "plot_block_map",
     "plot_block_size_costs",
-    "plot_block_tables",
     "plot_block_waste",
     "plot_cost_ratio",
     "plot_cumulative_logprobs",
@@ -90,13 +89,10 @@ __all__ = [
     "plot_pass_times",
     "plot_path",
     "plot_places",
-    "plot_product_times",
     "plot_prompt_cost",
     "plot_queue",
-    "plot_reserved",
     "plot_resume_costs",
     "plot_roofline",
-    "plot_running",
     "plot_score_by_distance",
     "plot_shared_heads",
     "plot_state_machine",

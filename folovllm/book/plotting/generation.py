@@ -53,18 +53,6 @@ def plot_pass_times(num_tokens: Sequence[int], seconds: Sequence[float], cached_
     return ax
 
 
-def plot_product_times(rows: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> Axes:
-    """Time of a product with a weight against the rows of the other side, one line for each way to compute it."""
-    with new_figure(3.6) as ax:
-        for (name, times), color in zip(seconds.items(), PALETTE):
-            ax.plot(rows, 1000 * np.array(times), "o-", color=color, label=name)
-        ax.set(xlabel="rows", ylabel="time (ms)", ylim=(0, None))
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(rows, [str(n) for n in rows])
-        ax.legend(loc="upper left")
-    return ax
-
-
 def plot_along_text(values: Mapping[str, Sequence[float]], ylabel: str, choices: Sequence[int] = ()) -> Axes:
     """Numbers along a text, one per token; ``choices`` marks the tokens at which the grammar had a choice."""
     with new_figure(3.2) as ax:
