@@ -99,7 +99,7 @@ CHUNKED: tuple[dict[str, Any], ...] = tuple(
 def check_considerate(attempt: type) -> None:
     """``attempt``: a `Scheduler` that uses the budget ``small`` in steps in which somebody decodes."""
     judges.expect_subclass(attempt, Scheduler)
-    asked = getattr(attempt, "small", None)
+    asked: Any = getattr(attempt, "small", None)
     expect(isinstance(asked, int), "the small budget should be an attribute of the class, as in `small = 16`.")
     for small in (asked, 9):
         theirs, ours = (_with_budget(base, small) for base in (attempt, _Considerate))
