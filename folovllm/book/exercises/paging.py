@@ -160,8 +160,8 @@ def _forked(cache: Any, num_tokens: int) -> tuple[Sequence, Sequence]:
     return parent, child
 
 
-def _expect_slots(cache: Any, seq: Sequence, num_tokens: int, enough: bool) -> None:
-    asked = f"{num_tokens} tokens in blocks of {cache.block_size}, {cache.pool.num_free} blocks free"
+def _expect_slots(cache: Any, seq: Sequence, num_tokens: int, enough: bool, why: str = "") -> None:
+    asked = f"{num_tokens} tokens in blocks of {cache.block_size}, {cache.pool.num_free} blocks free{why}"
     before, num_before = list(seq.block_ids), len(cache.copies)
     try:
         found = cache.allocate_slots(seq, num_tokens)
@@ -200,10 +200,10 @@ def _grow_beside_a_full_block(attempt: type) -> None:
 def _too_few_blocks(attempt: type) -> None:
     cache = attempt(2, 4)
     parent, child = _forked(cache, 6)
-    _expect_slots(cache, parent, 7, False)
+    _expect_slots(cache, parent, 7, False, " and one needed for a copy")
     cache = attempt(3, 4)
     parent, child = _forked(cache, 6)
-    _expect_slots(cache, child, 9, False)  # one for the copy, one for the ninth token
+    _expect_slots(cache, child, 9, False, " and two needed, for a copy and for the ninth token")
     _expect_slots(cache, child, 7, True)
     cache = attempt(3, 4)
     parent, child = _forked(cache, 4)

@@ -23,7 +23,7 @@ TIGHT: tuple[dict[str, object], ...] = (
 @exercise("the last to come makes room, and if nobody comes after it, it makes room itself.", gives="a list of numbers")
 def check_victims(attempt: Callable[[list[int], list[int], int], list[int]]) -> None:
     """``attempt(held, needed, free)``: which sequences are preempted in a step, in that order."""
-    cases = (
+    cases: tuple[tuple[tuple[list[int], list[int], int], list[int], str], ...] = (
         (([2, 2, 2], [0, 0, 0], 0), [], "nobody needs a block"),
         (([2, 3, 1], [1, 0, 0], 1), [], "the free block is enough"),
         (([2, 3, 1], [1, 0, 0], 0), [2], "0 needs a block, and the last to come is 2"),
@@ -79,10 +79,12 @@ def check_victim(attempt: type) -> None:
             Sequence(f"s{i}", f"s{i}", SequenceData([5] * 20), SamplingParams(), num_computed_tokens=num)
             for i, num in enumerate(computed)
         ]
-        given, scheduler.running = list(candidates), list(candidates)
+        served = Sequence("served", "served", SequenceData([5] * 20), SamplingParams(), num_computed_tokens=1)
+        given, scheduler.running = list(candidates), [served, *candidates]
         victim = scheduler._choose_victim(given)
         where = next((i for i, seq in enumerate(candidates) if seq is victim), None)
         asked = f"candidates with {computed} computed tokens"
+        expect(victim is not served, f"{asked}: yours chose one that this step has served and that is no candidate.")
         expect(where is not None, f"{asked}: one of the candidates is asked for, yours is {victim!r}.")
         expect(where == right, f"{asked}: number {right} ({why}), yours is number {where}.")
         expect(len(given) == len(candidates), f"{asked}: choose one, and leave the list of candidates as it is.")
