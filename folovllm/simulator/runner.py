@@ -139,14 +139,14 @@ def charge(engine: LLMEngine, cost: Cost, clock: VirtualClock | None = None) -> 
 
 
 def record_steps(engine: LLMEngine) -> list[TimedStep]:
-    """A list to which each further step of an engine is added, with the seconds that its forward pass took."""
+    """A list to which each further step of an engine is added, with the seconds that all of it took."""
     steps: list[TimedStep] = []
 
     def record(scheduler_output: SchedulerOutput, runner_output: RunnerOutput, stats: StepStats) -> None:
         new_tokens = scheduler_output.num_new_tokens
         # A hook sees the sequences after their step.
         past_tokens = [seq.num_computed_tokens - new for seq, new in zip(scheduler_output.seqs, new_tokens)]
-        steps.append(TimedStep(new_tokens, past_tokens, len(scheduler_output.sampled), stats.seconds["run"]))
+        steps.append(TimedStep(new_tokens, past_tokens, len(scheduler_output.sampled), sum(stats.seconds.values())))
 
     engine.step_hooks.append(record)
     return steps
