@@ -55,6 +55,7 @@ class Page:
         self._last_id = 0
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Network.setCacheDisabled", cacheDisabled=True)  # a page loads what it needs, whatever came before
 
     def _receive(self) -> dict[str, Any]:
         message = json.loads(self.socket.recv())

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -59,7 +60,9 @@ def axe() -> str:
 
 
 def wait(page: Page, milliseconds: int) -> None:
-    page.evaluate(f"new Promise(done => setTimeout(done, {milliseconds}))")
+    """Gives the page time, and hears what happens to it; it may go to another one meanwhile."""
+    time.sleep(milliseconds / 1000)
+    page.call("Page.enable")
 
 
 RUN_AXE = """(async () => {{
