@@ -3,7 +3,7 @@
 
 const isFile = location.protocol === "file:";
 const root = document.documentElement;
-if (root.dataset.theme === "auto") {
+if (root.dataset.mode === "auto") {
   // At once, not when the theme's script runs: else the page shows, and loads, the pictures of both themes.
   root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
