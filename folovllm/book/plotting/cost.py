@@ -109,7 +109,8 @@ def plot_roofline(flops: float, bandwidth: float, dots: Mapping[str, tuple[float
         ax.legend(loc="upper left", fontsize=10.5, handlelength=1)
         ax.figure.alt = (
             f"Roof of {flops / 1e12:.0f} TFLOP/s that is reached from {ridge:.0f} FLOPs per byte on, and dots: "
-            + "; ".join(f"{name} {x:.3g} FLOPs per byte, {y / 1e12:.3g} TFLOP/s" for name, (x, y) in dots.items())
+            + "; ".join(f"{name}: {x:,.0f} FLOPs per byte, {y / 1e12:.3g} TFLOP/s" for name, (x, y) in dots.items())
+            + "."
         )
     return ax
 

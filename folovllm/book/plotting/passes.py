@@ -57,7 +57,7 @@ def plot_layer(config: Any) -> Axes:
         ax.axis("off")
         ax.figure.alt = (
             f"Diagram of a layer: a stream of {hidden:,} numbers per token runs down, and two branches read it and add "
-            f"to it. {' and '.join(f'One has {len(boxes)} boxes' for boxes in branches)}; "
+            f"to it. They have {' and '.join(str(len(boxes)) for boxes in branches)} boxes; "
             "only the box look back is filled."
         )
     return ax
@@ -72,7 +72,7 @@ def plot_attention_map(probs: Any, labels: Sequence[str], *marks: tuple[int, int
         marks: pairs of a query and a key to put a frame around.
     """
     weights = to_array(probs)
-    with new_figure(1.2 + 0.19 * len(labels)) as ax:
+    with new_figure(max(3.4, 1.2 + 0.19 * len(labels))) as ax:
         ax.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         size = 9 if len(labels) <= 32 else 7
         ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
@@ -156,6 +156,7 @@ def plot_shared_heads(kinds: Mapping[str, tuple[int, int]]) -> Axes:
         ax.figure.alt = "Diagram of query heads above heads of keys and values. " + "; ".join(
             f"{name}: {num_heads} query heads share {num_kv_heads}" for name, (num_heads, num_kv_heads) in kinds.items()
         )
+        ax.figure.alt += "."
     return ax
 
 
@@ -184,6 +185,7 @@ def plot_masks(masks: Mapping[str, Any]) -> Axes:
             f"{' '.join(title.split())}: {np.asarray(mask, dtype=bool).sum()} of {np.asarray(mask).size} squares filled"
             for title, mask in masks.items()
         )
+        ax.figure.alt += "."
     return ax
 
 
@@ -198,16 +200,14 @@ def plot_logit_lens(tokens: Sequence[Sequence[str]], probs: Sequence[Sequence[fl
     with new_figure(1.1 + 0.48 * len(tokens)) as ax:
         ax.imshow(to_array(probs), cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
         for row, column in np.ndindex(len(tokens), len(labels)):
-            color = "white" if probs[row][column] > 0.55 else "black"
+            color = "white" if probs[row][column] > 0.72 else "black"
             ax.text(column, row, tokens[row][column], ha="center", va="center", size=9, color=color)
         ax.set_xticks(range(len(labels)), labels, fontsize=10)
         ax.set_yticks(range(len(tokens)), ["embedding", *(f"layer {i}" for i in range(len(tokens) - 1))], fontsize=10)
         ax.set(xlabel="token that is read")
-        ax.figure.alt = (
-            f"Grid of predictions after the embedding and {len(tokens) - 1} layers, for {len(labels)} tokens. "
-            + "; ".join(
-                f"after {label}: {before} at first, {after} at the end ({p:.2f})"
-                for label, before, after, p in list(zip(labels, tokens[0], tokens[-1], probs[-1]))[-3:]
-            )
+        columns = list(zip(labels, tokens[0], tokens[-1], probs[-1]))[-3:]
+        told = "; ".join(
+            f"after {label}: {low} at first, {high} at the end ({p:.2f})" for label, low, high, p in columns
         )
+        ax.figure.alt = f"Grid of predictions after the embedding and each of {len(tokens) - 1} layers: {told}."
     return ax
