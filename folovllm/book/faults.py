@@ -8,7 +8,7 @@ notice each of them is shown by ``tests/book/test_faults.py``.
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -259,7 +259,7 @@ def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
         engine.output_processor.detokenizer_cls = part
         return engine
     if issubclass(part, ModelRunner):
-        runner = part(engine.decoder, engine.runner.sampler, engine.config)
+        runner = part(engine.decoder, cast(ModelRunner, engine.runner).sampler, engine.config)
         runner.initialize_kv_cache(engine.cache.pool.num_blocks, engine.cache.swap_pool.num_blocks)
         engine.runner = runner
         return engine

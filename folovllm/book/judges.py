@@ -289,6 +289,7 @@ def check_outputs(
             )
             total, cut = total + len(a.prompt) + num - 1, cut or aborted
         m = outputs[a.name].metrics
+        assert m is not None  # an engine's outputs have metrics
         done = m.num_computed_tokens + m.num_cached_tokens + m.num_shared_tokens
         expect(
             cut or done == total or (done > total and m.num_preemptions > 0),
@@ -334,18 +335,20 @@ class Watch:
     def _where(self) -> str:
         return f"step {self.num_steps}"
 
-    def run(self, scheduled: SchedulerOutput) -> RunnerOutput:
+    def run(self, scheduler_output: SchedulerOutput) -> RunnerOutput:
         """Checks a step, then computes it."""
-        self._check_size(scheduled)
-        self._check_order(scheduled)
-        self._check_line(scheduled)
-        self._check_cached(scheduled)
-        self._check_writes(scheduled)
-        self.steps.append({name_of(seq): num for seq, num in zip(scheduled.seqs, scheduled.num_new_tokens)})
+        self._check_size(scheduler_output)
+        self._check_order(scheduler_output)
+        self._check_line(scheduler_output)
+        self._check_cached(scheduler_output)
+        self._check_writes(scheduler_output)
+        self.steps.append(
+            {name_of(seq): num for seq, num in zip(scheduler_output.seqs, scheduler_output.num_new_tokens)}
+        )
         self.num_steps, self._calls = self.num_steps + 1, 0
-        self._grew = bool(scheduled.admitted)
+        self._grew = bool(scheduler_output.admitted)
         self._waited = {seq.seq_id for seq in self.engine.scheduler.waiting}
-        return self._run(scheduled)
+        return self._run(scheduler_output)
 
     def _check_size(self, scheduled: SchedulerOutput) -> None:
         config, running = self.engine.config.scheduler_config, self.engine.scheduler.running
@@ -526,7 +529,8 @@ def _our_steps(settings: tuple[tuple[str, Any], ...], seed: int) -> list[dict[st
 
 def _compare_steps(ours: list[dict[str, int]], found: list[dict[str, int]], settings: Mapping[str, Any]) -> None:
     shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    for step, (right, got) in enumerate(itertools.zip_longest(ours, found, fillvalue={})):
+    nothing: dict[str, int] = {}
+    for step, (right, got) in enumerate(itertools.zip_longest(ours, found, fillvalue=nothing)):
         expect(right == got, f"step {step} should compute {right}, yours computes {got} ({shown}).")
 
 
@@ -607,7 +611,7 @@ def _forget_requests(engine: LLMEngine) -> None:
         replace_part(engine, part)
 
 
-TEXTS = (
+TEXTS: tuple[tuple[str, list[str], bool], ...] = (
     ("Grüße, said the fox 🦊 to Jürgen, the bear 🐻 of Zürich.", [], False),
     ("नमस्ते, 你好, καλημέρα: three ways to begin.", [], False),
     ("Plain words, and then the END of it", ["END"], False),

@@ -40,13 +40,6 @@ MODULES = {
 """The modules that a chapter is about: it links their pages and sources, and lists all of their public code."""
 
 
-UNMENDED = {
-    "01_configs",
-    "02_sampling",
-}
-"""Chapters that were written before the newest rules, and that still break some. A chapter that keeps them leaves."""
-
-
 @dataclass
 class Cell:
     """One cell of a notebook."""

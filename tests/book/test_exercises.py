@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from book_helpers import PATHS, UNMENDED, Cell, Chapter, called, import_names, names_in, read
+from book_helpers import PATHS, Cell, Chapter, called, import_names, names_in, read
 
 from folovllm.book import exercises
 from folovllm.book.exercises import Verdict
@@ -91,15 +91,7 @@ def run_alone(*cells: Cell) -> dict[str, Any]:
     return namespace
 
 
-ALONE = [
-    pytest.param(
-        *triple, id=id, marks=[pytest.mark.xfail(reason="not mended yet")] if triple[0].name in UNMENDED else []
-    )
-    for triple, id in zip(TRIPLES, IDS)
-]
-
-
-@pytest.mark.parametrize("chapter, stub, check, solution", ALONE)
+@pytest.mark.parametrize("chapter, stub, check, solution", TRIPLES, ids=IDS)
 class TestAlone:
     def test_the_stub_and_its_check(self, chapter: Chapter, stub: Cell, check: Cell, solution: Cell) -> None:
         namespace = run_alone(stub, check)

@@ -26,7 +26,6 @@ from book_helpers import (
     NOTEBOOKS,
     PATHS,
     ROOT,
-    UNMENDED,
     Cell,
     Chapter,
     called,
@@ -679,16 +678,10 @@ def links_lead_somewhere(chapter: Chapter) -> Iterator[str]:
                 yield f"{cell} links {link}: {why}"
 
 
-NEWEST = {"a quarter are listings", "exercises are announced"}
-"""Rules that the chapters of `UNMENDED` may still break."""
-
-
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", RULES)
 def test_rule_holds(name: str, path: Path) -> None:
     if complaints := list(RULES[name](read(path))):
-        if path.stem in UNMENDED and name in NEWEST:
-            pytest.xfail("not mended yet")
         pytest.fail("\n  ".join([f"notebooks/{path.name}, where not {name!r}:", *complaints]), pytrace=False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from book_helpers import PATHS, UNMENDED, called, read
+from book_helpers import PATHS, called, read
 from small_changes import Endless, accepted_changes, attempt_from, definitions_of, small_changes
 
 from folovllm.book import exercises
@@ -25,7 +25,6 @@ SOLUTIONS = [
         called(solution.last_expression()),
         solution,
         id=f"{chapter.name}-{called(solution.last_expression())}",
-        marks=[pytest.mark.xfail(reason="not mended yet")] if chapter.name in UNMENDED else [],
     )
     for chapter in map(read, PATHS)
     for solution in chapter.tagged("solution")

@@ -8,9 +8,9 @@ from typing import Any
 
 import nbformat
 import pytest
-from book_helpers import PATHS, UNMENDED
+from book_helpers import PATHS
 from nbclient import NotebookClient
-from refresh import merge_streams, shorten_tracebacks
+from refresh import merge_streams
 
 KERNEL_ROOM = {"resources": {"metadata": {"path": str(PATHS[0].parent)}}, "record_timing": False, "timeout": 120}
 
@@ -31,7 +31,6 @@ def run_twice(notebook: nbformat.NotebookNode) -> list[tuple[nbformat.NotebookNo
 def what_it_shows(cell: nbformat.NotebookNode) -> list[Any]:
     """The outputs of a cell without what may differ: the cell's number, the pixels, and all that was measured."""
     merge_streams(cell)
-    shorten_tracebacks(cell)
     is_measured = "nbval-ignore-output" in cell.metadata.get("tags", [])
     return [
         output.output_type
@@ -54,17 +53,7 @@ def differences(notebook: nbformat.NotebookNode) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            path,
-            id=path.stem,
-            marks=[pytest.mark.xfail(run=False, reason="not mended yet")] if path.stem in UNMENDED else [],
-        )
-        for path in PATHS
-    ],
-)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_every_cell_shows_the_same_when_it_is_run_again(path: Path) -> None:
     if wrong := differences(nbformat.read(path, as_version=4)):
         pytest.fail("\n  ".join([f"notebooks/{path.name}:", *(text[:600] for text in wrong)]), pytrace=False)

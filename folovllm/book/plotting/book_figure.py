@@ -98,8 +98,8 @@ def _artists(figure: Figure) -> Iterator[Artist]:
     """Everything that is drawn, boxes of texts and arrows of annotations included, which matplotlib does not list."""
     for artist in figure.findobj():
         yield artist
-        if isinstance(artist, Text) and artist.get_bbox_patch() is not None:
-            yield artist.get_bbox_patch()
+        if isinstance(artist, Text) and (box := artist.get_bbox_patch()) is not None:
+            yield box
         if isinstance(artist, Annotation) and artist.arrow_patch is not None:
             yield artist.arrow_patch
 

@@ -23,14 +23,9 @@ def plot_layer(config: Any) -> Axes:
     """
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
+    q_k_v = f"q, k, v\n{hidden:,} → {q_size + 2 * kv_size:,}"
     branches = (
-        (
-            "norm",
-            f"q, k, v\n{hidden:,} → {q_size + 2 * kv_size:,}",
-            "rotate\nq and k",
-            "look\nback",
-            f"o\n→ {hidden:,}",
-        ),
+        ("norm", q_k_v, "rotate\nq and k", "look\nback", f"o\n→ {hidden:,}"),
         ("norm", f"gate, up\n{hidden:,} → {2 * inner:,}", "silu(gate)\n× up", f"down\n→ {hidden:,}"),
     )
     arrow = {"arrowstyle": "->", "color": DARK, "shrinkA": 0, "shrinkB": 0}
