@@ -187,5 +187,5 @@ def plot_load(rates: Sequence[float], seconds: Mapping[str, Sequence[float]], yl
             f"{label} {values[0]:.3g} s at {rates[0]:g} and {values[-1]:.3g} s at {rates[-1]:g} requests per second"
             for label, values in seconds.items()
         )
-        ax.figure.alt = f"{ylabel.capitalize()} against load on a logarithmic scale: {'; '.join(told)}."
+        ax.figure.alt = f"{ylabel} against load on a logarithmic scale: {'; '.join(told)}."
     return ax
