@@ -14,7 +14,14 @@ from folovllm.book.plotting.loading import (
     plot_weights_by_dtype,
     plot_weights_by_layer,
 )
-from folovllm.book.plotting.paging import plot_block_size_costs, plot_flat_pass, plot_pages, plot_texts_at_once
+from folovllm.book.plotting.paging import (
+    flat_pass_of,
+    pages_of,
+    plot_block_size_costs,
+    plot_flat_pass,
+    plot_pages,
+    plot_texts_at_once,
+)
 from folovllm.book.plotting.passes import (
     plot_attention_map,
     plot_dials,
@@ -55,6 +62,8 @@ from folovllm.book.plotting.timeline import (
 __all__ = [
     "PATH",
     "STATUS_COLORS",
+    "flat_pass_of",
+    "pages_of",
     "plot_admission",
     "plot_along_text",
     "plot_anatomy",
