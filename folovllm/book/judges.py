@@ -604,9 +604,10 @@ def judge_runner(attempt: type) -> None:
 
 
 def _forget_requests(engine: LLMEngine) -> None:
-    """Ends what a broken part has left behind, and puts our own parts back."""
+    """Ends what a broken part has left behind, takes its outputs, and puts our own parts back."""
     for name in list(engine.output_processor.states):
-        engine.output_processor.forget(name)
+        engine.abort_request(name)
+    engine.step()  # with nothing to compute
     for part in (KVCacheManager, Scheduler, ModelRunner):
         replace_part(engine, part)
 

@@ -91,7 +91,7 @@ def endless(self: Any, output: Any, budget: int) -> None:
 @pytest.mark.parametrize(
     "attempt, sentence",
     [
-        (3, "begins with `class Name\\(Scheduler\\):`, and yours is none"),
+        (3, "begins with `class Name\\(Scheduler\\):`, and yours does not"),
         (type("Other", (), {}), "begins with `class Name"),
         (type("Endless", (Scheduler,), {"_admit": endless}), "a loop does not end"),
         (type("Nobody", (Scheduler,), {"_admit": lambda *_: None}), "computes nothing"),

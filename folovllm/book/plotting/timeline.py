@@ -80,9 +80,9 @@ def plot_places(records: Sequence[StepRecord], num_places: int) -> Axes:
         ax.invert_yaxis()
         taken = sum(len(r.places) for r in records)
         ax.figure.alt = (
-            f"{num_places} places of a batch along {len(records)} steps, each in the colour of the request that has "
-            f"it, {len(colors)} in all; {taken} of {num_places * len(records)} place-steps are taken, the "
-            "others are white."
+            f"Map of {num_places} places of a batch along {len(records)} steps, each in the colour of the request that "
+            f"has it, {len(colors)} in all; {taken} of {num_places * len(records)} place-steps are taken, the others "
+            "are white."
         )
     return ax
 
@@ -107,8 +107,9 @@ def plot_block_map(records: Sequence[StepRecord], num_blocks: int) -> Axes:
         used = [sum(count > 0 for count in r.ref_counts) for r in records]
         shared = max(sum(count > 1 for count in r.ref_counts) for r in records)
         ax.figure.alt = (
-            f"{num_blocks} blocks along {len(records)} steps, each in the colour of the request that has it, white "
-            f"while it is free; at most {max(used)} are in use, and at most {shared} in several tables, which are grey."
+            f"Map of {num_blocks} blocks along {len(records)} steps, each in the colour of the request that has it, "
+            f"white while it is free; at most {max(used)} are in use, and at most {shared} in several tables, which "
+            "are grey."
         )
     return ax
 
