@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else the threads of all would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
+
 import signal
 import sys
 from collections.abc import Iterator

@@ -536,7 +536,7 @@ def figures_can_be_read_by_all(chapter: Chapter) -> Iterator[str]:
     for cell in chapter.code:
         shown = cell.metadata.get("mystnb", {})
         if cell not in figures(chapter):
-            if shown:
+            if shown.keys() & {"figure", "image"}:
                 yield f"{cell} draws no figure and describes one"
             continue
         alt = " ".join(
@@ -555,6 +555,14 @@ def figures_can_be_read_by_all(chapter: Chapter) -> Iterator[str]:
             yield f"{cell} needs a figure.name like fig-{chapter.number:02}-memory, not {name!r}"
         if [c.metadata.get("mystnb", {}).get("figure", {}).get("name") for c in chapter.code].count(name) > 1:
             yield f"{cell} shares its figure.name {name!r} with another figure"
+
+
+@rule
+def a_hidden_answer_says_so(chapter: Chapter) -> Iterator[str]:
+    """What is to be guessed first is folded under "Show the answer"; the site's own words there are of solutions."""
+    for cell in chapter.tagged("hide-output"):
+        if cell.metadata.get("mystnb", {}).get("code_prompt_show") != "Show the answer":
+            yield f"{cell} hides its output: say so with mystnb.code_prompt_show, 'Show the answer'"
 
 
 @rule
@@ -1056,6 +1064,7 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("figures can be read by all", "a name twice", described("a6", "figure", name="fig-01-three")),
     ("figures can be read by all", "nothing at all", put("a6", metadata={})),
     ("figures can be read by all", "a figure described and not drawn", put("a4", metadata={"mystnb": figure("four")})),
+    ("a hidden answer says so", "a solution's words", put("a4", metadata={"tags": ["hide-output"]})),
     ("figures are images", "one in HTML", put("a4", outputs=[result("1", text_html="<svg></svg>")])),
     ("figures are images", "one in the text", replaced("a2", "words", "![words](../book/glossary.md)")),
     (

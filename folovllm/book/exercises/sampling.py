@@ -38,9 +38,11 @@ def check_softmax(attempt: Callable[[Any, float], Any]) -> None:
 def check_top_p(attempt: Callable[[list[float], float], list[int]]) -> None:
     """``attempt(probs, p)``: token ids that stay, likeliest first."""
     probs = [0.25, 0.125, 0.0625, 0.5, 0.0625]
-    got = list(attempt(probs, 0.7))
+    got = list(attempt(kept := list(probs), 0.7))
+    expect(kept == probs, "your code changed the list that it was given.")
     expect(len(got) > 0, "it keeps nothing: at least the likeliest token always stays.")
     expect(got != [3], "at p = 0.7 token 3 has only 0.5: the token that crosses the line stays too.")
+    expect(sorted(got) != [0.25, 0.5], "token ids are asked for, and yours gives probabilities.")
     expect(sorted(got) == [0, 3], f"at p = 0.7 tokens 3 and 0 stay (0.5 + 0.25), yours keeps {got}.")
     for other, p, right, why in (
         (probs, 0.7, [3, 0], "the likeliest comes first"),
@@ -48,6 +50,7 @@ def check_top_p(attempt: Callable[[list[float], float], list[int]]) -> None:
         (probs, 0.5, [3], "token 3 reaches 0.5 exactly, and no other is needed"),
         ([0.125, 0.25, 0.625], 0.9, [2, 1, 0], "0.625 + 0.25 is less than 0.9, so the third stays too"),
         ([0.25, 0.125], 1.0, [0, 1], "probabilities that sum to less than p all stay"),
+        ([0.25, 0.5, 0.25], 1.0, [1, 0, 2], "of two tokens with the same probability both stay"),
     ):
         before = list(other)
         got = list(attempt(other, p))
