@@ -17,6 +17,7 @@ from folovllm.attention import AttentionMetadata
 from folovllm.attention.gather import PagedAttention
 from folovllm.model.decoder import DecoderConfig, DecoderLayer
 from folovllm.simulator.cost import ModelShape
+from folovllm.utils import cdiv
 
 BLOCK_SIZE = 16
 FLOAT_BYTES = 4
@@ -87,7 +88,7 @@ class TimedLayer:
     @torch.inference_mode()
     def time_decode(self, num_seqs: int, context: int) -> float:
         """Seconds for one new token of each of so many sequences, which have ``context`` tokens each."""
-        shape, num_blocks = self.shape, -(-context // BLOCK_SIZE)
+        shape, num_blocks = self.shape, cdiv(context, BLOCK_SIZE)
         table = torch.arange(num_seqs * num_blocks).view(num_seqs, num_blocks)
         cache = torch.zeros(1, 2, shape.num_kv_heads, num_seqs * num_blocks, BLOCK_SIZE, shape.head_dim)
         attention = PagedAttention(cache)

@@ -152,6 +152,19 @@ def read(path: Path) -> Chapter:
     return Chapter(path, data, modules=MODULES.get(path.stem, ()), next_name=later[0] if later else None)
 
 
+@functools.cache
+def text_of(name: str) -> str:
+    """A chapter's prose and captions, in one line."""
+    chapter = read(NOTEBOOKS / f"{name}.ipynb")
+    captions = [cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "") for cell in chapter.code]
+    return re.sub(r"\s+", " ", f"{chapter.text} {' '.join(captions)}")
+
+
+def assert_says(name: str, sentence: str) -> None:
+    """A sentence whose number a test computes stands in a chapter."""
+    assert sentence in text_of(name), f"{name} does not say {sentence!r} any more: mend it here or there"
+
+
 def joined(text: str | list[str]) -> str:
     """A notebook's text, which may be stored as a list of lines."""
     return text if isinstance(text, str) else "".join(text)

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 import pytest
 import torch
-from book_helpers import NOTEBOOKS, Cell, joined, read
+from book_helpers import NOTEBOOKS, Cell, assert_says, joined, read
 
 from folovllm.book import plotting
 from folovllm.book.shapes import REAL_MODELS, build_empty, weight_bytes
@@ -22,18 +22,6 @@ from folovllm.model_loader import kv_cache_bytes_per_token
 from folovllm.tales import EMBEDDED_MODEL
 
 GIB = 2**30
-
-
-@functools.cache
-def text_of(name: str) -> str:
-    """A chapter's prose and captions, in one line."""
-    chapter = read(NOTEBOOKS / f"{name}.ipynb")
-    captions = [cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "") for cell in chapter.code]
-    return re.sub(r"\s+", " ", f"{chapter.text} {' '.join(captions)}")
-
-
-def assert_says(name: str, sentence: str) -> None:
-    assert sentence in text_of(name), f"{name} does not say {sentence!r} any more: mend it here or there"
 
 
 def printed_by(cell: Cell) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import re
-
 import pytest
-from book_helpers import NOTEBOOKS, read
+from book_helpers import assert_says
 
 from folovllm import LLM, SamplingParams
 from folovllm.book.tracing import PassTrace, trace_pass
@@ -22,18 +19,6 @@ TALE = (
 )
 OSKARS = 15, 17, 29
 """Where the name stands in the tale."""
-
-
-@functools.cache
-def text_of(name: str) -> str:
-    """A chapter's prose and captions, in one line."""
-    chapter = read(NOTEBOOKS / f"{name}.ipynb")
-    captions = [cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "") for cell in chapter.code]
-    return re.sub(r"\s+", " ", f"{chapter.text} {' '.join(captions)}")
-
-
-def assert_says(name: str, sentence: str) -> None:
-    assert sentence in text_of(name), f"{name} does not say {sentence!r} any more: mend it here or there"
 
 
 @pytest.fixture(scope="module")

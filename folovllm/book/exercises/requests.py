@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from folovllm.book.exercises.verdict import NotYet, exercise, expect
+from folovllm.utils import cdiv
 
 
 def _shown(status: Any) -> str:
@@ -140,7 +141,7 @@ def check_blocks_of_forks(attempt: Callable[[int, int, int, int], int]) -> None:
         cases.setdefault(lengths, alone if lengths[-1] == 1 else "count which blocks of the prompt nobody writes into")
     for (prompt_len, output_len, block_size, n), why in cases.items():
         got = attempt(prompt_len, output_len, block_size, n)
-        total, full = -(-(prompt_len + output_len) // block_size), prompt_len // block_size
+        total, full = cdiv(prompt_len + output_len, block_size), prompt_len // block_size
         right = total if output_len == 0 else full + n * (total - full)
         blocks = f"{right} block{'s' if right > 1 else ''}"
         told = f"prompt {prompt_len}, output {output_len}, blocks of {block_size}, n = {n}"

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from folovllm.book.plotting.style import BLUE, DARK_RED, GREY, ORANGE, PALETTE, listed, new_figure, to_array
+from folovllm.utils import cdiv
 
 GIB = 2**30
 
@@ -53,7 +54,7 @@ def plot_memory_split(
 
 def plot_block_waste(lengths: Sequence[int], block_sizes: Sequence[int]) -> Axes:
     """Of the slots reserved for sequences of ``lengths`` tokens, the share that holds a token, at each block size."""
-    reserved = np.array([sum(-(-length // size) * size for length in lengths) for size in block_sizes])
+    reserved = np.array([sum(cdiv(length, size) * size for length in lengths) for size in block_sizes])
     used = sum(lengths) / reserved
     with new_figure(3.4) as ax:
         places = range(len(block_sizes))

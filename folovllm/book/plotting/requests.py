@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from folovllm.book.plotting.style import BLUE, GREEN, GREY, LIGHT, ORANGE, PALETTE, PURPLE, RED, YELLOW, new_figure
+from folovllm.utils import cdiv
 
 STATUS_COLORS = {
     "waiting": YELLOW,
@@ -112,7 +113,7 @@ def plot_cumulative_logprobs(logprobs: Mapping[str, Sequence[float]]) -> Axes:
 
 def plot_fork_blocks(prompt_len: int, output_len: int, block_size: int, num_seqs: Sequence[int]) -> Axes:
     """Blocks that ``n`` answers to one prompt take: each with a copy of the prompt, and sharing it."""
-    total = -(-(prompt_len + output_len) // block_size)
+    total = cdiv(prompt_len + output_len, block_size)
     shared = prompt_len // block_size  # full blocks of the prompt; the one that is partly full is written to, so copied
     copied = [n * total for n in num_seqs]
     forked = [shared + n * (total - shared) for n in num_seqs]
