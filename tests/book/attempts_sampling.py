@@ -34,6 +34,17 @@ def top_p(stop: Callable[[float, float], bool], cross: bool = True) -> Callable[
     return attempt
 
 
+def uses_up(probs: list[float], p: float) -> list[int]:
+    """Takes the likeliest of what is left until there is enough, which may never be."""
+    left, kept, total = list(probs), [], 0.0
+    while total < p:
+        token_id = max(range(len(left)), key=left.__getitem__)
+        kept.append(token_id)
+        total += left[token_id]
+        left[token_id] = 0.0
+    return kept
+
+
 def first_above(above: Callable[[float, float], bool]) -> Callable[[list[float], float], int]:
     """Draws the first token at which the cumulative sum is ``above`` u."""
 
@@ -50,6 +61,10 @@ WRONG: dict[str, dict[str, Any]] = {
         "times the temperature": lambda logits, t: (logits * t).softmax(0),
         "overflows": lambda logits, t: exponentials(logits / t),
         "subtracts the mean": lambda logits, t: exponentials((logits - logits.mean()) / t),
+        "subtracts the undivided maximum": lambda logits, t: exponentials(logits / t - logits.max()),
+        "subtracts the undivided maximum, in float64": lambda logits, t: exponentials(
+            logits.double() / t - logits.double().max()
+        ),
         "no infinities": lambda logits, t: exponentials(logits / t).nan_to_num(0.5),
         "no large ones": lambda logits, t: exponentials((logits / t).clamp(max=80)),
         "no small ones": lambda logits, t: exponentials((logits / t).clamp(-80, 80)),
@@ -64,6 +79,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "check_top_p": {
         "leaves out the one that crosses": top_p(lambda total, p: total >= p, cross=False),
         "goes on when p is met exactly": top_p(lambda total, p: total > p),
+        "goes on until there is enough": uses_up,
         "likeliest last": lambda probs, p: top_p(lambda total, p: total >= p)(probs, p)[::-1],
         "in the order of ids": lambda probs, p: sorted(top_p(lambda total, p: total >= p)(probs, p), reverse=True),
         "everything": lambda probs, p: likeliest_first(probs),
@@ -92,3 +108,14 @@ RIGHT: dict[str, dict[str, Any]] = {
     "check_top_p": {"a tuple": lambda probs, p: tuple(top_p(lambda total, p: total >= p)(probs, p))},
     "check_draw": {"a tensor": lambda probs, u: torch.tensor(probs).cumsum(0).gt(u).int().argmax()},
 }
+
+SAYS: dict[str, dict[str, str]] = {
+    "check_softmax": {
+        "overflows": "subtract the largest logit",
+        "subtracts the mean": "not the average",
+        "subtracts the undivided maximum": "subtract before dividing, or subtract the largest of the divided logits",
+        "subtracts the undivided maximum, in float64": "subtract before dividing",
+    },
+    "check_top_p": {"goes on until there is enough": "probabilities that sum to less than p all stay"},
+}
+"""What is wrong with an attempt, in words that its sentence must have."""

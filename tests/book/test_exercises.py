@@ -221,6 +221,11 @@ def test_a_forgotten_return_is_not_called_an_error_of_the_reader(name: str) -> N
 # Attempts that are nearly right
 
 
+def goes_round(*_: Any) -> Any:
+    while True:
+        pass
+
+
 RUNNING, STOPPED, CAPPED = (
     SequenceStatus.RUNNING,
     SequenceStatus.FINISHED_STOPPED,
@@ -488,11 +493,21 @@ RIGHT: dict[str, dict[str, Any]] = {
 """Attempts that are right, and not written as the solution is."""
 
 
+SAYS: dict[str, dict[str, str]] = {
+    "check_finish_status": {
+        "one token more": "FINISHED_LENGTH_CAPPED is expected",
+        "end token only": "stop_token_ids [7], min_tokens 0, max_tokens 4: FINISHED_STOPPED is expected",
+        "limit first": "yours gives FINISHED_LENGTH_CAPPED",
+    },
+}
+"""What is wrong with some of these attempts, in words that the sentence must have."""
+
 LATER = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("attempts_*.py"))]
-"""A file for each later subject, with ``WRONG`` and ``RIGHT`` as here."""
+"""A file for each later subject, with ``WRONG`` and ``RIGHT`` as here, and perhaps ``SAYS``."""
 for module in LATER:
     WRONG |= module.WRONG
     RIGHT |= module.RIGHT
+    SAYS |= getattr(module, "SAYS", {})
 
 
 @pytest.mark.parametrize("name, how", [(name, how) for name, ways in WRONG.items() for how in ways])
@@ -500,6 +515,7 @@ def test_a_wrong_attempt_gets_a_sentence_about_what_is_wrong(name: str, how: str
     verdict = CHECKS[name](WRONG[name][how])
     assert not verdict.passed, f"{name} takes this for right: {how}"
     assert_one_sentence(verdict.message)
+    assert SAYS.get(name, {}).get(how, "") in verdict.message
 
 
 @pytest.mark.parametrize("name, how", [(name, how) for name, ways in RIGHT.items() for how in ways])
@@ -510,6 +526,17 @@ def test_a_right_attempt_passes_however_it_is_written(name: str, how: str) -> No
 
 def test_wrong_attempts_are_known_for_every_check() -> None:
     assert set(WRONG) == set(CHECKS), "add some wrong attempts for each new check"
+
+
+def test_what_a_sentence_says_is_known_of_attempts_that_there_are() -> None:
+    assert {(name, how) for name, said in SAYS.items() for how in said} <= {(n, how) for n in WRONG for how in WRONG[n]}
+
+
+def test_a_loop_without_end_is_ended() -> None:
+    traced = sys.gettrace()
+    for name in ("check_top_p", "check_draw"):
+        assert "does not come to an end" in CHECKS[name](goes_round).message
+    assert sys.gettrace() is traced, "the trace function was not put back"
 
 
 def test_a_verdict_reads_as_a_sentence() -> None:

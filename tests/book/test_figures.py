@@ -301,6 +301,7 @@ def test_numbers_of_timeline() -> None:
     assert ticks(ax.yaxis) == ["s-0", "s-1"]
     assert ax.yaxis_inverted()
     assert legend(ax) == ["waiting", "running", "stopped", "length capped"]
+    assert ax.figure.alt.endswith("s-0 is stopped after step 3; s-1 is length capped after step 3.")
 
 
 def test_a_sequence_may_return_to_a_state() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.book.exercises.verdict import Endless, NotYet, exercise, expect
 
 
 @exercise("it moves the largest logit to 0 before it takes the exponential.", gives="a tensor of probabilities")
@@ -21,6 +22,12 @@ def check_softmax(attempt: Callable[[Any, float], Any]) -> None:
             1.0,
             "only differences matter: subtract the largest logit, and 1,000 is no trouble",
         ),
+        (
+            [1000.0, 999.0],
+            0.5,
+            "at temperature 0.5 it is too much again: subtract before dividing, or subtract the largest of the divided "
+            "logits",
+        ),
         ([1000.0, 0.0], 2.0, "1,000 beside 0 is still too much: subtract the largest logit, not the average"),
         ([-1000.0, -1001.5], 1.0, "logits of -1,000 all vanish: move the largest of them to 0 before you take exp"),
     ):
@@ -28,6 +35,7 @@ def check_softmax(attempt: Callable[[Any, float], Any]) -> None:
         got = torch.as_tensor(attempt(logits, temperature), dtype=torch.float64)
         right = (torch.tensor(values).double() / temperature).softmax(0)
         total = float(got.sum())
+        expect(math.isfinite(total), f"your probabilities of {values} sum to {total}; {why}.")
         expect(not abs(total - 1) > 1e-4, f"probabilities sum to 1, yours to {total:.3f}.")
         expect(got.shape == right.shape, f"{len(values)} logits give {len(values)} probabilities, not {got.shape}.")
         expect(torch.allclose(got, right, atol=1e-4), f"{why}.")
@@ -53,7 +61,10 @@ def check_top_p(attempt: Callable[[list[float], float], list[int]]) -> None:
         ([0.25, 0.5, 0.25], 1.0, [1, 0, 2], "of two tokens with the same probability both stay"),
     ):
         before = list(other)
-        got = list(attempt(other, p))
+        try:
+            got = list(attempt(other, p))
+        except Endless:
+            raise NotYet(f"of {before} at p = {p} {right} stay: {why}; yours does not come to an end.") from None
         expect(got == right, f"of {before} at p = {p} {right} stay: {why}; yours keeps {got}.")
         expect(other == before, "your code changed the list that it was given.")
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import os
 import reprlib
+import sys
 import sysconfig
 import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import folovllm
@@ -23,6 +25,10 @@ NOT_THE_READERS = tuple(
     for path in (*folovllm.__path__, *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
 )
 """Where code lies that is ours or a library's: an error that passed through none but these is not in the attempt."""
+
+
+MAX_LINES = 500_000
+"""Lines of an attempt that one call may run: far more than any right one needs, and half a second's worth."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,10 @@ class Verdict:
 
 class NotYet(Exception):
     """Raised inside a check with the sentence about what is wrong."""
+
+
+class Endless(NotYet):
+    """Raised inside an attempt that goes round and round."""
 
 
 def expect(ok: bool, sentence: str) -> None:
@@ -79,12 +89,37 @@ def _watched(attempt: Any, last: dict[str, Any]) -> Callable[..., Any]:
         last.clear()
         expect(callable(attempt), f"a function is asked for, and you gave {_shown(attempt)}.")
         last["args"] = (*args, *kwargs.values())
-        found = attempt(*args, **kwargs)
+        found = _bounded(attempt, *args, **kwargs)
         expect(found is not None, "your code gives back None: is there a return?")
         last["found"] = found
         return found
 
     return call
+
+
+def _bounded(attempt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the attempt gives.
+
+    Raises:
+        Endless: if it has run `MAX_LINES` lines and is not done. Nobody else would end a loop without an end.
+    """
+    num_lines = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal num_lines
+        if event == "call":
+            return trace if _is_the_readers(frame.f_code.co_filename) else None
+        num_lines += event == "line"
+        if num_lines > MAX_LINES:
+            raise Endless("your code does not come to an end: is there a loop whose condition stays true?")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return attempt(*args, **kwargs)
+    finally:
+        sys.settrace(before)
 
 
 def _explain(error: Exception, last: dict[str, Any], gives: str) -> str:

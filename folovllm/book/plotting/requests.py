@@ -75,24 +75,22 @@ def _label(status: str) -> str:
 
 
 def plot_timeline(statuses: Mapping[str, Sequence[str]]) -> Axes:
-    """The status of each sequence at each step, as coloured bars along time: ``{seq_id: [status, …]}``."""
+    """The status of each sequence as coloured bars along time: ``{seq_id: [status at first, after step 1, …]}``."""
+    told = []
     with new_figure(1.5 + 0.42 * len(statuses)) as ax:
-        for row, history in enumerate(statuses.values()):
+        for row, (name, history) in enumerate(statuses.items()):
             start = 0
             for status, stretch in itertools.groupby(history):
                 length = len(list(stretch))
                 ax.barh(row, length, left=start, color=STATUS_COLORS[status], edgecolor="white", height=0.7)
                 start += length
+            told.append(f"{name} is {_label(history[-1])} after step {start - length}")
         present = [s for s in STATUS_COLORS if any(s in history for history in statuses.values())]
         for status in present:
             ax.barh(0, 0, color=STATUS_COLORS[status], label=_label(status))
         ax.set(yticks=range(len(statuses)), yticklabels=list(statuses), xlabel="step")
         ax.invert_yaxis()
         ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=len(present), fontsize=10.5, handlelength=1)
-        told = (
-            f"{name} is running for {history.count('running')} steps and ends as {_label(history[-1])}"
-            for name, history in statuses.items()
-        )
         ax.figure.alt = f"Timeline of {len(statuses)} sequences along the steps: {'; '.join(told)}."
     return ax
 
