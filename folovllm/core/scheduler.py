@@ -111,16 +111,14 @@ class Scheduler:
             num_new = min(seq.get_len() - seq.num_computed_tokens, budget)
             if num_new == 0:
                 break
-            while not self.cache.allocate_slots(seq, seq.num_computed_tokens + num_new):
-                victim = self._choose_victim(self.running[i:])
-                self.running[:] = [other for other in self.running if other is not victim]
-                self._preempt(victim, output)
-                if victim is seq:
-                    break
-            else:
+            if self.cache.allocate_slots(seq, seq.num_computed_tokens + num_new):
                 output.add(seq, num_new)
                 budget -= num_new
                 i += 1
+            else:  # one leaves, and the next round looks at place i again
+                victim = self._choose_victim(self.running[i:])
+                self.running[:] = [other for other in self.running if other is not victim]
+                self._preempt(victim, output)
         return budget
 
     def _choose_victim(self, candidates: list[Sequence]) -> Sequence:
