@@ -141,7 +141,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What of a data sheet is reached, and what a step costs besides. No factor was fitted to a card."""
+    """What of a data sheet is reached, and what a step costs besides.
+
+    No factor was chosen by trying which value fits a card's measurements best. But ``weights`` and ``low_bits`` rest on
+    gpt-fast's published figures, of which the second lies between two, so those figures are no test of either.
+    """
 
     arithmetic: float = 0.65
     """Of the peak. The best matrix product reaches 0.80 on an H100 and 0.86 on an A100 (Bekman, "Machine Learning
