@@ -505,9 +505,9 @@ SAYS: dict[str, dict[str, str]] = {
 LATER = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("attempts_*.py"))]
 """A file for each later subject, with ``WRONG`` and ``RIGHT`` as here, and perhaps ``SAYS``."""
 for module in LATER:
-    WRONG |= module.WRONG
-    RIGHT |= module.RIGHT
-    SAYS |= getattr(module, "SAYS", {})
+    for known, more in ((WRONG, module.WRONG), (RIGHT, module.RIGHT), (SAYS, getattr(module, "SAYS", {}))):
+        for name, ways in more.items():
+            known[name] = known.get(name, {}) | ways
 
 
 @pytest.mark.parametrize("name, how", [(name, how) for name, ways in WRONG.items() for how in ways])
@@ -536,6 +536,10 @@ def test_a_loop_without_end_is_ended() -> None:
     traced = sys.gettrace()
     for name in ("check_top_p", "check_draw"):
         assert "does not come to an end" in CHECKS[name](goes_round).message
+    round_and_round = type(
+        "RoundAndRound", (WRONG["check_whole_characters"]["shows halves"],), {"text": property(goes_round)}
+    )
+    assert "does not come to an end" in CHECKS["check_whole_characters"](round_and_round).message
     assert sys.gettrace() is traced, "the trace function was not put back"
 
 

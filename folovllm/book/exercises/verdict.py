@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import folovllm
@@ -70,7 +70,7 @@ def exercise(praise: str, gives: str = "") -> Callable[[Callable[[Any], None]], 
         def run(attempt: Any) -> Verdict:
             last: dict[str, Any] = {}
             try:
-                check(attempt if isinstance(attempt, type) else _watched(attempt, last))
+                check(_bounded_class(attempt) if isinstance(attempt, type) else _watched(attempt, last))
             except NotYet as error:
                 return Verdict(False, _one_line(str(error)))
             except Exception as error:
@@ -120,6 +120,27 @@ def _bounded(attempt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return attempt(*args, **kwargs)
     finally:
         sys.settrace(before)
+
+
+def _bound(method: FunctionType) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _bounded(method, *args, **kwargs)
+
+    return call
+
+
+def _bounded_class(part: type) -> type:
+    """A class like the reader's, whose own methods are bounded one by one: an engine may call them after an error."""
+    own: dict[str, Any] = {
+        name: member for name, member in vars(part).items() if isinstance(member, (FunctionType, property))
+    }
+    for name, member in own.items():
+        method = member.fget if isinstance(member, property) else member
+        if isinstance(method, FunctionType) and _is_the_readers(method.__code__.co_filename):
+            bounded = _bound(method)
+            own[name] = member.getter(bounded) if isinstance(member, property) else bounded
+    return type(part.__name__, (part,), own)
 
 
 def _explain(error: Exception, last: dict[str, Any], gives: str) -> str:
