@@ -634,15 +634,13 @@ def judge_detokenizer(attempt: type, stops: bool = True) -> None:
         NotYet: with the sentence about the first thing that is wrong.
     """
     expect(isinstance(attempt, type), "a class was asked for, and yours is something else.")
-    missing = [name for name in ("add", "finish", "visible_text", "text") if not hasattr(attempt, name)]
+    missing = [name for name in ("add", "finish", "visible_text") if not hasattr(attempt, name)]
     expect(not missing, f"the engine calls {', '.join(missing)} of a detokenizer, and yours has no such thing.")
+    is_method = callable(getattr(attempt, "text", None))
+    expect(not is_method, "the engine reads text like an attribute: put @property above it, or set self.text.")
     texts = _texts(stops)
     ours = _our_texts(stops)
-    try:
-        found = _tell(attempt, texts)
-    except Exception as error:
-        raise NotYet(f"your code raised {type(error).__name__}: {error}.") from error
-    for (text, stop, _), right, got in zip(texts, ours, found):
+    for (text, stop, _), right, got in zip(texts, ours, _tell(attempt, texts)):
         _compare_texts(f"{text!r}{f' with stop={stop}' if stop else ''}", right, got)
 
 
@@ -682,6 +680,7 @@ def _compare_texts(text: str, right: list[str], got: list[str]) -> None:
     shown = ""
     for num, now in enumerate(got[:-1], start=1):
         where = f"after {num} tokens of {text}"
+        expect(isinstance(now, str), f"{where} a text is asked for, and yours gives a {type(now).__name__}.")
         expect("\ufffd" not in now, f"{where} yours shows {now[-12:]!r}: a piece of a character that is not complete.")
         expect(
             now.startswith(shown),
@@ -691,4 +690,7 @@ def _compare_texts(text: str, right: list[str], got: list[str]) -> None:
         expect(best is not None, f"{where} yours goes on, and a stop string has ended the text before.")
         expect(now == best, f"{where} the user should see {best!r}, and sees {now!r}.")
         shown = now
-    expect(right[-1] == got[-1], f"{text} ends by {right[-1]}, yours by {got[-1]}.")
+    expect(
+        right[-1] == got[-1],
+        f"{text} ends by {right[-1]}, yours by {got[-1]}: what add gives back is taken for a stop string.",
+    )

@@ -15,7 +15,7 @@ from folovllm.worker.model_runner import ModelRunner
 def latencies(
     gaps: Callable[[int], int] = lambda n: n - 1,
     start: str = "arrival_time",
-    alone: float = 0.0,
+    alone: float | None = 0.0,
     order: Callable[..., Any] = lambda ttft, tpot, e2e: (ttft, tpot, e2e),
 ) -> Callable[[Any, int], Any]:
     """Reads a request's moments; each part may be got wrong."""
@@ -82,6 +82,81 @@ class EndIsText(Whole):
         self.token_ids.append(token_id)
 
 
+class WithoutSpaces(Whole):
+    @property
+    def text(self) -> str:
+        return self.tokenizer.decode(self.token_ids).rstrip("\ufffd ")
+
+
+class OneTokenBehind(Whole):
+    def visible_text(self) -> str:
+        return self.tokenizer.decode(self.token_ids[:-1]).rstrip("\ufffd")
+
+
+class GivesItsText(Whole):
+    def add(self, token_id: int, stop_terminated: bool = False) -> Any:
+        super().add(token_id, stop_terminated)
+        return self.text
+
+
+class ShowsNews(Whole):
+    num_shown = 0
+
+    def visible_text(self) -> str:
+        news, self.num_shown = self.text[self.num_shown :], len(self.text)
+        return news
+
+
+class OneForAll(Whole):
+    def __init__(self, tokenizer: Any, params: Any, prompt_token_ids: list[int], token_ids: list[int] = []) -> None:  # noqa: B006
+        self.tokenizer, self.token_ids = tokenizer, token_ids
+
+
+class WithThePrompt(Whole):
+    def __init__(self, tokenizer: Any, params: Any, prompt_token_ids: list[int]) -> None:
+        self.tokenizer, self.token_ids = tokenizer, list(prompt_token_ids)
+
+
+class TextIsAMethod(Whole):
+    def text(self) -> str:  # type: ignore[override]
+        return self.tokenizer.decode(self.token_ids).rstrip("\ufffd")
+
+    def visible_text(self) -> str:
+        return self.text()
+
+
+class TakesLess(Whole):
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.token_ids = tokenizer, []
+
+
+class Misspelt(Whole):
+    @property
+    def text(self) -> str:
+        return self.tokenizer.decode(self.tokens)
+
+
+class KeptWhole:
+    """Right, and decodes each piece once; its text is an attribute."""
+
+    def __init__(self, tokenizer: Any, params: Any, prompt_token_ids: list[int]) -> None:
+        self.tokenizer, self.token_ids, self.text = tokenizer, [], ""
+
+    def visible_text(self) -> str:
+        return self.text
+
+    def finish(self) -> None:
+        pass
+
+    def add(self, token_id: int, stop_terminated: bool = False) -> None:
+        if stop_terminated:
+            return
+        self.token_ids.append(token_id)
+        piece = self.tokenizer.decode(self.token_ids)
+        if not piece.endswith("\ufffd"):
+            self.text, self.token_ids = self.text + piece, []
+
+
 class NoFinish:
     def __init__(self, *_: Any) -> None:
         self.text = ""
@@ -95,16 +170,27 @@ def shown(
     held: Callable[[list[str]], int] = lambda stops: max(map(len, stops), default=1) - 1,
     cut: Callable[[str, int], str] = lambda text, num: text[: max(len(text) - num, 0)],
     at_the_end: bool = False,
+    place: Callable[[str, str], int] = str.find,
+    keep: int = 0,
 ) -> Callable[[str, list[str], bool], str]:
     """Shows what may be shown; each part may be got wrong."""
 
     def attempt(text: str, stops: list[str], finished: bool) -> str:
-        found = [(text.find(stop), stop) for stop in stops if stop in text]
+        found = [(place(text, stop), stop) for stop in stops if stop in text]
         if found:
-            return text[: min(found, key=lambda f: which(*f))[0]]
+            first, stop = min(found, key=lambda f: which(*f))
+            return text[: first + keep * len(stop)]
         return text if finished and not at_the_end else cut(text, held(stops))
 
     return attempt
+
+
+def shown_by_character(text: str, stops: list[str], finished: bool) -> str:
+    for end in range(len(text) + 1):
+        for stop in stops:
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)]
+    return text if finished else text[: max(len(text) + 1 - max(map(len, stops), default=1), 0)]
 
 
 def passes(lengths: list[int], num_places: int, continuous: bool) -> int:
@@ -162,6 +248,47 @@ class MendedSeed(faults.SharedGenerator):
     _sample = ModelRunner._sample
 
 
+class TurnedAgain(faults.YoungestFirst):
+    def _rank(self, seq: Any) -> Any:
+        priority, arrival_time, arrival, index = super()._rank(seq)
+        return priority, -arrival_time, -arrival, index
+
+
+class LaterAnswersFirst(faults.YoungestFirst):
+    def _rank(self, seq: Any) -> Any:
+        priority, *turned = super()._rank(seq)
+        return priority, *(-part for part in turned)
+
+
+class NoPriority(faults.YoungestFirst):
+    def _rank(self, seq: Any) -> Any:
+        return Scheduler._rank(self, seq)[1:]
+
+
+class Unranked(faults.YoungestFirst):
+    def _rank(self, seq: Any) -> Any:
+        return 0
+
+
+class AllTurned(faults.YoungestFirst):
+    def _rank(self, seq: Any) -> Any:
+        return tuple(-part for part in super()._rank(seq))
+
+
+class OneNumber(faults.YoungestFirst):
+    def _rank(self, seq: Any) -> Any:
+        return -super()._rank(seq)
+
+
+class CallsItself(faults.YoungestFirst):
+    def _rank(self, seq: Any) -> Any:
+        return self._rank(seq)
+
+
+class AnotherName(faults.YoungestFirst):
+    rank = Scheduler._rank
+
+
 class NewEachStep(faults.SharedGenerator):
     def _sample(self, hidden: Any, sampled: Any) -> Any:
         for seq, _ in sampled:
@@ -177,6 +304,17 @@ WRONG: dict[str, dict[str, Any]] = {
         "nothing for one token": latencies(alone=float("nan")),
         "two numbers": latencies(order=lambda ttft, tpot, e2e: (ttft, tpot)),
         "another order": latencies(order=lambda ttft, tpot, e2e: (tpot, ttft, e2e)),
+        "from the arrival": lambda m, n: (
+            m.first_token_time - m.arrival_time,
+            (m.finished_time - m.arrival_time) / max(n - 1, 1),
+            m.finished_time - m.arrival_time,
+        ),
+        "the end from the first token": lambda m, n: (*latencies()(m, n)[:2], m.finished_time - m.first_token_time),
+        "no pace for two": latencies(lambda n: n - 1 if n > 2 else 0),
+        "tokens per second": latencies(order=lambda ttft, tpot, e2e: (ttft, 1 / tpot if tpot else 0, e2e)),
+        "no number for one token": latencies(alone=None),
+        "a dict": latencies(order=lambda ttft, tpot, e2e: {"ttft": ttft, "tpot": tpot, "e2e": e2e}),
+        "whole seconds": latencies(order=lambda *times: tuple(map(int, times))),
         "divides by zero": lambda m, n: (m.first_token_time - m.arrival_time, 1 / (n - 1), 0.0),
         "milliseconds": latencies(order=lambda *times: tuple(1000 * t for t in times)),
     },
@@ -189,6 +327,15 @@ WRONG: dict[str, dict[str, Any]] = {
         "the end token is text": EndIsText,
         "no finish": NoFinish,
         "a function": lambda *_: "",
+        "spaces taken off": WithoutSpaces,
+        "one token behind": OneTokenBehind,
+        "add gives the text": GivesItsText,
+        "only what is new": ShowsNews,
+        "one list for all": OneForAll,
+        "the prompt is text": WithThePrompt,
+        "text is a method": TextIsAMethod,
+        "takes the tokenizer only": TakesLess,
+        "a misspelt name": Misspelt,
     },
     "check_shown_text": {
         "the first that begins": shown(which=lambda place, stop: place),
@@ -200,11 +347,33 @@ WRONG: dict[str, dict[str, Any]] = {
         "cuts with minus zero": shown(cut=lambda text, num: text[:-num]),
         "cuts from the other end": shown(cut=lambda text, num: text[: len(text) - num]),
         "holds back at the end": shown(at_the_end=True),
+        "the last place": shown(place=str.rfind),
+        "minus zero for one character": lambda text, stops, finished: (
+            shown(cut=lambda text, num: text[:-num] if len(text) > num else "")(text, stops, finished)
+            if stops
+            else text
+        ),
+        "sorts the caller's list": lambda text, stops, finished: shown()(text, stops.sort(key=len) or stops, finished),
+        "the stop string as well": shown(keep=1),
+        "no stops, no text": shown(held=lambda stops: max(map(len, stops)) - 1),
+        "holds back what is cut, too": lambda text, stops, finished: shown()(
+            shown()(text, stops, finished), stops, finished
+        ),
+        "only what may begin one": lambda text, stops, finished: text.removesuffix(
+            next((stop[:num] for stop in stops for num in range(len(stop), 0, -1) if text.endswith(stop[:num])), "")
+        ),
         "only what is before": lambda text, stops, finished: text.split(stops[0])[0] if stops else text,
     },
     "check_mended_order": {
         "nothing mended": faults.YoungestFirst,
         "only half of it": OnlyTheTime,
+        "priority forgotten": NoPriority,
+        "all turned but the priority": LaterAnswersFirst,
+        "no order": Unranked,
+        "each part turned": AllTurned,
+        "a minus before the tuple": OneNumber,
+        "calls itself": CallsItself,
+        "another name": AnotherName,
         "ours, and not the faulty one": Scheduler,
     },
     "check_passes": {
@@ -239,9 +408,9 @@ WRONG: dict[str, dict[str, Any]] = {
 
 RIGHT: dict[str, dict[str, Any]] = {
     "check_latencies": {"a list": latencies(order=lambda *times: list(times))},
-    "check_whole_characters": {"decodes everything": Whole},
-    "check_shown_text": {"in parts": shown()},
-    "check_mended_order": {"our own rank": MendedOrder},
+    "check_whole_characters": {"decodes everything": Whole, "decodes each piece once": KeptWhole},
+    "check_shown_text": {"in parts": shown(), "character by character": shown_by_character},
+    "check_mended_order": {"our own rank": MendedOrder, "turned again": TurnedAgain},
     "check_passes": {"with a heap": passes},
     "check_admit": {"with a list of conditions": admits()},
     "check_mended_seed": {"our own sample": MendedSeed},

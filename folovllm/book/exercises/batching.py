@@ -10,11 +10,14 @@ from folovllm.core.scheduler import Scheduler
 from folovllm.outputs import RequestMetrics
 
 
-@exercise("the wait for the first token, the pace after it, and the whole, each from the right two moments.")
+@exercise(
+    "the wait for the first token, the pace after it, and the whole, each from the right two moments.",
+    gives="a tuple of three numbers",
+)
 def check_latencies(attempt: Callable[[RequestMetrics, int], tuple[float, float, float]]) -> None:
     """``attempt(metrics, num_tokens)``: TTFT, TPOT and end-to-end latency in seconds."""
     for arrival, first, finished, num_tokens in (
-        (10.0, 12.0, 20.0, 5),
+        (10.0, 12.0, 24.0, 5),
         (3.0, 3.5, 4.5, 3),
         (7.0, 9.0, 9.0, 1),
         (1.0, 2.0, 2.25, 2),
@@ -60,8 +63,11 @@ def check_shown_text(attempt: Callable[[str, list[str], bool], str]) -> None:
         ("abcdef", ["cd", "bcde"], False, "ab", "cd is complete one character earlier, whatever the order"),
         ("one two", ["two", "one"], False, "", "one is complete first"),
         ("ab", ["abcd"], False, "", "all of it may be the beginning of a stop string"),
+        ("All is well", ["\n"], False, "All is well", "a stop string of one character has no beginning to wait for"),
     ):
-        got = attempt(text, list(stops), finished)
+        given = list(stops)
+        got = attempt(text, given, finished)
+        expect(given == stops, "your code changes the list of stop strings, which belongs to the caller.")
         state = "finished" if finished else "not finished"
         expect(got == right, f"{text!r} with stop={stops}, {state}: {right!r} ({why}), yours shows {got!r}.")
 
@@ -87,7 +93,8 @@ def check_mended_order(attempt: type) -> None:
     from folovllm.book import faults, judges
 
     judges.expect_subclass(attempt, faults.YoungestFirst)
-    judges.judge_scheduler(attempt, same_steps=True, settings=FEW_PLACES[:2])
+    by_priority = {"policy": "priority", **FEW_PLACES[0]}
+    judges.judge_scheduler(attempt, same_steps=True, settings=(FEW_PLACES[0], FEW_PLACES[3], by_priority))
 
 
 @exercise("each step of both kinds of batches is counted, and every place is filled as soon as it is free.")

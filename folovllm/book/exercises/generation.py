@@ -30,8 +30,12 @@ def check_tokens_computed(attempt: Callable[[int, int, bool], int]) -> None:
             got == right and not isinstance(got, bool),
             f"a prompt of {prompt_len:,} and {output_len:,} new token{'s' if output_len > 1 else ''} "
             f"{'with' if cached else 'without'} a cache: {right:,} computed "
-            f"({first if output_len == 1 else rest[cached]}), yours says {got}.",
+            f"({first if output_len == 1 else rest[cached]}), yours says {got!r}.",
         )
+
+
+MAX_PASSES = 100
+"""Many more than any of the generations below takes."""
 
 
 class _CountingModel:
@@ -39,6 +43,7 @@ class _CountingModel:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+        self.device = "cpu"
         self.passes: list[tuple[int, int]] = []
         """Tokens read and tokens in the cache, of each pass."""
 
@@ -47,12 +52,17 @@ class _CountingModel:
 
         import torch
 
+        shape = list(input_ids.shape) if hasattr(input_ids, "shape") else None
+        given = f"a {type(input_ids).__name__}" if shape is None else f"one of shape {shape}"
+        is_row = shape is not None and len(shape) == 2 and shape[0] == 1 and shape[1] > 0
+        expect(is_row, f"the model takes a tensor [1, num_tokens], and your code gives it {given}.")
+        expect(len(self.passes) < MAX_PASSES, f"your code makes {MAX_PASSES} passes and goes on: what ends its loop?")
         past = [] if past_key_values is None else list(past_key_values)
         new = input_ids[0].tolist()
         self.passes.append((len(new), len(past)))
         # Nearly equal logits, so drawing at random is not the same as taking the likeliest.
         logits = torch.stack([self._logits([*past, *new[: i + 1]]) for i in range(len(new))])[None]
-        return types.SimpleNamespace(logits=logits, past_key_values=[*past, *new])
+        return types.SimpleNamespace(logits=logits, past_key_values=[*past, *new] if use_cache else None)
 
     def _logits(self, seen: list[int]) -> Any:
         import torch
@@ -96,6 +106,8 @@ def _what_went_wrong(passes: list[tuple[int, int]], got: list[int], right: list[
         return "a pass was given tokens that are in the cache already, so it has read them twice"
     if any(past == 0 for _, past in later):
         return "a pass was given only a part of the text, and no cache with the rest"
+    if any(past != sum(new for new, _ in passes[:i]) for i, (_, past) in enumerate(passes)):
+        return "a pass was given an older cache: hand on the one that the pass before it gave"
     return "take the likeliest token after each pass, and feed that one"
 
 

@@ -27,6 +27,8 @@ def check_mask(attempt: Callable[[int, int], Any]) -> None:
             all(len(row) == width for row in rows),
             f"{case}: each row has a place for all {width} tokens, yours have {[len(row) for row in rows]}.",
         )
+        odd = [seen for row in rows for seen in row if seen not in (True, False)]
+        expect(not odd, f"{case}: True says that it may look and False that it may not, yours has {odd[:1]}.")
         rows = [[bool(seen) for seen in row] for row in rows]
         for i, row in enumerate(rows):
             expect(row[num_cached + i], f"{case}: new token {i} does not see itself.")
@@ -52,6 +54,8 @@ def check_rope(attempt: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         if _close(got, right):
             continue
         case = f"positions {places}, head_dim {head_dim}, theta {theta:,.0f}"
+        turned = _rotated_neighbours(x, positions, theta)
+        neighbours = turned, torch.cat([turned[..., ::2], turned[..., 1::2]], dim=-1)
         for wrong, why in (
             (x, "x comes back as it was"),
             (_rotated(x, -positions, theta), "it turns the wrong way: the first half becomes a cos - b sin"),
@@ -61,9 +65,14 @@ def check_rope(attempt: Callable[[Tensor, Tensor, float], Tensor]) -> None:
             (_rotated(x, positions, theta**2), "exponents run to 2: pair i turns by theta ** (-2 i / head_dim)"),
             (_rotated(x, positions, theta**0.5), "exponents stop at one half: pair i has theta ** (-2 i / head_dim)"),
             (
-                _rotated_neighbours(x, positions, theta),
-                "that pairs neighbours: pair i is number i with i + head_dim / 2",
+                _rotated(x, positions, 1 / theta),
+                "the exponent has lost its minus: pair i has theta ** (-2 i / head_dim)",
             ),
+            (
+                _rotated(x, positions, theta, a_twice=True),
+                "b is turned with the new a: keep the old one until both are",
+            ),
+            *((wrong, "that pairs neighbours: pair i is number i with i + head_dim / 2") for wrong in neighbours),
         ):
             expect(not _close(got, wrong), f"{case}: {why}.")
         lengths = torch.allclose(got.norm(dim=-1), x.norm(dim=-1), atol=1e-4)
@@ -104,12 +113,33 @@ def check_attention(attempt: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None
             (_attention(q, k, v, normalize=False), "the weights of a row should add up to 1"),
         ):
             expect(not _close(got, wrong), f"{case}: {why}.")
-        expect(False, f"{case}: the numbers are not those of softmax(q k / sqrt(head_dim)) v, row by row.")
+        expect(False, f"{case}: {_what_is_mixed_up(attempt, q, k, v)}.")
     difference = _difference_in_the_decoder(attempt)
     expect(
         difference < 1e-3,
         f"put into the decoder it changes the logits by up to {difference:.2g}: is it float32 all the way?",
     )
+
+
+def _what_is_mixed_up(attempt: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Which property attention should have, and this attempt does not, shown by values made for it."""
+    import torch
+
+    got, with_ones = attempt(q, k, v), attempt(q, k, torch.ones_like(v))
+    later, first, width = v.clone(), v.clone(), q.shape[1] // v.shape[1] * v.shape[2]
+    later[-1] += 1  # which only the last query sees
+    first[:, 0] += 1  # which only the first group of heads reads
+    if got.isnan().any():
+        return "some numbers are nan, as where all scores of a row are -inf: each token sees at least itself"
+    if _close(got, with_ones):
+        return "v is not used, and the result should be an average of the values"
+    if not _close(with_ones, torch.ones_like(with_ones)):
+        return "the weights of a query should add up to 1: softmax goes over the keys, after the mask"
+    if not _close(attempt(q, k, first)[:, width:], got[:, width:]):
+        return "the heads are mixed up: in each row come all numbers of head 0, then those of head 1"
+    if not _close(attempt(q, k, later)[:-1], got[:-1]):
+        return "a token sees tokens that come after it: a masked score is -inf, since 0 has a weight, too"
+    return "the numbers are not those of softmax(q k / sqrt(head_dim)) v, row by row"
 
 
 def _kind(got: Any) -> str:
@@ -130,11 +160,13 @@ def _angles(x: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]
     return angles.cos(), angles.sin()
 
 
-def _rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def _rotated(x: Tensor, positions: Tensor, theta: float, a_twice: bool = False) -> Tensor:
+    """RoPE as it should be, or with the new ``a`` in the place of the old one."""
     import torch
 
     (cos, sin), (a, b) = _angles(x, positions, theta), x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    new = a * cos - b * sin
+    return torch.cat([new, b * cos + (new if a_twice else a) * sin], dim=-1)
 
 
 def _rotated_neighbours(x: Tensor, positions: Tensor, theta: float) -> Tensor:
