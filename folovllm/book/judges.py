@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from folovllm.book.exercises.verdict import NotYet, expect
+from folovllm.book.exercises.verdict import NotYet, blame_part, expect
 from folovllm.book.faults import replace_part
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler, SchedulerOutput
@@ -25,7 +25,7 @@ from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.served_model import ServedModel
 from folovllm.llm import make_engine_config
 from folovllm.outputs import RequestOutput, RunnerOutput
-from folovllm.request import Sequence
+from folovllm.request import Sequence, SequenceStatus
 from folovllm.sampling_params import SamplingParams
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.worker.model_runner import ModelRunner
@@ -246,7 +246,7 @@ def drive(engine: LLMEngine, arrivals: SequenceOf[Arrival], max_steps: int = 200
             outputs |= {output.request_id: output for output in engine.step()}
             engine.check_integrity()
         except RuntimeError as error:
-            raise NotYet(f"step {step}: {error}") from error
+            raise NotYet(f"step {step}: {str(error).removesuffix('; this is a bug in the engine')}") from error
         if step >= last and not engine.has_unfinished_requests():
             break
     for pool, where in ((engine.cache.pool, "the cache"), (engine.cache.swap_pool, "CPU memory")):
@@ -259,6 +259,7 @@ def check_outputs(
     arrivals: SequenceOf[Arrival],
     outputs: Mapping[str, RequestOutput],
     expected: Callable[[Arrival, int], list[int]] = lambda a, index: expected_tokens(a.prompt, a.params, index),
+    source: str = "it gets alone",
 ) -> None:
     """Each answer is what it is alone, ends as it should, and is computed once.
 
@@ -266,6 +267,7 @@ def check_outputs(
         arrivals: what was asked.
         outputs: the last output of each request.
         expected: the tokens of answer ``index`` to a request, at least as many as it may have.
+        source: where these are from, for the sentence "it gets other tokens than …".
 
     Raises:
         NotYet: if not.
@@ -278,7 +280,7 @@ def check_outputs(
             wrong = next((i for i, pair in enumerate(zip(answer.token_ids, right)) if pair[0] != pair[1]), None)
             expect(
                 wrong is None,
-                f"{a.name} gets other tokens than it gets alone, from its answer's token {wrong} on: what it reads, or "
+                f"{a.name} gets other tokens than {source}, from its answer's token {wrong} on: what it reads, or "
                 "draws, is not its own",
             )
             aborted = answer.finish_reason == "abort"
@@ -360,6 +362,17 @@ class Watch:
         )
         expect(len(set(map(id, scheduled.seqs))) == len(scheduled.seqs), f"{where} schedules a sequence twice")
         ids = set(map(id, running))
+        scheduler = self.engine.scheduler
+        for queue, status in (
+            (running, SequenceStatus.RUNNING),
+            (scheduler.waiting, SequenceStatus.WAITING),
+            (scheduler.swapped, SequenceStatus.SWAPPED),
+        ):
+            for seq in queue:
+                expect(
+                    seq.status is status,
+                    f"in {where} {name_of(seq)} is among the {status.name.lower()}, and its status is {seq.status}",
+                )
         for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
             left, name = seq.get_len() - seq.num_computed_tokens, name_of(seq)
             expect(id(seq) in ids, f"{where} computes {name}, which is not among the running")
@@ -464,7 +477,7 @@ def run_watched(
         raise NotYet(f"{str(error).rstrip('.')} ({shown}).") from error
     except Exception as error:
         at = "before the first step" if watched is None else f"step {watched.num_steps}"
-        raise NotYet(f"{at}: your code raised {type(error).__name__}: {error} ({shown}).") from error
+        raise NotYet(f"{at}: {blame_part(error)} ({shown}).") from error
     return watched
 
 
@@ -495,6 +508,20 @@ def expect_subclass(attempt: Any, base: type) -> None:
     expect(
         isinstance(attempt, type) and issubclass(attempt, base),
         f"a class was asked for that begins with `class Name({base.__name__}):`, and yours does not.",
+    )
+
+
+def expect_own(attempt: type, base: type, name: str) -> None:
+    """Raises `NotYet` unless the attempt has a method ``name`` of its own, which does without that of ``base``."""
+    own = vars(attempt).get(name)
+    expect(
+        own is not None and own is not vars(base)[name],
+        f"your class has no {name} of its own, so it is still the engine's that runs.",
+    )
+    code = getattr(own, "__code__", None)
+    expect(
+        code is None or name not in code.co_names,
+        f"your {name} calls the engine's, and the exercise is to write it: do the work yourself.",
     )
 
 
@@ -594,11 +621,12 @@ def judge_runner(attempt: type) -> None:
     try:
         engine = replace_part(_embedded_engine(), attempt)
         Watch(engine)
-        check_outputs(SEEDED, drive(engine, SEEDED), lambda a, index: alone[a.name, index])
+        right = "our own runner gives it alone"
+        check_outputs(SEEDED, drive(engine, SEEDED), lambda a, index: alone[a.name, index], right)
     except NotYet as error:
         raise NotYet(f"{str(error).rstrip('.')}.") from error
     except Exception as error:
-        raise NotYet(f"your code raised {type(error).__name__}: {error}.") from error
+        raise NotYet(f"{blame_part(error)}.") from error
     finally:
         _forget_requests(_embedded_engine())
 
@@ -640,7 +668,11 @@ def judge_detokenizer(attempt: type, stops: bool = True) -> None:
     expect(not is_method, "the engine reads text like an attribute: put @property above it, or set self.text.")
     texts = _texts(stops)
     ours = _our_texts(stops)
-    for (text, stop, _), right, got in zip(texts, ours, _tell(attempt, texts)):
+    try:
+        found = _tell(attempt, texts)
+    except Exception as error:
+        raise NotYet(f"{blame_part(error)}.") from error
+    for (text, stop, _), right, got in zip(texts, ours, found):
         _compare_texts(f"{text!r}{f' with stop={stop}' if stop else ''}", right, got)
 
 

@@ -234,6 +234,90 @@ def admits(
     return Mine
 
 
+def passes_in_place(lengths: list[int], num_places: int, continuous: bool) -> int:
+    """Counts pass by pass, and empties the list that it was given."""
+    running: list[int] = []
+    count = 0
+    while lengths or running:
+        while (continuous or not running) and lengths and len(running) < num_places:
+            running += [lengths.pop(0) for _ in range(1 if continuous else min(num_places, len(lengths)))]
+        running = [left - 1 for left in running if left > 1]
+        count += 1
+    return count
+
+
+def passes_of_places(num: Callable[[list[int], int], int]) -> Callable[[list[int], int, bool], int]:
+    """Static batches as they should be, and ``num`` passes for continuous ones."""
+    return lambda lens, places, continuous: num(lens, places) if continuous else passes(lens, places, False)
+
+
+class AsksOurs(Scheduler):
+    def _admit(self, output: Any, budget: int) -> None:
+        super()._admit(output, budget)
+
+
+class ForgetsTheStatus(Scheduler):
+    def _admit(self, output: Any, budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            seq = self.waiting[0]
+            num_new = self._admit_waiting(seq, output, budget)
+            if not num_new:
+                break
+            self.running.append(seq)
+            output.add(seq, num_new)
+            budget -= num_new
+
+
+class GoesThroughTheQueue(Scheduler):
+    """Takes members out of the list that it goes through."""
+
+    def _admit(self, output: Any, budget: int) -> None:
+        for seq in self.waiting:
+            num_new = self._admit_waiting(seq, output, budget) if len(self.running) < self.config.max_num_seqs else 0
+            if not num_new:
+                break
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+            output.add(seq, num_new)
+            budget -= num_new
+
+
+class TriesTheNext(Scheduler):
+    def _admit(self, output: Any, budget: int) -> None:
+        for seq in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.config.max_num_seqs:
+                break
+            num_new = self._admit_waiting(seq, output, budget)
+            if not num_new:
+                continue
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+            output.add(seq, num_new)
+            budget -= num_new
+
+
+class StatusFirst(Scheduler):
+    """Right, with an attribute of its own."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.is_open = True
+
+    def _admit(self, output: Any, budget: int) -> None:
+        if self.config.batching == "static" and self.running and not self.is_open:
+            return
+        self.is_open = False
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            seq = self.waiting[0]
+            num_new = self._admit_waiting(seq, output, budget)
+            if not num_new:
+                return
+            self.is_open, seq.status = True, SequenceStatus.RUNNING
+            self.running.append(seq)
+            output.add(seq, num_new)
+            budget -= num_new
+
+
 class MendedOrder(faults.YoungestFirst):
     _rank = Scheduler._rank
 
@@ -248,6 +332,7 @@ class MendedSeed(faults.SharedGenerator):
     _sample = ModelRunner._sample
 
 
+<<<<<<< HEAD
 class TurnedAgain(faults.YoungestFirst):
     def _rank(self, seq: Any) -> Any:
         priority, arrival_time, arrival, index = super()._rank(seq)
@@ -287,6 +372,29 @@ class CallsItself(faults.YoungestFirst):
 
 class AnotherName(faults.YoungestFirst):
     rank = Scheduler._rank
+=======
+class OneForEachSeed(faults.SharedGenerator):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.by_seed: dict[Any, Any] = {}
+
+    def _sample(self, hidden: Any, sampled: Any) -> Any:
+        for seq, _ in sampled:
+            seq.generator = self.by_seed.get(seq.sampling_params.seed)
+        output = ModelRunner._sample(self, hidden, sampled)
+        self.by_seed |= {seq.sampling_params.seed: seq.generator for seq, _ in sampled}
+        return output
+
+
+class NoReturn(faults.SharedGenerator):
+    def _sample(self, hidden: Any, sampled: Any) -> Any:
+        ModelRunner._sample(self, hidden, sampled)
+
+
+class SuperOfTheFaulty(faults.SharedGenerator):
+    def _sample(self, hidden: Any, sampled: Any) -> Any:
+        return super(faults.SharedGenerator, self)._sample(hidden, sampled)
+>>>>>>> 2f51bf5 (Checks of chapters 9 to 13 as readers meet them: an endless loop is ended and shown its line, errors in parts of the engine say where, lazy shortcuts that happened to fit are refused and right ones taken)
 
 
 class NewEachStep(faults.SharedGenerator):
@@ -379,6 +487,14 @@ WRONG: dict[str, dict[str, Any]] = {
     "check_passes": {
         "places times the longest": lambda lens, places, continuous: max(lens, default=0) * -(-len(lens) // places),
         "never white": lambda lens, places, continuous: -(-sum(lens) // places),
+        "never white, and no shorter than the longest": passes_of_places(
+            lambda lens, places: max(max(lens), -(-sum(lens) // places))
+        ),
+        "each place its share of the list": passes_of_places(
+            lambda lens, places: max(sum(lens[i::places]) for i in range(places))
+        ),
+        "the place that is free first": passes_of_places(lambda lens, places: passes(lens, places, True) - min(lens)),
+        "empties the list": passes_in_place,
         "always static": lambda lens, places, continuous: passes(lens, places, False),
         "always continuous": lambda lens, places, continuous: passes(lens, places, True),
         "the longest first": lambda lens, places, continuous: passes(sorted(lens, reverse=True), places, continuous),
@@ -397,23 +513,42 @@ WRONG: dict[str, dict[str, Any]] = {
         "never static": admits(closes=lambda s: False),
         "a batch that cannot grow": admits(grows=False),
         "nothing of its own": type("Ours", (Scheduler,), {}),
+        "ours": Scheduler,
+        "asks ours": AsksOurs,
+        "forgets the status": ForgetsTheStatus,
+        "goes through the queue": GoesThroughTheQueue,
+        "tries the next": TriesTheNext,
         "no scheduler": object,
     },
     "check_mended_seed": {
         "nothing mended": faults.SharedGenerator,
         "a new one in each step": NewEachStep,
+        "one for each seed": OneForEachSeed,
+        "no return": NoReturn,
         "ours, and not the faulty one": ModelRunner,
     },
 }
 
 RIGHT: dict[str, dict[str, Any]] = {
     "check_latencies": {"a list": latencies(order=lambda *times: list(times))},
+<<<<<<< HEAD
     "check_whole_characters": {"decodes everything": Whole, "decodes each piece once": KeptWhole},
     "check_shown_text": {"in parts": shown(), "character by character": shown_by_character},
     "check_mended_order": {"our own rank": MendedOrder, "turned again": TurnedAgain},
     "check_passes": {"with a heap": passes},
     "check_admit": {"with a list of conditions": admits()},
     "check_mended_seed": {"our own sample": MendedSeed},
+=======
+    "check_whole_characters": {"decodes everything": Whole},
+    "check_shown_text": {"in parts": shown()},
+    "check_mended_order": {"our own rank": MendedOrder},
+    "check_passes": {
+        "with a heap": passes,
+        "pass by pass": lambda lens, places, continuous: passes_in_place(list(lens), places, continuous),
+    },
+    "check_admit": {"with a list of conditions": admits(), "an attribute of its own": StatusFirst},
+    "check_mended_seed": {"our own sample": MendedSeed, "super of the faulty one": SuperOfTheFaulty},
+>>>>>>> 2f51bf5 (Checks of chapters 9 to 13 as readers meet them: an endless loop is ended and shown its line, errors in parts of the engine say where, lazy shortcuts that happened to fit are refused and right ones taken)
 }
 
 SAME: dict[str, dict[str, str]] = {

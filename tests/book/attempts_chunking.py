@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
 from folovllm.book import faults
 from folovllm.core.scheduler import Scheduler
@@ -63,6 +64,70 @@ class EveryoneStreams(Scheduler):
         return super().schedule()
 
 
+class ByItsName(Scheduler):
+    """The number of this class, whatever a child of it says."""
+
+    small = 16
+
+    def schedule(self) -> Any:
+        streaming = any(seq.get_output_len() for seq in self.running)
+        self.max_num_batched_tokens = ByItsName.small if streaming else self.config.max_num_batched_tokens
+        return super().schedule()
+
+
+class OneTokenLeft(Scheduler):
+    """Takes whoever has one token left to compute for a stream."""
+
+    small = 16
+
+    def schedule(self) -> Any:
+        streaming = any(seq.get_len() - seq.num_computed_tokens == 1 for seq in self.running)
+        self.max_num_batched_tokens = self.small if streaming else self.config.max_num_batched_tokens
+        return super().schedule()
+
+
+class TheFirstOnly(Scheduler):
+    small = 16
+
+    def schedule(self) -> Any:
+        streaming = bool(self.running) and self.running[0].get_output_len() > 0
+        self.max_num_batched_tokens = self.small if streaming else self.config.max_num_batched_tokens
+        return super().schedule()
+
+
+class ChangesTheConfig(Scheduler):
+    small = 16
+
+    def schedule(self) -> Any:
+        if any(seq.get_output_len() for seq in self.running):
+            self.config.max_num_batched_tokens = self.small
+        return super().schedule()
+
+
+class StepTooLate(Scheduler):
+    small = 16
+
+    def schedule(self) -> Any:
+        output = super().schedule()
+        streaming = any(seq.get_output_len() for seq in self.running)
+        self.max_num_batched_tokens = self.small if streaming else cast(int, self.config.max_num_batched_tokens)
+        return output
+
+
+class PutBack(Scheduler):
+    """Right, and leaves the budget as it was."""
+
+    small = 16
+
+    def schedule(self) -> Any:
+        before = self.max_num_batched_tokens
+        if any(seq.get_output_len() > 0 for seq in self.running):
+            self.max_num_batched_tokens = self.small
+        output = super().schedule()
+        self.max_num_batched_tokens = before
+        return output
+
+
 class NoSmall(Scheduler):
     pass
 
@@ -99,6 +164,14 @@ class ShortestFirst(faults.LongestFirst):
         return Scheduler.schedule(self)
 
 
+class ByRank(faults.LongestFirst):
+    """A further answer of an early request passes those that came while its prompt was read."""
+
+    def schedule(self) -> Any:
+        self.running.sort(key=self._rank)
+        return Scheduler.schedule(self)
+
+
 class Restored(faults.LongestFirst):
     schedule = Scheduler.schedule
 
@@ -111,7 +184,8 @@ WRONG: dict[str, dict[str, Any]] = {
         "one stream always": lambda prompt, budget, decoding: -(-prompt // (budget - 1)),
         "streams on top": lambda prompt, budget, decoding: -(-prompt // (budget + decoding)),
         "prompt and streams together": lambda prompt, budget, decoding: -(-(prompt + decoding) // budget),
-        "divides with /": lambda prompt, budget, decoding: __import__("math").ceil(prompt / (budget - decoding)),
+        "rounds to the nearest": lambda prompt, budget, decoding: round(prompt / (budget - decoding)),
+        "no brackets": lambda prompt, budget, decoding: -(-prompt // budget - decoding),
     },
     "check_choose_budget": {
         "the first that fits": lambda step, decoding, slo, limit: next(
@@ -135,6 +209,13 @@ WRONG: dict[str, dict[str, Any]] = {
         "streams on top": lambda step, decoding, slo, limit: next(
             (n for n in range(limit, 0, -1) if n + decoding <= limit and step(n + decoding) <= slo), 0
         ),
+        "one below the first that breaks it": lambda step, decoding, slo, limit: next(
+            (n - 1 for n in range(decoding + 1, limit + 1) if step(n) > slo), limit
+        ),
+        "the chunk": lambda step, decoding, slo, limit: next(
+            (n - decoding for n in range(limit, decoding, -1) if step(n) <= slo), 0
+        ),
+        "in proportion": lambda step, decoding, slo, limit: int(min(limit, limit * slo / step(limit))),
         "the time": lambda step, decoding, slo, limit: step(limit),
         "truth": lambda step, decoding, slo, limit: step(limit) <= slo,
     },
@@ -147,26 +228,34 @@ WRONG: dict[str, dict[str, Any]] = {
         "the wrong way round": TheWrongWay,
         "only when all decode": EveryoneStreams,
         "no small budget": NoSmall,
+        "the number of this class": ByItsName,
+        "one token left": OneTokenLeft,
+        "only the first": TheFirstOnly,
+        "changes the config": ChangesTheConfig,
+        "a step too late": StepTooLate,
         "no step": ForgetsTheStep,
         "no scheduler": type("Considerate", (), {"small": 16}),
     },
     "check_steady_stream": {
         "nothing mended": StillLongest,
         "shortest first": ShortestFirst,
+        "by request and answer": ByRank,
         "from scratch": Scheduler,
     },
 }
 
 RIGHT: dict[str, dict[str, Any]] = {
     "check_count_passes": {
-        "adds first": lambda prompt, budget, decoding: (prompt + budget - decoding - 1) // (budget - decoding)
+        "adds first": lambda prompt, budget, decoding: (prompt + budget - decoding - 1) // (budget - decoding),
+        "by math.ceil": lambda prompt, budget, decoding: math.ceil(prompt / (budget - decoding)),
+        "chunk by chunk": lambda prompt, budget, decoding: len(range(0, prompt, budget - decoding)),
     },
     "check_choose_budget": {
         "largest of all": lambda step, decoding, slo, limit: max(
             (n for n in range(decoding + 1, limit + 1) if step(n) <= slo), default=0
         )
     },
-    "check_considerate": {"in a loop": InALoop},
+    "check_considerate": {"in a loop": InALoop, "put back": PutBack},
     "check_steady_stream": {"the parent's": Restored},
 }
 

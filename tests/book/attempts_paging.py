@@ -78,6 +78,43 @@ class NumFreeIsAMethod(ListPool):
         return len(self.free)
 
 
+class FromOne(ListPool):
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.ref_counts, self.free = [0] * (num_blocks + 1), list(range(1, num_blocks + 1))
+
+
+class CountsInADict(ListPool):
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.ref_counts = {}  # type: ignore[assignment]
+
+
+class NoListOfFree:
+    """Right, and slower."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks, self.ref_counts, self.num_free = num_blocks, [0] * num_blocks, num_blocks
+
+    def allocate(self) -> int:
+        block_id = self.ref_counts.index(0)
+        self.ref_counts[block_id] = 1
+        self.num_free -= 1
+        return block_id
+
+    def touch(self, block_id: int) -> None:
+        self.ref_counts[block_id] += 1
+
+    def release(self, block_id: int) -> None:
+        self.ref_counts[block_id] -= 1
+        self.num_free += self.ref_counts[block_id] == 0
+
+
+class AsksTheEngine(KVCacheManager):
+    def allocate_slots(self, seq: Any, num_tokens: int, full_sequence_must_fit: bool = False) -> bool:
+        return super().allocate_slots(seq, num_tokens, full_sequence_must_fit)
+
+
 class CopiesAll(KVCacheManager):
     """Copies whatever is shared, full blocks too."""
 
@@ -99,7 +136,7 @@ def writing(
     room: Callable[[int, bool], int] = lambda num_new, shared: num_new + shared,
     pair: Callable[[int, int], tuple[int, int]] = lambda old, new: (old, new),
     release: bool = True,
-    note: bool = True,
+    note: Callable[[list[Any], tuple[int, int]], list[Any]] = lambda copies, pair: [*copies, pair],
     last: Callable[[Any, int], int] = lambda seq, size: seq.num_computed_tokens // size,
 ) -> type:
     """A manager that copies on write; each part may be got wrong."""
@@ -113,8 +150,7 @@ def writing(
                 return False
             if shared:
                 old, table[index] = table[index], pool.allocate()
-                if note:
-                    self.copies.append(pair(old, table[index]))
+                self.copies = note(self.copies, pair(old, table[index]))
                 if release:
                     pool.release(old)
             table += [pool.allocate() for _ in range(num_new)]
@@ -133,6 +169,35 @@ class HeadFirst(faults.LeaksABlock):
     def release(self, seq: Any) -> None:
         seq.block_ids.reverse()
         KVCacheManager.release(self, seq)
+
+
+class LastOneLast(faults.LeaksABlock):
+    def release(self, seq: Any) -> None:
+        last = seq.block_ids[-1:]
+        super().release(seq)
+        for block_id in last:
+            self.pool.release(block_id)
+
+
+class NoEmptyTable(faults.LeaksABlock):
+    def release(self, seq: Any) -> None:
+        self.pool.release(seq.block_ids[-1])
+        super().release(seq)
+
+
+class LastOneFirst(faults.LeaksABlock):
+    """Right, and lets the faulty method do the rest."""
+
+    def release(self, seq: Any) -> None:
+        for block_id in seq.block_ids[-1:]:
+            self.pool.release(block_id)
+        super().release(seq)
+
+
+class ByHand(faults.LeaksABlock):
+    def release(self, seq: Any) -> None:
+        while seq.block_ids:
+            self.pool.release(seq.block_ids.pop())
 
 
 class Mended(faults.LeaksABlock):
@@ -163,6 +228,10 @@ WRONG: dict[str, dict[str, Any]] = {
         "no second table": TouchIsForgotten,
         "a method for a property": NumFreeIsAMethod,
         "an object": ListPool(3),
+        "numbers from 1": FromOne,
+        "counts in a dict": CountsInADict,
+        "the engine's own": BlockPool,
+        "a child of the engine's": type("Mine", (BlockPool,), {}),
     },
     "check_allocate_slots": {
         "never copies": faults.WritesIntoShared,
@@ -171,7 +240,10 @@ WRONG: dict[str, dict[str, Any]] = {
         "no room for the copy": writing(room=lambda num_new, shared: num_new),
         "the pair the wrong way round": writing(pair=lambda old, new: (new, old)),
         "the old block is never released": writing(release=False),
-        "copies are not noted": writing(note=False),
+        "copies are not noted": writing(note=lambda copies, pair: copies),
+        "only the newest copy is noted": writing(note=lambda copies, pair: [pair]),
+        "the engine's own": KVCacheManager,
+        "asks the engine": AsksTheEngine,
         "looks at the last block": writing(last=lambda seq, size: max(len(seq.block_ids) - 1, 0)),
         "an object": writing()(4, 4),
         "another class": ListPool,
@@ -180,6 +252,8 @@ WRONG: dict[str, dict[str, Any]] = {
         "still leaks": type("Same", (faults.LeaksABlock,), {}),
         "the table is kept": NoSecondFree,
         "the head first": HeadFirst,
+        "the last one last": LastOneLast,
+        "no empty table": NoEmptyTable,
         "another class": KVCacheManager,
     },
 }
@@ -191,9 +265,9 @@ RIGHT: dict[str, dict[str, Any]] = {
             table[p // size] * size + p % size for p in range(first, first + num)
         ),
     },
-    "check_block_pool": {"a list": ListPool, "ours": BlockPool},
-    "check_allocate_slots": {"ours": KVCacheManager, "in parts": writing()},
-    "check_leak": {"the real one": Mended},
+    "check_block_pool": {"a list": ListPool, "no list": NoListOfFree},
+    "check_allocate_slots": {"in parts": writing()},
+    "check_leak": {"the real one": Mended, "the last one first": LastOneFirst, "by hand": ByHand},
 }
 
 SAME: dict[str, dict[str, str]] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from folovllm.book import faults
 from folovllm.core.scheduler import Scheduler
+from folovllm.request import SequenceStatus
 
 
 def victims(
@@ -41,6 +42,47 @@ def pops(candidates: list[Any]) -> Any:
     victim = min(reversed(candidates), key=lambda seq: seq.num_computed_tokens)
     candidates.remove(victim)
     return victim
+
+
+class GivesItsBlocksBack(Scheduler):
+    def _choose_victim(self, candidates: list[Any]) -> Any:
+        victim = min(reversed(candidates), key=lambda seq: seq.num_computed_tokens)
+        self.cache.release(victim)
+        return victim
+
+
+class LeavesTheQueue(Scheduler):
+    def _choose_victim(self, candidates: list[Any]) -> Any:
+        victim = min(reversed(candidates), key=lambda seq: seq.num_computed_tokens)
+        self.running.remove(victim)
+        return victim
+
+
+class KeepsItsStatus(faults.KeepsItsCount):
+    def _put_back(self, seq: Any) -> None:
+        seq.num_computed_tokens = 0
+        self._enqueue(self.waiting, seq)
+
+
+class ToTheEnd(faults.KeepsItsCount):
+    def _put_back(self, seq: Any) -> None:
+        seq.num_computed_tokens, seq.status = 0, SequenceStatus.WAITING
+        self.waiting.append(seq)
+
+
+class CountSetLater(faults.KeepsItsCount):
+    def _put_back(self, seq: Any) -> None:
+        super()._put_back(seq)
+        seq.num_computed_tokens = 0
+
+
+def victims_by_sums(held: list[int], needed: list[int], free: int) -> list[int]:
+    left, num = [], len(held)
+    while sum(needed[:num]) > free:
+        num -= 1
+        left.append(num)
+        free += held[num]
+    return left
 
 
 class CountsLater(faults.KeepsItsCount):
@@ -78,12 +120,20 @@ WRONG: dict[str, dict[str, Any]] = {
         "one block is freed": victims(frees=lambda held: 1),
         "nobody leaves itself": victims(stops=False),
         "sorted": lambda held, needed, free: sorted(victims()(held, needed, free)),
+        "their number": lambda held, needed, free: len(victims_by_sums(held, needed, free)),
+        "what those who left would need, too": lambda held, needed, free: [
+            i for i in reversed(range(len(held))) if sum(needed) > free + sum(held[i + 1 :])
+        ],
+        "one at most": lambda held, needed, free: victims_by_sums(held, needed, free)[:1],
     },
     "check_cheaper": {
         "always recompute": lambda *_: "recompute",
         "always swap": lambda *_: "swap",
         "one way": cheaper(swap=lambda num, move: num * move),
         "no room": cheaper(again=lambda num, room, compute: num * compute),
+        "room for moving, too": lambda num, room, compute, move: cheaper()(max(0, num - room), 0, compute, move),
+        "only what fits": lambda num, room, compute, move: "recompute" if num <= room else "swap",
+        "capitals": lambda *args: cheaper()(*args).capitalize(),
         "less than nothing": cheaper(again=lambda num, room, compute: abs(num - room) * compute),
         "swaps at a tie": cheaper(tie="swap"),
         "all once the room is full": cheaper(again=lambda num, room, compute: num * compute if num > room else 0),
@@ -96,21 +146,33 @@ WRONG: dict[str, dict[str, Any]] = {
         "the shortest text": choosing(lambda c: min(reversed(c), key=lambda seq: seq.get_len())),
         "its number": choosing(lambda c: min(seq.num_computed_tokens for seq in c)),
         "takes it out of the list": choosing(pops),
+        "takes it out of the queue": LeavesTheQueue,
+        "takes its blocks": GivesItsBlocksBack,
+        "the one with fewest blocks": choosing(lambda c: min(reversed(c), key=lambda seq: len(seq.block_ids))),
+        "the whole line": choosing(lambda c: sorted(c, key=lambda seq: seq.num_computed_tokens)[:1]),
+        "never the one that asks": choosing(lambda c: min(reversed(c[1:]), key=lambda seq: seq.num_computed_tokens)),
     },
     "check_rambling": {
         "as it was": type("Same", (faults.KeepsItsCount,), {}),
         "the prompt is not computed again": CountsLater,
+        "the status is kept": KeepsItsStatus,
+        "behind those who came later": ToTheEnd,
         "another class": Scheduler,
     },
 }
 
 RIGHT: dict[str, dict[str, Any]] = {
-    "check_victims": {"with a list of those still there": victims()},
-    "check_cheaper": {"two costs": cheaper()},
+    "check_victims": {"with a list of those still there": victims(), "by sums": victims_by_sums},
+    "check_cheaper": {
+        "two costs": cheaper(),
+        "less than nothing": lambda num, room, compute, move: (
+            "recompute" if (num - room) * compute <= 2 * num * move else "swap"
+        ),
+    },
     "check_victim": {
         "sorted by both": choosing(lambda c: min(enumerate(c), key=lambda p: (p[1].num_computed_tokens, -p[0]))[1])
     },
-    "check_rambling": {"the real methods": RealOnes},
+    "check_rambling": {"the real methods": RealOnes, "the count afterwards": CountSetLater},
 }
 
 SAME: dict[str, dict[str, str]] = {

@@ -40,6 +40,42 @@ class TooEarly(faults.StaleHashes):
     block_pool_cls = PoolThatForgetsTooEarly
 
 
+class SwitchedOff(faults.StaleHashes):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.enable_prefix_caching = False
+
+
+class ForgetsAtRelease(faults.StaleHashes):
+    def release(self, seq: Any) -> None:
+        for block_id in seq.block_ids:
+            self.pool.forget(block_id)
+        super().release(seq)
+
+
+class PoolIsAnObject(faults.StaleHashes):
+    block_pool_cls = BlockPool(12)  # type: ignore[assignment]
+
+
+def sha_of_a_longer_list(parent: bytes, ids: list[int]) -> bytes:
+    ids.append(0)
+    return sha(repr((parent, ids)).encode())
+
+
+def xor(one: bytes, two: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one.ljust(32, b"\0"), two))
+
+
+def take_out(requests: list[dict[str, list[int]]]) -> list[str]:
+    """Takes the parts out of the requests, one after the other."""
+    names = []
+    while requests[0]:
+        names.append(min(requests[0], key=lambda name: len({tuple(request[name]) for request in requests})))
+        for request in requests:
+            request.pop(names[-1])
+    return names
+
+
 class Untouched(faults.StaleHashes):
     pass
 
@@ -62,6 +98,13 @@ WRONG: dict[str, dict[str, Any]] = {
         "their sum": lambda parent, ids: sha(parent + repr(sum(ids)).encode()),
         "first and last": lambda parent, ids: sha(parent + repr((ids[0], ids[-1])).encode()),
         "a checksum": lambda parent, ids: zlib.crc32(parent + repr(ids).encode()).to_bytes(16, "big"),
+        "the parent's first bytes": lambda parent, ids: sha(parent[:2] + repr(ids).encode()),
+        "the parent's last bytes": lambda parent, ids: sha(parent[-2:] + repr(ids).encode()),
+        "both mixed by xor": lambda parent, ids: xor(parent, sha(repr(ids).encode())),
+        "eight bytes twice": lambda parent, ids: sha(parent + repr(ids).encode())[:8] * 2,
+        "python's hash twice": lambda parent, ids: (hash((parent, tuple(ids))) % 2**64).to_bytes(8, "big") * 2,
+        "the last token and the sum": lambda parent, ids: sha(parent + repr((ids[-1], sum(ids))).encode()),
+        "changes the list": sha_of_a_longer_list,
         "python's hash": lambda parent, ids: hash((parent, tuple(ids))).to_bytes(16, "big", signed=True),
         "eight bytes": lambda parent, ids: sha(parent + repr(ids).encode())[:8],
         "a text": lambda parent, ids: hashlib.sha256(parent + repr(ids).encode()).hexdigest(),
@@ -79,6 +122,16 @@ WRONG: dict[str, dict[str, Any]] = {
         "a hash of the secret": lambda tenant, secret: hashlib.sha256(secret.encode()).hexdigest(),
         "at random": lambda tenant, secret: secrets.token_hex(16),
         "short": lambda tenant, secret: hmac.new(secret.encode(), tenant.encode(), "sha256").hexdigest()[:4],
+        "backwards": lambda tenant, secret: (tenant + secret)[::-1] + "0" * 20,
+        "as hexadecimal digits": lambda tenant, secret: f"{tenant}:{secret}".encode().hex(),
+        "the name and a hash of the secret": lambda tenant, secret: (
+            f"{tenant}-{hashlib.sha256(secret.encode()).hexdigest()}"
+        ),
+        "two hashes": lambda tenant, secret: sha(tenant.encode()).hex() + sha(secret.encode()).hex(),
+        "python's hash": lambda tenant, secret: f"{hash((tenant, secret)):064d}",
+        "ascii only": lambda tenant, secret: sha(f"{secret}:{tenant}".encode("ascii", "ignore")).hex(),
+        "the secret's first letters": lambda tenant, secret: sha(f"{secret[:3]}:{tenant}".encode()).hex(),
+        "key as a text": lambda tenant, secret: hmac.new(secret, tenant.encode(), "sha256").hexdigest(),
         "short and filled up": lambda tenant, secret: (
             hmac.new(secret.encode(), tenant.encode(), "sha256").hexdigest()[:4] + "0" * 20
         ),
@@ -104,12 +157,29 @@ WRONG: dict[str, dict[str, Any]] = {
         "the first two requests decide": lambda requests: sorted(
             requests[0], key=lambda name: requests[0][name] != requests[1][name]
         ),
+        "constant parts first, then the longest": lambda requests: sorted(
+            requests[0],
+            key=lambda name: (len({tuple(request[name]) for request in requests}) > 1, -len(requests[0][name])),
+        ),
+        "first tokens": lambda requests: sorted(
+            requests[0], key=lambda name: len({request[name][0] for request in requests})
+        ),
+        "changes from one to the next": lambda requests: sorted(
+            requests[0], key=lambda name: sum(a[name] != b[name] for a, b in itertools.pairwise(requests))
+        ),
+        "different tokens": lambda requests: sorted(
+            requests[0], key=lambda name: len({token for request in requests for token in request[name]})
+        ),
+        "takes the parts out": take_out,
         "token ids": lambda requests: list(requests[0].values()),
     },
     "check_fresh_words": {
         "nothing mended": Untouched,
         "forgets what could be found": TooEarly,
         "finds nothing": FindsNothing,
+        "switched off": SwitchedOff,
+        "forgets at release": ForgetsAtRelease,
+        "an object for a class": PoolIsAnObject,
         "from scratch": KVCacheManager,
     },
 }
@@ -117,9 +187,14 @@ WRONG: dict[str, dict[str, Any]] = {
 RIGHT: dict[str, dict[str, Any]] = {
     "check_block_hash": {
         "as ours": lambda parent, ids: hashlib.blake2b(parent + array("q", ids).tobytes(), digest_size=16).digest(),
+        "hexadecimal digits": lambda parent, ids: sha(repr((parent, ids)).encode()).hex().encode(),
+        "md5": lambda parent, ids: hashlib.md5(parent + repr(ids).encode()).digest(),
         "with commas": lambda parent, ids: sha(parent + ",".join(map(str, ids)).encode()),
     },
     "check_cache_salt": {
+        "the name in front": lambda tenant, secret: (
+            f"{tenant}-{hmac.new(secret.encode(), tenant.encode(), 'sha256').hexdigest()}"
+        ),
         "sha256 of both": lambda tenant, secret: hashlib.sha256(f"{secret}/{tenant}".encode()).hexdigest(),
     },
     "check_prompt_order": {

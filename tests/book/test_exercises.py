@@ -19,7 +19,8 @@ import torch
 from book_helpers import PATHS, Cell, Chapter, called, import_names, names_in, read
 
 from folovllm.book import exercises
-from folovllm.book.exercises import Verdict
+from folovllm.book.exercises import Verdict, verdict
+from folovllm.book.exercises.verdict import exercise
 from folovllm.request import SequenceStatus
 
 TRIPLES = [
@@ -218,12 +219,45 @@ def test_a_forgotten_return_is_not_called_an_error_of_the_reader(name: str) -> N
     assert "raised" not in message, f"nothing was raised, None was given back: {message}"
 
 
-# Attempts that are nearly right
-
-
-def goes_round(*_: Any) -> Any:
+def never_ends(*_: Any) -> Any:
     while True:
         pass
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@exercise("so it is.")
+def check_calls(attempt: Callable[[], Any]) -> None:
+    """Only calls the attempt."""
+    attempt()
+
+
+def test_an_attempt_that_never_ends_is_ended_and_shown_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "MAX_LINES", 1000)
+    message = check_calls(never_ends).message
+    assert "does not come to an end" in message and "in never_ends)" in message
+    assert_one_sentence(message)
+
+
+def test_a_reader_who_interrupts_a_check_is_obeyed() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        check_calls(interrupted)
+
+
+class WithoutSelf:
+    small = 16
+
+    def __call__(self) -> int:
+        return small  # type: ignore[name-defined]  # noqa: F821
+
+
+def test_a_name_that_is_an_attribute_is_told_so() -> None:
+    assert check_calls(WithoutSelf()).message.endswith("in __call__): write self.small.")
+
+
+# Attempts that are nearly right
 
 
 RUNNING, STOPPED, CAPPED = (
@@ -535,9 +569,9 @@ def test_what_a_sentence_says_is_known_of_attempts_that_there_are() -> None:
 def test_a_loop_without_end_is_ended() -> None:
     traced = sys.gettrace()
     for name in ("check_top_p", "check_draw"):
-        assert "does not come to an end" in CHECKS[name](goes_round).message
+        assert "does not come to an end" in CHECKS[name](never_ends).message
     round_and_round = type(
-        "RoundAndRound", (WRONG["check_whole_characters"]["shows halves"],), {"text": property(goes_round)}
+        "RoundAndRound", (WRONG["check_whole_characters"]["shows halves"],), {"text": property(never_ends)}
     )
     assert "does not come to an end" in CHECKS["check_whole_characters"](round_and_round).message
     assert sys.gettrace() is traced, "the trace function was not put back"

@@ -74,7 +74,6 @@ def check_shown_text(attempt: Callable[[str, list[str], bool], str]) -> None:
 
 FEW_PLACES: tuple[dict[str, Any], ...] = (
     {"max_num_seqs": 2, "block_size": 16, "num_blocks": 24},
-    {"max_num_seqs": 3, "batching": "static", "block_size": 16, "num_blocks": 40},
     {
         "max_num_seqs": 4,
         "enable_chunked_prefill": True,
@@ -83,8 +82,9 @@ FEW_PLACES: tuple[dict[str, Any], ...] = (
         "num_blocks": 40,
     },
     {"max_num_seqs": 6, "block_size": 4, "num_blocks": 18, "max_num_batched_tokens": 70},
+    {"max_num_seqs": 3, "batching": "static", "block_size": 16, "num_blocks": 40},
 )
-"""Settings in which places, a batch, the budget or blocks are short."""
+"""Settings in which places, the budget or blocks are short, and static batches, which a reader writes last."""
 
 
 @exercise("who came first is served first again, and no request waits for ever.")
@@ -108,14 +108,17 @@ def check_passes(attempt: Callable[[list[int], int, bool], int]) -> None:
         ([1, 2, 5, 1], 2, False, 7, "batches of 1 and 2, then 5 and 1"),
         ([2, 9, 2, 2, 2], 2, True, 9, "the short answers pass through one place beside the long one"),
         ([2, 9, 2, 2, 2], 2, False, 13, "batches of 2 and 9, of 2 and 2, and of 2"),
+        ([2, 2, 3], 2, True, 5, "the last one begins after pass 2, beside an empty place"),
         ([7], 4, True, 7, "more places than answers help nobody"),
         ([], 4, False, 0, "there is nothing to do"),
     ):
-        got, kind = attempt(list(lens), num_places, continuous), "continuous" if continuous else "static"
+        given, kind = list(lens), "continuous" if continuous else "static"
+        got = attempt(given, num_places, continuous)
         expect(
             got == right and not isinstance(got, bool),
             f"answers of {lens} tokens, places: {num_places}, {kind}: {right} passes ({why}), yours says {got!r}.",
         )
+        expect(given == lens, f"the passes are right, but the list {lens} is {given} afterwards: work on a copy.")
 
 
 @exercise("the engine runs on your scheduler, and each of its steps is the one that ours would have taken.")
@@ -124,7 +127,7 @@ def check_admit(attempt: type) -> None:
     from folovllm.book import judges
 
     judges.expect_subclass(attempt, Scheduler)
-    expect("_admit" in vars(attempt), "your class has no _admit of its own, so it is still ours that runs.")
+    judges.expect_own(attempt, Scheduler, "_admit")
     judges.judge_scheduler(attempt, same_steps=True, settings=FEW_PLACES)
 
 

@@ -31,11 +31,6 @@ def check_count_passes(attempt: Callable[[int, int, int], int]) -> None:
             got == right,
             f"prompt {prompt_len}, budget {budget}, streams {num_decoding}: {right} ({why}), yours says {got}.",
         )
-    huge = 2**60 + 1
-    expect(
-        attempt(huge, 3, 1) == 2**59 + 1,
-        "very long prompts come out wrong: stay with integers, don't divide with /.",
-    )
 
 
 def _stairs(stairs: Mapping[int, float]) -> Callable[[int], float]:
@@ -109,7 +104,7 @@ def check_considerate(attempt: type) -> None:
                 for cls in (theirs, ours)
             )
             budget = settings["max_num_batched_tokens"]
-            _compare_sizes(found.steps, right.steps, f"budgets of {small} and {budget}")
+            _compare_sizes(found.steps, right.steps, f"small = {small} and a whole budget of {budget}")
 
 
 def _with_budget(base: type[Scheduler], small: int) -> type[Scheduler]:
@@ -129,7 +124,8 @@ def _compare_sizes(found: list[dict[str, int]], right: list[dict[str, int]], bud
         got, wanted = sum(theirs.values()), sum(ours.values())
         expect(
             got <= wanted,
-            f"with {budgets}, step {step} computes {got} tokens and should compute {wanted}: somebody is decoding.",
+            f"with {budgets}, step {step} computes {got} tokens and should compute {wanted}: a running sequence has an "
+            "output.",
         )
         expect(
             got >= wanted,

@@ -9,7 +9,7 @@ from typing import Any
 
 from folovllm.book import faults, judges
 from folovllm.book.exercises.verdict import NotYet, exercise, expect
-from folovllm.core.kv_cache import KVCacheManager
+from folovllm.core.kv_cache import BlockPool, KVCacheManager
 from folovllm.request import Sequence, SequenceData
 from folovllm.sampling_params import SamplingParams
 
@@ -67,6 +67,8 @@ class _Recounts:
 def check_block_pool(attempt: type) -> None:
     """``attempt``: a class with ``num_blocks``, ``num_free``, ``ref_counts``, ``allocate``, ``touch``, ``release``."""
     expect(isinstance(attempt, type), "a class is asked for, and yours is none.")
+    is_own = not issubclass(attempt, BlockPool)
+    expect(is_own, "a pool of your own is asked for, and yours does its work by the engine's BlockPool.")
     for num_blocks in (1, 3):
         _take_all_and_give_back(attempt(num_blocks), num_blocks)
     _live(attempt(5), 5)
@@ -98,6 +100,10 @@ def _count(pool: Any, free: int, when: str) -> None:
 def _take_all_and_give_back(pool: Any, num_blocks: int) -> None:
     """Each block once, then each back; one of them is shared meanwhile."""
     expect(pool.num_blocks == num_blocks, f"num_blocks of a pool of {num_blocks} is {pool.num_blocks!r}.")
+    counted = len(pool.ref_counts)
+    expect(
+        counted == num_blocks, f"a pool of {num_blocks} has as many ref_counts, one for each block; yours {counted}."
+    )
     _count(pool, num_blocks, f"in a new pool of {num_blocks}")
     used: list[int] = []
     for _ in range(num_blocks):
@@ -139,10 +145,10 @@ def _live(pool: Any, num_blocks: int, num_steps: int = 200) -> None:
 def check_allocate_slots(attempt: type) -> None:
     """``attempt``: a `KVCacheManager` with an ``allocate_slots`` of the reader's."""
     judges.expect_subclass(attempt, KVCacheManager)
-    own = "allocate_slots" in vars(attempt)
-    expect(own, "your class has no allocate_slots of its own, so it is still the engine's that copies.")
+    judges.expect_own(attempt, KVCacheManager, "allocate_slots")
     for size, num_tokens in ((4, 6), (8, 9)):
         _write_into_a_fork(attempt, size, num_tokens)
+    _write_into_three(attempt)
     _grow_beside_a_full_block(attempt)
     _too_few_blocks(attempt)
     _run_engines(attempt)
@@ -189,6 +195,20 @@ def _write_into_a_fork(attempt: type, size: int, num_tokens: int) -> None:
     expect(alone, f"the last to write into block {old} has it alone and needs no copy.")
 
 
+def _write_into_three(attempt: type) -> None:
+    cache = attempt(8, 4)
+    parent, child = _forked(cache, 6)
+    other = child.fork("c")
+    cache.fork(child, other)
+    for seq in (parent, child, other):
+        _expect_slots(cache, seq, 7, True)
+    (_, old), right = other.block_ids, [(other.block_ids[1], seq.block_ids[1]) for seq in (parent, child)]
+    expect(
+        cache.copies == right,
+        f"of three that share block {old} two write in one step: copies should be {right}, yours are {cache.copies}.",
+    )
+
+
 def _grow_beside_a_full_block(attempt: type) -> None:
     cache = attempt(5, 4)
     parent, child = _forked(cache, 8)
@@ -217,14 +237,14 @@ def check_leak(attempt: type) -> None:
     judges.expect_subclass(attempt, faults.LeaksABlock)
     _run_engines(attempt)
     cache = attempt(9, 4, True)
-    seq = Sequence("a", "a", SequenceData(list(range(3, 14))), SamplingParams())
-    cache.allocate_slots(seq, 11)
+    seq = Sequence("a", "a", SequenceData(list(range(3, 15))), SamplingParams())
+    cache.allocate_slots(seq, 12)
     order = list(seq.block_ids)
     cache.release(seq)
     expect(not seq.block_ids, f"a sequence without blocks has an empty table, yours is {seq.block_ids}.")
-    taken = [cache.pool.allocate() for _ in range(9)][-2:]
+    taken = [cache.pool.allocate() for _ in range(9)][-3:]
     expect(
-        taken == order[1::-1],
-        f"the blocks {order} should be released from the tail, so that the head is found longest; yours would hand "
-        f"{taken[-1]} out last, not {order[0]}.",
+        taken == order[::-1],
+        f"the blocks {order} should be released from the tail, so that the head is found longest: the next to be "
+        f"handed out should be {order[::-1]}, with yours it is {taken}.",
     )

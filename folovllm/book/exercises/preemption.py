@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from folovllm.book import faults, judges
-from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.book.exercises.verdict import exercise, expect, shown
 from folovllm.config import SchedulerConfig
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
@@ -66,7 +66,6 @@ def check_cheaper(attempt: Callable[[int, int, float, float], str]) -> None:
 def check_victim(attempt: type) -> None:
     """``attempt``: a `Scheduler` whose ``_choose_victim`` takes the one with the fewest computed tokens."""
     judges.expect_subclass(attempt, Scheduler)
-    scheduler = attempt(SchedulerConfig(max_num_batched_tokens=64, max_model_len=64), KVCacheManager(8, 4))
     cases = (
         ([9, 4, 6], 1, "4 tokens are the fewest"),
         ([3, 8, 12], 0, "3 tokens are the fewest, though it came first"),
@@ -75,19 +74,24 @@ def check_victim(attempt: type) -> None:
         ([8], 0, "there is nobody else"),
     )
     for computed, right, why in cases:
+        cache = KVCacheManager(20, 4)
+        scheduler = attempt(SchedulerConfig(max_num_batched_tokens=64, max_model_len=64), cache)
         candidates = [
             Sequence(f"s{i}", f"s{i}", SequenceData([5] * 20), SamplingParams(), num_computed_tokens=num)
             for i, num in enumerate(computed)
         ]
         served = Sequence("served", "served", SequenceData([5] * 20), SamplingParams(), num_computed_tokens=1)
-        given, scheduler.running = list(candidates), [served, *candidates]
+        for seq in candidates:
+            cache.allocate_slots(seq, 20 - seq.num_computed_tokens)
+        given, scheduler.running, num_free = list(candidates), [served, *candidates], cache.pool.num_free
         victim = scheduler._choose_victim(given)
         where = next((i for i, seq in enumerate(candidates) if seq is victim), None)
         asked = f"candidates with {computed} computed tokens"
         expect(victim is not served, f"{asked}: yours chose one that this step has served and that is no candidate.")
-        expect(where is not None, f"{asked}: one of the candidates is asked for, yours is {victim!r}.")
+        expect(where is not None, f"{asked}: one of the candidates is asked for, yours is {shown(victim)}.")
         expect(where == right, f"{asked}: number {right} ({why}), yours is number {where}.")
-        expect(len(given) == len(candidates), f"{asked}: choose one, and leave the list of candidates as it is.")
+        kept = given == candidates and scheduler.running == [served, *candidates] and cache.pool.num_free == num_free
+        expect(kept, f"{asked}: right, but only choose; the engine takes the victim's blocks and its place itself.")
     judges.judge_scheduler(attempt, settings=TIGHT)
 
 

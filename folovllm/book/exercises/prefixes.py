@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import itertools
+import math
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from unittest import mock
 
 from folovllm.book import faults, judges
-from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.book.exercises.verdict import NotYet, exercise, expect
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.request import Sequence as TokenSequence
 from folovllm.request import SequenceData
@@ -26,10 +30,13 @@ CACHING: tuple[dict[str, Any], ...] = (
 
 ALIKE: tuple[tuple[tuple[bytes, list[int]], tuple[bytes, list[int]], str], ...] = (
     ((b"", [5, 6, 7, 8]), (b"", [8, 7, 6, 5]), "the order of the tokens counts"),
+    ((b"", [5, 6, 7, 8]), (b"", [6, 5, 7, 8]), "the order of the tokens counts"),
     ((b"", [5, 6, 7, 8]), (b"", [9, 6, 7, 8]), "the first token counts"),
     ((b"", [5, 6, 7, 8]), (b"", [5, 6, 7, 9]), "the last token counts"),
     ((b"", [5, 6, 7, 8]), (b"", [5, 9, 7, 8]), "every token counts"),
     ((b"one", [5, 6, 7, 8]), (b"two", [5, 6, 7, 8]), "what stands before a block is in `parent`, and it counts"),
+    ((b"anna 1", [5, 6, 7, 8]), (b"anna 2", [5, 6, 7, 8]), "all of `parent` counts"),
+    ((b"1 anna", [5, 6, 7, 8]), (b"2 anna", [5, 6, 7, 8]), "all of `parent` counts"),
     ((b"", [1, 23, 4, 5]), (b"", [12, 3, 4, 5]), "1, 23 and 12, 3 are different tokens: keep them apart"),
     ((b"", [1, 2, 3, 4]), (b"", [257, 2, 3, 4]), "token ids are larger than a byte"),
     ((b"", [1, 2, 3, 4]), (b"", [65_537, 2, 3, 4]), "token ids are larger than two bytes"),
@@ -37,32 +44,66 @@ ALIKE: tuple[tuple[tuple[bytes, list[int]], tuple[bytes, list[int]], str], ...] 
 """Pairs of blocks that must not have the same hash, and why."""
 
 
-@exercise("the parent and every token count, and nobody finds two blocks with one hash.")
+@contextmanager
+def _without_builtin_hash() -> Iterator[None]:
+    """Refuses an attempt that calls Python's ``hash``."""
+
+    def refuse(_: Any) -> NoReturn:
+        raise NotYet(
+            "your code calls Python's hash(), which gives other numbers after a restart and is not made to withstand "
+            "attackers: take a hash of hashlib or hmac."
+        )
+
+    with mock.patch.object(builtins, "hash", refuse):
+        yield
+
+
+@exercise(
+    "the parent and every token count, and nobody finds two blocks with one hash.", gives=f"at least {MIN_BYTES} bytes"
+)
 def check_block_hash(attempt: Callable[[bytes, list[int]], bytes]) -> None:
     """``attempt(parent, token_ids)``: the hash of a block, for ``KVCacheManager.hash_block``."""
-    first = attempt(b"", [5, 6, 7, 8])
-    expect(isinstance(first, bytes), f"a hash should be bytes, yours is of the type {type(first).__name__}.")
-    expect(attempt(b"", [5, 6, 7, 8]) == first, "the same block has another hash when it is asked for again.")
-    for block, other, why in ALIKE:
-        expect(attempt(*block) != attempt(*other), f"{block} and {other} get the same hash: {why}.")
-    expect(
-        len(attempt(first, [5, 6, 7, 8])) == len(first),
-        f"a hash has a fixed length; yours grows from {len(first)} to {len(attempt(first, [5, 6, 7, 8]))} bytes.",
-    )
-    many = [attempt(first, [i, i + 1]) for i in range(300)]
-    num_bytes = sum(len(set(column)) > 50 for column in zip(*many))
-    expect(
-        num_bytes >= MIN_BYTES,
-        f"{num_bytes} bytes of your hash change from block to block, and with fewer than {MIN_BYTES} two blocks with "
-        "the same hash can be found by trying: take a digest of hashlib.",
-    )
+    with _without_builtin_hash():
+        _compare_hashes(attempt)
     manager = type("Manager", (KVCacheManager,), {"hash_block": staticmethod(attempt)})
     judges.judge_cache(manager, CACHING)
 
 
-@exercise("a salt for each tenant, always the same, which nobody can work out without the secret.")
+def _compare_hashes(attempt: Callable[[bytes, list[int]], bytes]) -> None:
+    block, other = [5, 6, 7, 8], [9, 10, 11, 12]
+    first = attempt(b"", block)
+    expect(isinstance(first, bytes), f"a hash should be bytes, yours is of the type {type(first).__name__}.")
+    expect(block == [5, 6, 7, 8], f"the list of tokens that you were given is {block} afterwards: leave it as it is.")
+    expect(attempt(b"", block) == first, "the same block has another hash when it is asked for again.")
+    for one, two, why in ALIKE:
+        expect(attempt(*one) != attempt(*two), f"{one} and {two} get the same hash: {why}.")
+    expect(
+        len(attempt(first, block)) == len(first),
+        f"a hash has a fixed length; yours grows from {len(first)} to {len(attempt(first, block))} bytes.",
+    )
+    expect(
+        attempt(first, other) != attempt(attempt(b"", other), block),
+        f"{block} followed by {other} gets the same hash as {other} followed by {block}: the order of blocks counts.",
+    )
+    # Of bytes that always agree with others one counts; one that takes all 256 values shows some 177 of them here.
+    columns = set(zip(*(attempt(first, [i, i + 1]) for i in range(300))))
+    num_bytes = sum(math.log2(len(set(column))) for column in columns) / math.log2(177)
+    expect(
+        num_bytes > MIN_BYTES - 0.5,
+        f"your hash says no more than {num_bytes:.0f} bytes would, and with fewer than {MIN_BYTES} two blocks with "
+        "the same hash can be found by trying: take a digest of hashlib, at least 16 bytes of it.",
+    )
+
+
+@exercise("a salt for each tenant, always the same, which nobody can work out without the secret.", gives="a text")
 def check_cache_salt(attempt: Callable[[str, str], str]) -> None:
     """``attempt(tenant, secret)``: the ``cache_salt`` of a tenant's requests."""
+    with _without_builtin_hash():
+        _compare_salts(attempt)
+    _try_salts(attempt("anna", "s3cret"), attempt("bert", "s3cret"))
+
+
+def _compare_salts(attempt: Callable[[str, str], str]) -> None:
     salt = attempt("anna", "s3cret")
     expect(isinstance(salt, str), f"a salt is a text, yours is of the type {type(salt).__name__}.")
     expect(len(salt) >= 20, f"a salt of {len(salt)} characters can be guessed by trying: make it at least 20 long.")
@@ -71,16 +112,32 @@ def check_cache_salt(attempt: Callable[[str, str], str]) -> None:
         "the same tenant has another salt the second time, and finds nothing of its own: don't draw it at random.",
     )
     expect("s3cret" not in salt, "the secret can be read in the salt, which may end up in a log: hash both.")
-    expect(
-        attempt("anna", "another") != salt,
-        "with another secret the salt is the same, so whoever knows a tenant's name can work its salt out.",
-    )
-    names = ["anna", "Anna", "bert", *(f"customer-{i}" for i in range(2000))]
+    names = ["anna", "Anna", "bert", "安娜", "贝特", *(f"customer-{i}" for i in range(2000))]
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(attempt(name, "s3cret"), name)
         expect(other == name, f"{other} and {name} have the same salt, and find each other's blocks.")
-    _try_salts(salt, attempt("bert", "s3cret"))
+    for secret in ("another", "s3creT", "S3cret"):
+        _expect_mixed(salt, attempt("anna", secret), attempt("bert", "s3cret"), secret)
+
+
+def _expect_mixed(salt: str, with_other_secret: str, of_other_tenant: str, secret: str) -> None:
+    """Nearly every character depends on all of the secret, and on the tenant as well."""
+    changed = [i for i, (one, two) in enumerate(zip(salt, with_other_secret)) if one != two]
+    expect(
+        with_other_secret != salt,
+        f"with the secret {secret!r} the salt is the same as with 's3cret', so it can be worked out without it.",
+    )
+    expect(
+        len(changed) >= 10,
+        f"with the secret {secret!r} instead of 's3cret' the salt changes in {len(changed)} places only, so the secret "
+        "can be read from it or guessed bit by bit: hash both.",
+    )
+    expect(
+        sum(salt[i] != of_other_tenant[i : i + 1] for i in changed) >= 10,
+        "what the secret does to the salt is the same for every tenant, so who knows one salt can work out all others: "
+        "put name and secret into one hash.",
+    )
 
 
 def _try_salts(anna: str, bert: str) -> None:
@@ -119,10 +176,10 @@ def count_computed(requests: Sequence[dict[str, list[int]]], order: Sequence[str
 
 
 def _requests(num_requests: int, sizes: dict[str, tuple[int, int]], seed: int) -> list[dict[str, list[int]]]:
-    """Requests whose part ``name`` has ``(tokens, different values)``, one value after the other."""
+    """Requests whose part ``name`` has ``(tokens, different values)``, in turn; all values begin and end alike."""
     rng = random.Random(seed)
     values = {
-        name: [[rng.randrange(3, 1000) for _ in range(num_tokens)] for _ in range(num_values)]
+        name: [[5, *(rng.randrange(3, 1000) for _ in range(num_tokens - 2)), 6] for _ in range(num_values)]
         for name, (num_tokens, num_values) in sizes.items()
     }
     return [{name: list(values[name][i % len(values[name])]) for name in sizes} for i in range(num_requests)]
@@ -134,6 +191,7 @@ PROMPTS = (
     _requests(12, {"a": (8, 12), "b": (24, 1), "user": (12, 4), "d": (16, 2)}, 2),
     _requests(8, {"question": (40, 8), "system": (4, 1), "clock": (4, 8), "rules": (8, 1)}, 3),
     _requests(12, {"z": (4, 1), "m": (32, 2), "k": (4, 12)}, 4),
+    _requests(12, {"question": (24, 12), "language": (8, 2), "system": (8, 1)}, 5),
 )
 """Prompts in parts: some are the same in every request, some change now and then, some always."""
 
@@ -143,7 +201,9 @@ def check_prompt_order(attempt: Callable[[list[dict[str, list[int]]]], list[str]
     """``attempt(requests)``: the names of the parts in the order in which the prefix cache saves most."""
     for requests in PROMPTS:
         names = list(requests[0])
-        order = list(attempt([{name: list(part) for name, part in parts.items()} for parts in requests]))
+        given = [{name: list(part) for name, part in parts.items()} for parts in requests]
+        order = list(attempt(given))
+        expect(given == requests, "the requests that you were given are others afterwards: leave them as they are.")
         expect(
             sorted(map(str, order)) == sorted(names),
             f"the parts are {names}, each of them once, and yours are {order}.",

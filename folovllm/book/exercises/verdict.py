@@ -1,6 +1,7 @@
 """What a check is made of: it takes an attempt and says in one sentence what is wrong with it, or that it is right.
 
-An attempt may be anything, also unfinished or broken: what it raises becomes part of the sentence, never a traceback.
+An attempt may be anything, also unfinished or broken: what it raises becomes part of the sentence, never a traceback,
+and a loop without an end is ended.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ NOT_THE_READERS = tuple(
 )
 """Where code lies that is ours or a library's: an error that passed through none but these is not in the attempt."""
 
-
 MAX_LINES = 500_000
 """Lines of an attempt that one call may run: far more than any right one needs, and half a second's worth."""
 
@@ -46,7 +46,7 @@ class NotYet(Exception):
     """Raised inside a check with the sentence about what is wrong."""
 
 
-class Endless(NotYet):
+class Endless(Exception):
     """Raised inside an attempt that goes round and round."""
 
 
@@ -87,7 +87,7 @@ def _watched(attempt: Any, last: dict[str, Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         last.clear()
-        expect(callable(attempt), f"a function is asked for, and you gave {_shown(attempt)}.")
+        expect(callable(attempt), f"a function is asked for, and you gave {shown(attempt)}.")
         last["args"] = (*args, *kwargs.values())
         found = _bounded(attempt, *args, **kwargs)
         expect(found is not None, "your code gives back None: is there a return?")
@@ -111,7 +111,7 @@ def _bounded(attempt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return trace if _is_the_readers(frame.f_code.co_filename) else None
         num_lines += event == "line"
         if num_lines > MAX_LINES:
-            raise Endless("your code does not come to an end: is there a loop whose condition stays true?")
+            raise Endless(f"{MAX_LINES:,} lines and no end")
         return trace
 
     before = sys.gettrace()
@@ -145,20 +145,43 @@ def _bounded_class(part: type) -> type:
 
 def _explain(error: Exception, last: dict[str, Any], gives: str) -> str:
     """What to tell somebody whose attempt made the check stop with this error."""
-    own = [
-        (f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__) if _is_the_readers(f.f_code.co_filename)
-    ]
-    if own and isinstance(error, NameError) and not isinstance(error, UnboundLocalError):
-        return f"your code uses {error.name}, which is not defined: run the cells above first, or import it."
-    if own:
-        kinds = " and ".join(f"a {type(value).__name__}" for value in last.get("args", ()))
-        was_given = f"; it was given {kinds}" if kinds and isinstance(error, (TypeError, AttributeError)) else ""
-        code, line = own[-1]
-        return f"your code raised {_name(error)} (line {line} of {code.co_name}{was_given})."
+    blamed = blame(error, last.get("args", ()))
+    if blamed:
+        return f"{blamed}."
     asked = f", and {gives} is asked for" if gives else ""
     if "found" in last:
-        return f"your code gives {_shown(last['found'])}{asked} ({_name(error)})."
+        return f"your code gives {shown(last['found'])}{asked} ({_name(error)})."
     return f"your code could not be called as the exercise asks{asked} ({_name(error)})."
+
+
+def blame(error: Exception, given: tuple[Any, ...] = ()) -> str:
+    """What went wrong in the reader's code, and in which line; "" if the error did not pass through it.
+
+    Args:
+        error: what was raised.
+        given: what the attempt was called with.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    own = [(frame, line) for frame, line in frames if _is_the_readers(frame.f_code.co_filename)]
+    if not own:
+        return ""
+    frame, line = own[-1]
+    where = f"line {line} of the cell, in {frame.f_code.co_name}"
+    if isinstance(error, Endless):
+        return f"your code does not come to an end ({where}): one of its loops may never end"
+    if isinstance(error, NameError) and not isinstance(error, UnboundLocalError):
+        is_attribute = hasattr(frame.f_locals.get("self"), error.name)
+        cure = f"write self.{error.name}" if is_attribute else "run the cells above first, or import it"
+        return f"your code uses {error.name}, which is not defined ({where}): {cure}"
+    kinds = " and ".join(f"a {type(value).__name__}" for value in given)
+    was_given = f"; it was given {kinds}" if kinds and isinstance(error, (TypeError, AttributeError)) else ""
+    return f"your code raised {_name(error)} ({where}{was_given})"
+
+
+def blame_part(error: Exception) -> str:
+    """As `blame`, for a part of the engine; if the engine stopped later, it could not work with what the part did."""
+    missing = ", as if a return were missing" if "NoneType" in str(error) else ""
+    return blame(error) or f"the engine cannot work with what your class gives or does{missing} ({_name(error)})"
 
 
 @functools.cache
@@ -166,7 +189,7 @@ def _is_the_readers(filename: str) -> bool:
     return not filename.startswith("<") and not str(Path(filename).resolve()).startswith(NOT_THE_READERS)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value and its kind, short."""
     return f"{_one_line(reprlib.repr(value), 60)} (a {type(value).__name__})"
 
