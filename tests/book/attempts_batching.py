@@ -332,7 +332,6 @@ class MendedSeed(faults.SharedGenerator):
     _sample = ModelRunner._sample
 
 
-<<<<<<< HEAD
 class TurnedAgain(faults.YoungestFirst):
     def _rank(self, seq: Any) -> Any:
         priority, arrival_time, arrival, index = super()._rank(seq)
@@ -372,7 +371,8 @@ class CallsItself(faults.YoungestFirst):
 
 class AnotherName(faults.YoungestFirst):
     rank = Scheduler._rank
-=======
+
+
 class OneForEachSeed(faults.SharedGenerator):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -394,7 +394,6 @@ class NoReturn(faults.SharedGenerator):
 class SuperOfTheFaulty(faults.SharedGenerator):
     def _sample(self, hidden: Any, sampled: Any) -> Any:
         return super(faults.SharedGenerator, self)._sample(hidden, sampled)
->>>>>>> 2f51bf5 (Checks of chapters 9 to 13 as readers meet them: an endless loop is ended and shown its line, errors in parts of the engine say where, lazy shortcuts that happened to fit are refused and right ones taken)
 
 
 class NewEachStep(faults.SharedGenerator):
@@ -531,24 +530,15 @@ WRONG: dict[str, dict[str, Any]] = {
 
 RIGHT: dict[str, dict[str, Any]] = {
     "check_latencies": {"a list": latencies(order=lambda *times: list(times))},
-<<<<<<< HEAD
     "check_whole_characters": {"decodes everything": Whole, "decodes each piece once": KeptWhole},
     "check_shown_text": {"in parts": shown(), "character by character": shown_by_character},
     "check_mended_order": {"our own rank": MendedOrder, "turned again": TurnedAgain},
-    "check_passes": {"with a heap": passes},
-    "check_admit": {"with a list of conditions": admits()},
-    "check_mended_seed": {"our own sample": MendedSeed},
-=======
-    "check_whole_characters": {"decodes everything": Whole},
-    "check_shown_text": {"in parts": shown()},
-    "check_mended_order": {"our own rank": MendedOrder},
     "check_passes": {
         "with a heap": passes,
         "pass by pass": lambda lens, places, continuous: passes_in_place(list(lens), places, continuous),
     },
     "check_admit": {"with a list of conditions": admits(), "an attribute of its own": StatusFirst},
     "check_mended_seed": {"our own sample": MendedSeed, "super of the faulty one": SuperOfTheFaulty},
->>>>>>> 2f51bf5 (Checks of chapters 9 to 13 as readers meet them: an endless loop is ended and shown its line, errors in parts of the engine say where, lazy shortcuts that happened to fit are refused and right ones taken)
 }
 
 SAME: dict[str, dict[str, str]] = {
