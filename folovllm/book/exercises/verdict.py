@@ -170,7 +170,7 @@ def blame(error: Exception, given: tuple[Any, ...] = ()) -> str:
     if isinstance(error, Endless):
         return f"your code does not come to an end ({where}): one of its loops may never end"
     if isinstance(error, NameError) and not isinstance(error, UnboundLocalError):
-        is_attribute = hasattr(frame.f_locals.get("self"), error.name)
+        is_attribute = hasattr(frame.f_locals.get("self"), error.name or "")
         cure = f"write self.{error.name}" if is_attribute else "run the cells above first, or import it"
         return f"your code uses {error.name}, which is not defined ({where}): {cure}"
     kinds = " and ".join(f"a {type(value).__name__}" for value in given)
