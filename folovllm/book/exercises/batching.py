@@ -94,7 +94,7 @@ def check_mended_order(attempt: type) -> None:
 
     judges.expect_subclass(attempt, faults.YoungestFirst)
     by_priority = {"policy": "priority", **FEW_PLACES[0]}
-    judges.judge_scheduler(attempt, same_steps=True, settings=(FEW_PLACES[0], FEW_PLACES[3], by_priority))
+    judges.judge_scheduler(attempt, same_steps=True, settings=(FEW_PLACES[0], FEW_PLACES[2], by_priority))
 
 
 @exercise("each step of both kinds of batches is counted, and every place is filled as soon as it is free.")
