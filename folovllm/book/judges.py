@@ -8,6 +8,7 @@ tests use the same judges (``tests/integration/test_engine.py``, ``tests/book/te
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Mapping
@@ -518,7 +519,7 @@ def expect_own(attempt: type, base: type, name: str) -> None:
         own is not None and own is not vars(base)[name],
         f"your class has no {name} of its own, so it is still the engine's that runs.",
     )
-    code = getattr(own, "__code__", None)
+    code = getattr(inspect.unwrap(own) if callable(own) else own, "__code__", None)  # checks wrap a class's methods
     expect(
         code is None or name not in code.co_names,
         f"your {name} calls the engine's, and the exercise is to write it: do the work yourself.",
