@@ -58,6 +58,8 @@ class ModelConfig:
     """Longest sequence in tokens, prompt and output together; None: taken from the model when it is loaded."""
     seed: int = 0
     """Seed of every random number generator the engine uses."""
+    attention_backend: Literal["auto", "gather", "sdpa", "triton", "flash"] = "auto"
+    """How attention reads the cache; "auto" takes the fastest that can serve on the device."""
 
     def __post_init__(self) -> None:
         self.model = check_str("model", self.model)
@@ -68,6 +70,7 @@ class ModelConfig:
         self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
         self.seed = check_int("seed", self.seed)
         require(0 <= self.seed <= MAX_SEED, f"seed must be in [0, {MAX_SEED}], got {self.seed}")
+        check_choice("attention_backend", self.attention_backend, ("auto", "gather", "sdpa", "triton", "flash"))
 
     def _dtype_name(self) -> str | None:
         """Name of the torch dtype that ``dtype`` means, without importing torch for it."""

@@ -1,4 +1,4 @@
-"""Attention through block tables: how a token looks at those before it, wherever their keys lie. Chapters 6 and 10.
+"""Attention over a gathered copy, and the CPU's own way: blocks are brought together, then multiplied. Chapters 10, 14.
 
 The cache of a layer is ``[2, num_kv_heads, num_blocks, block_size, head_dim]``: keys, then values. A step's new keys
 and values are written to their slots first (slot = block * block_size + place in the block). Then sequences with one
@@ -14,8 +14,6 @@ is gathered, only some heads are done at a time: for 16 sequences of 600 tokens 
 at once and 4.0 ms with two at a time, since the gathered blocks are then still in the processor's cache when they are
 read. Keeping them for the next step was tried and gained nothing: with 36 sequences and blocks of 16, some table grows
 in nearly every step.
-
-As in vLLM, how the table is read is up to the backend (``v1/attention/backends/``, 0.33.0).
 """
 
 from __future__ import annotations
@@ -27,24 +25,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from folovllm.attention import AttentionMetadata
+from folovllm.attention import AttentionBackend, AttentionMetadata
 from folovllm.utils import cdiv
+from folovllm.utils.transfer import copy_to_device
 
 GATHER_BYTES = 2**24
 """Most bytes of keys gathered at once on a CPU (16 MiB), so that they stay in its cache; at least one head's."""
 
 
-class PagedAttention:
-    """Attention over one cache: `begin` for each step, then a call for each layer.
+class GatherAttention(AttentionBackend):
+    """Attention over copies of the blocks, for any device, dtype and shape."""
 
-    Args:
-        kv_cache: ``[num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim]``.
-    """
+    reads_whole_blocks = True
 
     def __init__(self, kv_cache: Tensor) -> None:
-        self.kv_cache = kv_cache
-        self.num_kv_heads, self.num_blocks, self.block_size = kv_cache.shape[2:5]
-        self._slots = kv_cache.flatten(3, 4).flatten(1, 2)  # [num_layers, 2 * num_kv_heads, num_slots, head_dim]
+        super().__init__(kv_cache)
         # index_select is fast along the first dimension only, so blocks are numbered across heads.
         self._head_starts = torch.arange(self.num_kv_heads, device=kv_cache.device).unsqueeze(1) * self.num_blocks
         # A scratch buffer for gathered blocks: allocating it for each layer would double the cost. Keys and values use
@@ -52,57 +47,58 @@ class PagedAttention:
         self._scratch = kv_cache.new_empty(0)
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        """Prepares a step: computes what is the same for all of its layers."""
+        """Sorts a step's sequences: those with one new token, whole prompts by length, and prompts with a past."""
         self.metadata = metadata
-        query_lens, seq_lens = np.diff(metadata.query_start_loc), metadata.seq_lens
+        query_lens, seq_lens = np.diff(metadata.query_start_loc_cpu), metadata.seq_lens_cpu
         decodes = np.flatnonzero(query_lens == 1)
         self._num_decodes = len(decodes)
         with_past = np.flatnonzero((query_lens > 1) & (query_lens < seq_lens)).tolist()
         self._with_past = [self._look_back(i) for i in with_past]
-        whole = np.flatnonzero((query_lens > 1) & (query_lens == seq_lens))
-        self._groups = [self._pad(group) for group in _alike(whole, query_lens)]
+        groups = _alike(np.flatnonzero((query_lens > 1) & (query_lens == seq_lens)), query_lens)
+        places = [indices for group in groups for indices in self._pad(group)]
+        rows = [decodes, metadata.query_start_loc_cpu[decodes].astype(np.int64)] if len(groups) or with_past else []
+        found = copy_to_device([*rows, *places], self.kv_cache.device)
+        self._decode_rows, self._decode_tokens = found[: len(rows)] or (None, None)
+        pairs = found[len(rows) :]
+        self._groups = list(zip(map(len, groups), pairs[::2], pairs[1::2]))
         if len(decodes):
-            self._begin_decodes(decodes)
+            self._begin_decodes()
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.kv_cache.device)
-
-    def _pad(self, group: np.ndarray) -> tuple[int, Tensor, Tensor]:
-        """A group of prompts as a padded batch: its number of rows, the flat batch's row for each of its places, and
-        which of its places are real tokens."""
-        firsts, ends = self.metadata.query_start_loc[group, None], self.metadata.query_start_loc[group + 1, None]
+    def _pad(self, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A group of prompts as a padded batch: the flat batch's row for each of its places, and which of its places
+        are real tokens."""
+        starts = self.metadata.query_start_loc_cpu
+        firsts, ends = starts[group, None], starts[group + 1, None]
         places = firsts + np.arange((ends - firsts).max())
         # Padding is on the right, where causal attention never looks, so any token will do.
-        real = np.flatnonzero(places < ends)
-        return len(group), self._to_device(np.minimum(places, ends - 1).flatten()), self._to_device(real)
+        return np.minimum(places, ends - 1).flatten().astype(np.int64), np.flatnonzero(places < ends)
 
     def _look_back(self, i: int) -> tuple[slice, Tensor, Tensor]:
         """A sequence with several new tokens and earlier ones: the slice of the new ones in the batch, its blocks, and
         the mask ``[num_new, num_tokens]`` of what each new one sees."""
-        start, end = self.metadata.query_start_loc[i : i + 2].tolist()
-        num_new, num_tokens = end - start, int(self.metadata.seq_lens[i])
+        start, end = self.metadata.query_start_loc_cpu[i : i + 2].tolist()
+        num_new, num_tokens = end - start, int(self.metadata.seq_lens_cpu[i])
         blocks = self.metadata.block_table[i, : cdiv(num_tokens, self.block_size)]
         mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=blocks.device).tril(num_tokens - num_new)
         return slice(start, end), blocks, mask
 
-    def _begin_decodes(self, decodes: np.ndarray) -> None:
-        """Prepares the sequences with one new token: their blocks, the mask, the rows of the new tokens."""
-        lens = self.metadata.seq_lens[decodes]
-        longest = int(lens.max())
-        num_blocks = cdiv(longest, self.block_size)
+    def _begin_decodes(self) -> None:
+        """Prepares the sequences with one new token: their blocks, and the mask of what each sees."""
+        table, lens, longest = self.metadata.block_table, self.metadata.seq_lens, self.metadata.max_seq_len
+        if self._decode_rows is not None:
+            table, lens = table[self._decode_rows], lens[self._decode_rows]
+            longest = int(self.metadata.seq_lens_cpu[np.diff(self.metadata.query_start_loc_cpu) == 1].max())
+        table = table[:, : cdiv(longest, self.block_size)]
         width = min(self.block_size, longest)  # if a block is longer than any sequence, only its beginning is read
-        table, self._decode_tokens = self.metadata.block_table[:, :num_blocks], None
-        if len(decodes) < len(self.metadata.seq_lens):
-            table = table[self._to_device(decodes)]
-            self._decode_tokens = self._to_device(self.metadata.query_start_loc[decodes])
         num_heads = self._heads_at_once(table.numel() * width)
         self._decode_blocks = (self._head_starts[:num_heads] + table.flatten()).flatten()
         # [num_layers, 2, num_kv_heads / num_heads, num_heads * num_blocks, width, head_dim]
         self._readable = self.kv_cache.unflatten(2, (-1, num_heads)).flatten(3, 4)[:, :, :, :, :width]
         self._gathered = self._scratch_view(len(self._decode_blocks), width, self.kv_cache.shape[-1])
-        unseen = np.arange(num_blocks * width) >= np.tile(lens, num_heads)[:, None, None]
-        mask = np.where(unseen, np.float32(-np.inf), np.float32(0))  # [num_heads * num_decodes, 1, num_keys]
-        self._decode_mask = self._to_device(mask).to(self.kv_cache.dtype)
+        places = torch.arange(table.shape[1] * width, device=lens.device)
+        unseen = (places >= lens.unsqueeze(1)).repeat(num_heads, 1).unsqueeze(1)
+        # [num_heads * num_decodes, 1, num_keys]
+        self._decode_mask = self.kv_cache.new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)
 
     def _heads_at_once(self, num_keys: int) -> int:
         """How many key heads to compute at once, if ``num_keys`` keys are gathered per head."""
@@ -123,8 +119,8 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """One layer's attention: `folovllm.model.decoder.Attend`."""
-        self._slots[layer].index_copy_(1, self.metadata.slot_mapping, kv.transpose(0, 1))
-        if self._num_decodes == len(self.metadata.seq_lens):
+        self.write(layer, kv, self.metadata.slot_mapping)
+        if self._decode_rows is None:
             return self._decode(layer, q)
         out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         if self._num_decodes:

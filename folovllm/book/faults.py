@@ -167,7 +167,7 @@ class SlotOffByOneBlock(ModelRunner):
         """The flat tensors of a step."""
         input_ids, positions, metadata = super().prepare(scheduler_output)
         is_last = positions % self.block_size == self.block_size - 1
-        num_slots = self.kv_cache.shape[3] * self.block_size
+        num_slots = self.kv_cache.shape[self.backend_cls.block_dim] * self.block_size
         metadata.slot_mapping = (metadata.slot_mapping + is_last * self.block_size) % num_slots
         return input_ids, positions, metadata
 

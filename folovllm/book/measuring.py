@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from folovllm.attention import AttentionMetadata
-from folovllm.attention.gather import PagedAttention
+from folovllm.attention.gather import GatherAttention
 from folovllm.model.decoder import DecoderConfig, DecoderLayer
 from folovllm.simulator.cost import ModelShape
 from folovllm.utils import cdiv
@@ -89,11 +89,12 @@ class TimedLayer:
     def time_decode(self, num_seqs: int, context: int) -> float:
         """Seconds for one new token of each of so many sequences, which have ``context`` tokens each."""
         shape, num_blocks = self.shape, cdiv(context, BLOCK_SIZE)
-        table = torch.arange(num_seqs * num_blocks).view(num_seqs, num_blocks)
+        table = np.arange(num_seqs * num_blocks).reshape(num_seqs, num_blocks)
         cache = torch.zeros(1, 2, shape.num_kv_heads, num_seqs * num_blocks, BLOCK_SIZE, shape.head_dim)
-        attention = PagedAttention(cache)
+        attention = GatherAttention(cache)
         slots = table[:, -1] * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
-        attention.begin(AttentionMetadata(np.arange(num_seqs + 1), np.full(num_seqs, context), slots, table))
+        lens = np.full(num_seqs, context)
+        attention.begin(AttentionMetadata.from_arrays(np.arange(num_seqs + 1), lens, slots, table))
         return self._time(num_seqs, attention)
 
     def _time(self, num_rows: int, attend: Callable[[int, Tensor, Tensor], Tensor]) -> float:

@@ -32,7 +32,7 @@ class PassTrace:
 
 
 def look_back(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention of one sequence, written for reading; the engine's own is `folovllm.attention.gather`.
+    """Causal attention of one sequence, written for reading; the engine's own are `folovllm.attention`'s.
 
     Args:
         q: ``[num_queries, num_heads, head_dim]``, of the sequence's last tokens.

@@ -71,6 +71,10 @@ class LLMEngine:
         self.step_hooks: list[StepHook] = []  # called after each step; what one raises goes to whoever stepped
         self._sink, self._lock = OutputSink(), FairLock()  # the sink of requests that were added without one
 
+    def __repr__(self) -> str:
+        cache = self.config.cache_config
+        return f"LLMEngine({self.config.model_config.model!r}, {cache.num_blocks} blocks of {cache.block_size} tokens, {self.runner!r})"
+
     def add_request(
         self,
         request_id: str,

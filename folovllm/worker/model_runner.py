@@ -8,6 +8,7 @@ as in vLLM (``v1/worker/gpu_model_runner.py``, 0.33.0).
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Protocol, cast
 
@@ -15,17 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folovllm.attention import AttentionMetadata
-from folovllm.attention.gather import PagedAttention
+from folovllm.attention import AttentionMetadata, choose_backend
 from folovllm.config import EngineConfig
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.logprobs import NUM_CONTEXT_TOKENS, Logprob
 from folovllm.model.decoder import Decoder
 from folovllm.outputs import RunnerOutput
 from folovllm.request import Sequence
+from folovllm.sampling_params import SamplingParams
 from folovllm.sample.sampler import Sampler, SamplingMetadata, compute_prompt_logprobs, make_generator
 from folovllm.utils import cdiv
+from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
+
+logger = logging.getLogger(__name__)
 
 CPU_CACHE_BYTES = 2**30
 """Bytes of KV cache on a CPU where ``num_blocks`` is None (1 GiB); fewer if all sequences together need fewer."""
@@ -70,6 +74,15 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, sampler: Sampler, config: EngineConfig) -> None:
         self.decoder, self.sampler, self.config = decoder, sampler, config
         self.block_size = config.cache_config.block_size
+        self.backend_cls, self.backend_choice = choose_backend(
+            config.model_config.attention_backend, decoder.device, decoder.dtype, decoder.config.head_dim,
+            self.block_size,
+        )  # fmt: skip
+        logger.info("attention backend %s", self.backend_choice)
+
+    def __repr__(self) -> str:
+        dtype = str(self.decoder.dtype).removeprefix("torch.")
+        return f"ModelRunner({self.decoder.device}, {dtype}, attention backend {self.backend_choice})"
 
     def count_blocks(self) -> tuple[int, int]:
         """KV blocks that there is memory for (or that the config asks for), and swap blocks in CPU memory.
@@ -96,31 +109,57 @@ class ModelRunner:
 
     def _free_gpu_bytes(self) -> float:
         """Bytes of GPU memory left for the cache, measured by running the largest batch once."""
-        device, shape = self.decoder.device, self.decoder.config
+        device = self.decoder.device
         free, total = torch.cuda.mem_get_info(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        num_tokens = cast(int, self.config.scheduler_config.max_num_batched_tokens)
-        token_ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
-        with torch.inference_mode():
-            width = shape.num_heads * shape.head_dim
-            hidden = self.decoder(token_ids, token_ids, lambda layer, q, kv: q.reshape(num_tokens, width))
-            rows = min(num_tokens, self.config.scheduler_config.max_num_seqs)
-            self.decoder.compute_logits(hidden[:rows]).float().softmax(dim=-1)
+        self._run_largest_batch()
         activations = torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()
         used = total - free
         return total * self.config.cache_config.gpu_memory_utilization - used - activations
 
+    @torch.inference_mode()
+    def _run_largest_batch(self) -> None:
+        """A step as large as the config allows, through the attention backend and the sampler that will serve.
+
+        All sequences share one block, since what is computed is of no interest.
+        """
+        scheduler, shape = self.config.scheduler_config, self.decoder.config
+        num_tokens, longest = cast(int, scheduler.max_num_batched_tokens), cast(int, self.config.model_config.max_model_len)
+        num_seqs = min(scheduler.max_num_seqs, num_tokens)
+        # One sequence as long as can be, the others with a token each at the end of their longest past.
+        query_lens = np.ones(num_seqs, dtype=np.int64)
+        query_lens[0] = min(longest, num_tokens - num_seqs + 1)
+        starts, num_rows = np.concatenate([[0], query_lens.cumsum()]), int(query_lens.sum())
+        tables = np.zeros((num_seqs, cdiv(longest, self.block_size)), dtype=np.int64)
+        metadata = AttentionMetadata.from_arrays(
+            starts, np.full(num_seqs, longest), np.zeros(num_rows, dtype=np.int64), tables, self.decoder.device
+        )
+        cache_shape = self.backend_cls.kv_cache_shape(
+            shape.num_layers, shape.num_kv_heads, 1, self.block_size, shape.head_dim
+        )
+        attention = self.backend_cls(torch.zeros(cache_shape, dtype=self.decoder.dtype, device=self.decoder.device))
+        attention.begin(metadata)
+        input_ids = torch.zeros(num_rows, dtype=torch.long, device=self.decoder.device)
+        logits = self.decoder.compute_logits(self.decoder(input_ids, input_ids, attention)[:num_seqs])
+        params = SamplingParams(top_p=0.9)
+        rows = [[0]] * num_seqs
+        self.sampler.sample(logits, SamplingMetadata([params] * num_seqs, rows, rows, [make_generator(params, 0)] * num_seqs))
+
     def initialize_kv_cache(self, num_blocks: int, num_swap_blocks: int) -> None:
-        """Allocates the cache, ``[num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim]``."""
+        """Allocates the cache, in the shape that the attention backend reads, and swap space for as many blocks."""
         config = self.decoder.config
-        shape = (config.num_layers, 2, config.num_kv_heads, num_blocks, self.block_size, config.head_dim)
+        shape = self.backend_cls.kv_cache_shape(
+            config.num_layers, config.num_kv_heads, num_blocks, self.block_size, config.head_dim
+        )
         # Zeros, not uninitialized memory: masked values are multiplied by 0, and 0 times NaN is NaN.
         self.kv_cache = _zeros(shape, self.decoder.dtype, self.decoder.device)
-        swap_shape = (*shape[:3], num_swap_blocks, *shape[4:])
-        self.swap_cache = torch.empty(swap_shape, dtype=self.decoder.dtype, device="cpu")
-        self.attention = PagedAttention(self.kv_cache)
+        swap_shape = list(shape)
+        swap_shape[self.backend_cls.block_dim] = num_swap_blocks
+        pinned = self.decoder.device.type == "cuda" and torch.cuda.is_available()
+        self.swap_cache = torch.empty(swap_shape, dtype=self.decoder.dtype, device="cpu", pin_memory=pinned)
+        self.attention = self.backend_cls(self.kv_cache)
 
     @torch.inference_mode()
     def run(self, scheduler_output: SchedulerOutput) -> RunnerOutput:
@@ -193,26 +232,29 @@ class ModelRunner:
         positions = np.arange(len(input_ids)) - starts[rows] + computed[rows]
         width = max(len(seq.block_ids) for seq in seqs)
         # A table is filled up with a block of its own, since what others have may not be numbers.
-        tables = np.array([seq.block_ids + seq.block_ids[-1:] * (width - len(seq.block_ids)) for seq in seqs])
-        slots = tables[rows, positions // self.block_size] * self.block_size + positions % self.block_size
-        ids_, positions_, slots_, tables_ = (
-            torch.from_numpy(array).to(self.decoder.device) for array in (np.array(input_ids), positions, slots, tables)
-        )
-        return ids_, positions_, AttentionMetadata(starts, computed + num_new_tokens, slots_, tables_)
+        tables = np.array([seq.block_ids + seq.block_ids[-1:] * (width - len(seq.block_ids)) for seq in seqs], np.int32)
+        slots = tables[rows, positions // self.block_size] * np.int64(self.block_size) + positions % self.block_size
+        lens = computed + num_new_tokens
+        arrays = [np.array(input_ids), positions, starts.astype(np.int32), lens.astype(np.int32), slots, tables]
+        ids, positions_, *found = copy_to_device(arrays, self.decoder.device)
+        return ids, positions_, AttentionMetadata(*found, starts, lens)
 
     def _clear_begun_blocks(self, scheduler_output: SchedulerOutput) -> None:
         """Empties the blocks that this step begins and does not fill.
 
-        Attention reads whole blocks, and multiplies by 0 what is behind the last token: what somebody's failed forward
+        A backend that reads whole blocks multiplies by 0 what is behind the last token: what somebody's failed forward
         pass has left there may not be a number, and 0 times that is none either.
         """
+        if not self.backend_cls.reads_whole_blocks:
+            return
         begun = []
         for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
             index, num_in_block = divmod(seq.num_computed_tokens + num_new, self.block_size)
             if 0 < num_in_block <= num_new:
                 begun.append(seq.block_ids[index])
         if begun:
-            self.kv_cache.index_fill_(3, torch.tensor(begun, device=self.kv_cache.device), 0)
+            (blocks,) = copy_to_device([np.array(begun)], self.kv_cache.device)
+            self.kv_cache.index_fill_(self.backend_cls.block_dim, blocks, 0)
 
     def _move_blocks(self, scheduler_output: SchedulerOutput) -> None:
         """Copies blocks: swap-outs, swap-ins, then copy-on-write; each frees what the next one fills."""
@@ -222,6 +264,6 @@ class ModelRunner:
             (self.kv_cache, self.kv_cache, scheduler_output.copies),
         ):
             if pairs:
-                sources = torch.tensor([a for a, _ in pairs], device=source.device)
-                targets = torch.tensor([b for _, b in pairs], device=target.device)
-                target[:, :, :, targets] = source[:, :, :, sources].to(target.device)
+                dim, ids = self.backend_cls.block_dim, np.array(pairs)
+                (sources,), (targets,) = copy_to_device([ids[:, 0]], source.device), copy_to_device([ids[:, 1]], target.device)
+                target.index_copy_(dim, targets, source.index_select(dim, sources).to(target.device))

@@ -111,8 +111,8 @@ MUTATIONS = [
     Mutation(
         "a mask",
         "folovllm/attention/gather.py",
-        "np.arange(num_blocks * width) >= np.tile",
-        "np.arange(num_blocks * width) > np.tile",
+        "places >= lens.unsqueeze(1)",
+        "places > lens.unsqueeze(1)",
         "tests/integration/test_engine.py::TestSharing::test_the_second_of_two_requests_finds_the_first_ones_blocks",
     ),
     Mutation(
