@@ -61,12 +61,15 @@ class FlashAttention(AttentionBackend):
         self.metadata = metadata
         self._key_start_loc = torch.nn.functional.pad(metadata.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
+    def write(self, layer: int, kv: Tensor, slot_mapping: Tensor) -> None:
+        """Puts the new keys and values ``[num_tokens, 2 * num_kv_heads, head_dim]`` into their slots."""
+        for slots, new in zip(self._slots[layer], kv.chunk(2, dim=1)):
+            slots.index_copy_(0, slot_mapping, new)
+
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """One layer's attention: `folovllm.model.decoder.Attend`."""
         step = self.metadata
-        keys, values = kv.chunk(2, dim=1)
-        self._slots[layer, 0].index_copy_(0, step.slot_mapping, keys)
-        self._slots[layer, 1].index_copy_(0, step.slot_mapping, values)
+        self.write(layer, kv, step.slot_mapping)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         varlen.varlen_attn_out(
             out,

@@ -126,10 +126,11 @@ def arrivals(draw):
 
 @st.composite
 def engine_settings(draw):
-    block_size = draw(st.sampled_from([1, 4, 16, MAX_MODEL_LEN]))
+    block_size = draw(st.sampled_from([1, 3, 16, MAX_MODEL_LEN, 256]))
     fits_one = -(-(max(PROMPT_LENS) + MAX_TOKENS) // block_size)
     chunked = draw(st.booleans())
     return {
+        "attention_backend": draw(st.sampled_from(["gather", "sdpa"])),
         "block_size": block_size,
         "num_blocks": fits_one + draw(st.integers(0, 2 * fits_one)),
         "enable_chunked_prefill": chunked,
