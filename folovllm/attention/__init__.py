@@ -1,8 +1,8 @@
 """What attention needs to know of a step, and which backend computes it. Chapters 10 and 14.
 
-A backend owns the layout of the cache: it says its shape and which dimension counts blocks, and the runner allocates it.
-`AttentionBackend` is what all of them offer; `choose_backend` takes the one that the config names, or for "auto" the
-best that can serve. As in vLLM (``v1/attention/backend.py``, ``v1/attention/backends/``, 0.33.0).
+A backend owns the layout of the cache: it says its shape and which dimension counts blocks, and the runner allocates
+it. `AttentionBackend` is what all of them offer; `choose_backend` takes the one that the config names, or for "auto"
+the best that can serve. As in vLLM (``v1/attention/backend.py``, ``v1/attention/backends/``, 0.33.0).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BACKENDS = {
     "triton": "folovllm.attention.triton.TritonAttention",
     "flash": "folovllm.attention.flash.FlashAttention",
 }
-"""Where each backend lives. A module is imported when its backend is looked at, as others may need what is not there."""
+"""Where each backend lives; its module is imported when it is asked for."""
 
 PREFERRED = {"cuda": ("flash", "triton", "gather")}
 """What "auto" tries in turn on a kind of device; "gather" on every other."""

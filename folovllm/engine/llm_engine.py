@@ -73,7 +73,8 @@ class LLMEngine:
 
     def __repr__(self) -> str:
         cache = self.config.cache_config
-        return f"LLMEngine({self.config.model_config.model!r}, {cache.num_blocks} blocks of {cache.block_size} tokens, {self.runner!r})"
+        blocks = f"{cache.num_blocks} blocks of {cache.block_size} tokens"
+        return f"LLMEngine({self.config.model_config.model!r}, {blocks}, {self.runner!r})"
 
     def add_request(
         self,

@@ -23,8 +23,8 @@ from folovllm.logprobs import NUM_CONTEXT_TOKENS, Logprob
 from folovllm.model.decoder import Decoder
 from folovllm.outputs import RunnerOutput
 from folovllm.request import Sequence
-from folovllm.sampling_params import SamplingParams
 from folovllm.sample.sampler import Sampler, SamplingMetadata, compute_prompt_logprobs, make_generator
+from folovllm.sampling_params import SamplingParams
 from folovllm.utils import cdiv
 from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
@@ -126,7 +126,8 @@ class ModelRunner:
         All sequences share one block, since what is computed is of no interest.
         """
         scheduler, shape = self.config.scheduler_config, self.decoder.config
-        num_tokens, longest = cast(int, scheduler.max_num_batched_tokens), cast(int, self.config.model_config.max_model_len)
+        num_tokens = cast(int, scheduler.max_num_batched_tokens)
+        longest = cast(int, self.config.model_config.max_model_len)
         num_seqs = min(scheduler.max_num_seqs, num_tokens)
         # One sequence as long as can be, the others with a token each at the end of their longest past.
         query_lens = np.ones(num_seqs, dtype=np.int64)
@@ -143,9 +144,8 @@ class ModelRunner:
         attention.begin(metadata)
         input_ids = torch.zeros(num_rows, dtype=torch.long, device=self.decoder.device)
         logits = self.decoder.compute_logits(self.decoder(input_ids, input_ids, attention)[:num_seqs])
-        params = SamplingParams(top_p=0.9)
-        rows = [[0]] * num_seqs
-        self.sampler.sample(logits, SamplingMetadata([params] * num_seqs, rows, rows, [make_generator(params, 0)] * num_seqs))
+        params = SamplingParams(top_p=0.9, seed=0)  # a seed, or Python's own random numbers would be used up
+        self.sampler.sample(logits, SamplingMetadata([params] * num_seqs))
 
     def initialize_kv_cache(self, num_blocks: int, num_swap_blocks: int) -> None:
         """Allocates the cache, in the shape that the attention backend reads, and swap space for as many blocks."""
@@ -265,5 +265,6 @@ class ModelRunner:
         ):
             if pairs:
                 dim, ids = self.backend_cls.block_dim, np.array(pairs)
-                (sources,), (targets,) = copy_to_device([ids[:, 0]], source.device), copy_to_device([ids[:, 1]], target.device)
+                (sources,) = copy_to_device([ids[:, 0]], source.device)
+                (targets,) = copy_to_device([ids[:, 1]], target.device)
                 target.index_copy_(dim, targets, source.index_select(dim, sources).to(target.device))

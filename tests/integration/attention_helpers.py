@@ -12,7 +12,7 @@ from folovllm.attention import AttentionBackend, AttentionMetadata
 from folovllm.utils import cdiv
 
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""What an output may be off by: two units in the last place of the numbers near 1 that are summed, and some for sums."""
+"""What an output may be off by: two units in the last place of numbers near 1, and in float32 some for the sums."""
 
 
 @dataclass

@@ -88,14 +88,14 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("device", "dtype", "head_dim", "block_size", "why"),
         [
-            (CPU, torch.float16, 64, 256, "FlashAttention runs on CUDA only, not on cpu"),
-            (CUDA, torch.float32, 64, 256, "FlashAttention computes in float16 and bfloat16 only, not in float32"),
-            (CUDA, torch.float16, 64, 16, "FlashAttention needs a block_size that is a multiple of 256, got 16"),
-            (CUDA, torch.float16, 512, 256, "FlashAttention needs heads of a multiple of 8 and at most 256 numbers, got 512"),
+            (CPU, torch.float16, 64, 256, "runs on CUDA only, not on cpu"),
+            (CUDA, torch.float32, 64, 256, "computes in float16 and bfloat16 only, not in float32"),
+            (CUDA, torch.float16, 64, 16, "needs a block_size that is a multiple of 256, got 16"),
+            (CUDA, torch.float16, 512, 256, "needs heads of a multiple of 8 and at most 256 numbers, got 512"),
         ],
-    )  # fmt: skip
+    )
     def test_flash_says_what_it_lacks(self, device, dtype, head_dim, block_size, why):
-        assert FlashAttention.unsupported(device, dtype, head_dim, block_size) == why
+        assert FlashAttention.unsupported(device, dtype, head_dim, block_size) == f"FlashAttention {why}"
         with pytest.raises(ValueError, match="attention_backend='flash' cannot serve: FlashAttention"):
             self.choose("flash", device, dtype, head_dim, block_size)
 
@@ -114,7 +114,7 @@ class TestChoice:
     def test_the_config_knows_all_names(self):
         for name in ("auto", *BACKENDS):
             assert ModelConfig("m", attention_backend=name).attention_backend == name
-        with pytest.raises(ValueError, match="attention_backend must be one of auto, gather, sdpa, triton, flash"):
+        with pytest.raises(ValueError, match="attention_backend must be 'auto' or 'gather' or .*, got 'paged'"):
             ModelConfig("m", attention_backend="paged")
 
     def test_the_engine_says_what_it_chose_in_the_log_and_in_its_description(self, caplog):
@@ -125,7 +125,7 @@ class TestChoice:
         assert "8 blocks of 16 tokens" in repr(llm.engine)
 
     def test_a_backend_that_cannot_serve_is_refused_when_the_engine_is_made(self):
-        with pytest.raises(ValueError, match="attention_backend='flash' cannot serve: FlashAttention runs on CUDA only"):
+        with pytest.raises(ValueError, match="attention_backend='flash' cannot serve: .* runs on CUDA only"):
             LLM(str(EMBEDDED_MODEL), device="cpu", max_model_len=64, attention_backend="flash")
 
 
