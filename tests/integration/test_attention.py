@@ -114,7 +114,7 @@ class TestChoice:
     def test_the_config_knows_all_names(self):
         for name in ("auto", *BACKENDS):
             assert ModelConfig("m", attention_backend=name).attention_backend == name
-        with pytest.raises(ValueError, match="attention_backend must be 'auto' or 'gather' or .*, got 'paged'"):
+        with pytest.raises(ValueError, match=r"attention_backend must be 'auto' or 'gather' or .*, got 'paged'"):
             ModelConfig("m", attention_backend="paged")
 
     def test_the_engine_says_what_it_chose_in_the_log_and_in_its_description(self, caplog):
@@ -125,7 +125,7 @@ class TestChoice:
         assert "8 blocks of 16 tokens" in repr(llm.engine)
 
     def test_a_backend_that_cannot_serve_is_refused_when_the_engine_is_made(self):
-        with pytest.raises(ValueError, match="attention_backend='flash' cannot serve: .* runs on CUDA only"):
+        with pytest.raises(ValueError, match=r"attention_backend='flash' cannot serve: .* runs on CUDA only"):
             LLM(str(EMBEDDED_MODEL), device="cpu", max_model_len=64, attention_backend="flash")
 
 
