@@ -59,8 +59,8 @@ class AttentionMetadata:
     ) -> AttentionMetadata:
         """Metadata from integers of any width, copied to ``device``."""
         starts, lens, table = (array.astype(np.int32) for array in (query_start_loc, seq_lens, block_table))
-        tensors = copy_to_device([starts, lens, slot_mapping.astype(np.int64), table], torch.device(device))
-        return cls(*tensors, query_start_loc, seq_lens)
+        found = copy_to_device([starts, lens, slot_mapping.astype(np.int64), table], torch.device(device))
+        return cls(found[0], found[1], found[2], found[3], query_start_loc, seq_lens)
 
     @property
     def max_query_len(self) -> int:

@@ -58,7 +58,8 @@ class GatherAttention(AttentionBackend):
         places = [indices for group in groups for indices in self._pad(group)]
         rows = [decodes, metadata.query_start_loc_cpu[decodes].astype(np.int64)] if len(groups) or with_past else []
         found = copy_to_device([*rows, *places], self.kv_cache.device)
-        self._decode_rows, self._decode_tokens = found[: len(rows)] or (None, None)
+        self._decode_rows: Tensor | None = found[0] if rows else None
+        self._decode_tokens: Tensor | None = found[1] if rows else None
         pairs = found[len(rows) :]
         self._groups = list(zip(map(len, groups), pairs[::2], pairs[1::2]))
         if len(decodes):

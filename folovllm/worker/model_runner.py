@@ -236,8 +236,8 @@ class ModelRunner:
         slots = tables[rows, positions // self.block_size] * np.int64(self.block_size) + positions % self.block_size
         lens = computed + num_new_tokens
         arrays = [np.array(input_ids), positions, starts.astype(np.int32), lens.astype(np.int32), slots, tables]
-        ids, positions_, *found = copy_to_device(arrays, self.decoder.device)
-        return ids, positions_, AttentionMetadata(*found, starts, lens)
+        ids, *found = copy_to_device(arrays, self.decoder.device)
+        return ids, found[0], AttentionMetadata(found[1], found[2], found[3], found[4], starts, lens)
 
     def _clear_begun_blocks(self, scheduler_output: SchedulerOutput) -> None:
         """Empties the blocks that this step begins and does not fill.
