@@ -72,9 +72,7 @@ class LLMEngine:
         self._sink, self._lock = OutputSink(), FairLock()  # the sink of requests that were added without one
 
     def __repr__(self) -> str:
-        cache = self.config.cache_config
-        blocks = f"{cache.num_blocks} blocks of {cache.block_size} tokens"
-        return f"LLMEngine({self.config.model_config.model!r}, {blocks}, {self.runner!r})"
+        return f"LLMEngine({self.config.model_config.model!r}, {self.cache.pool.num_blocks} blocks, {self.runner!r})"
 
     def add_request(
         self,
@@ -173,8 +171,8 @@ class LLMEngine:
             RuntimeError: if one is lost or counted wrong.
         """
         with self._lock:
-            states = self.output_processor.states.values()
-            self.cache.check_integrity(seq for state in states for seq in state.request.get_seqs())
+            requests = (state.request for state in self.output_processor.states.values())
+            self.cache.check_integrity(seq for request in requests for seq in request.get_seqs())
 
     def _now(self) -> float:
         return self.clock.now_us() / 1e6
@@ -213,8 +211,7 @@ class LLMEngine:
         self.output_processor.send_outputs((seq for seq, _ in scheduler_output.sampled), self._now())
 
     def _abort(self, request_id: str, reason: str | None = None) -> None:
-        state = self.output_processor.states.get(request_id)
-        if state is None:
+        if (state := self.output_processor.states.get(request_id)) is None:
             return
         if request_id in self.scheduler.requests:
             self.scheduler.finish_request(request_id, SequenceStatus.FINISHED_ABORTED, reason)
