@@ -8,6 +8,9 @@ Every stage is a function of its own: logits in, new logits out, in which what i
 The draw is ours: one uniform number per token, from the request's own generator, and the token at which the cumulative
 distribution exceeds it. It can be drawn on paper, costs one random number per row, and gives the same token on any
 device and in any batch. vLLM races exponential variables instead, which is faster on a GPU but hard to follow by hand.
+
+A GPU is given work ahead of time, and whoever asks it for a number waits until all of that is done. So what the rows
+ask for goes there in one copy, where the stages take it from, and all that they find comes back in one.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ import itertools
 import math
 import random
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from folovllm.logprobs import NUM_CONTEXT_TOKENS, Logprob, decode_token
 from folovllm.sampling_params import SamplingParams, SamplingType, tokenize_bad_word
+from folovllm.utils.transfer import copy_to_device, copy_to_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +56,11 @@ def make_generator(params: SamplingParams, index: int = 0) -> random.Random:
 
 @dataclass
 class SamplingMetadata:
-    """What the sampler knows about each row: every list has one entry per row (vLLM: ``v1/sample/metadata.py``)."""
+    """What the sampler knows about each row: every list has one entry per row (vLLM: ``v1/sample/metadata.py``).
+
+    Whoever samples again for the same rows does it with the same object: what ``params`` and prompts ask for is worked
+    out once, so they must stay as they are.
+    """
 
     params: list[SamplingParams]
     prompt_token_ids: list[list[int]] = field(default_factory=list)
@@ -60,6 +69,7 @@ class SamplingMetadata:
     """What each row has generated so far. The lists are kept, not copied: append to them and sample again."""
     generators: list[random.Random] = field(default_factory=list)
     """Each row's own random numbers; made from ``params`` when left out."""
+    _batch: _Batch | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         num_rows = len(self.params)
@@ -90,42 +100,60 @@ class _RowError(ValueError):
         self.reason = reason
 
 
-def _per_row(values: Sequence[float], logits: Tensor) -> Tensor:
-    """One float32 per row, as a column ``[num_rows, 1]`` beside the logits."""
-    return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+def _column(values: Sequence[float]) -> np.ndarray:
+    """One float32 per row, ``[num_rows, 1]``; what is beyond the largest becomes the largest."""
+    return np.minimum(np.array(values, np.float64), _HUGE).astype(np.float32)[:, None]
 
 
-def _places(token_ids: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column indices ``[num_token_ids]`` of each row's token ids.
+def _per_row(values: Sequence[float] | Tensor, logits: Tensor) -> Tensor:
+    """One float32 per row, as a column ``[num_rows, 1]`` beside the logits, where a tensor already is."""
+    return values if isinstance(values, Tensor) else copy_to_device([_column(values)], logits.device)[0]
+
+
+def _find_places(token_ids: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """Where each row's token ids are in the logits of all rows, put end to end: ``[num_token_ids]``.
 
     Raises:
         ValueError: if a token id is outside the vocabulary.
     """
-    vocab_size = logits.shape[-1]
     for row, ids in enumerate(token_ids):
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             token_id = next(i for i in ids if not 0 <= i < vocab_size)
             raise _RowError(row, f"names token id {token_id}, but the vocabulary has {vocab_size} tokens")
-    rows = [row for row, ids in enumerate(token_ids) for _ in ids]
-    columns = [*itertools.chain.from_iterable(token_ids)]
-    return torch.tensor(rows, dtype=torch.long, device=logits.device), torch.tensor(
-        columns, dtype=torch.long, device=logits.device
-    )
+    counts = [len(ids) for ids in token_ids]
+    columns = np.fromiter(itertools.chain.from_iterable(token_ids), np.int64, sum(counts))
+    return np.repeat(np.arange(len(counts), dtype=np.int64) * vocab_size, counts) + columns
 
 
-def apply_allowed_token_ids(logits: Tensor, allowed_token_ids: Sequence[Sequence[int] | None]) -> Tensor:
+def _places(token_ids: Sequence[Sequence[int]] | Tensor, logits: Tensor) -> Tensor:
+    """`_find_places` beside the logits, where a tensor already is."""
+    if isinstance(token_ids, Tensor):
+        return token_ids
+    return copy_to_device([_find_places(token_ids, logits.shape[-1])], logits.device)[0]
+
+
+def _find_allowed(allowed_token_ids: Sequence[Sequence[int] | None], vocab_size: int) -> list[np.ndarray]:
+    """The rows that may choose some tokens only, and the places of those."""
+    rows = [row for row, allowed in enumerate(allowed_token_ids) if allowed is not None]
+    return [np.array(rows, np.int64), _find_places([allowed or [] for allowed in allowed_token_ids], vocab_size)]
+
+
+def apply_allowed_token_ids(
+    logits: Tensor, allowed_token_ids: Sequence[Sequence[int] | None] | tuple[Tensor, Tensor]
+) -> Tensor:
     """Keeps only the allowed tokens of each row; None allows all. ``[num_rows, vocab_size]`` in and out."""
-    keep = torch.zeros_like(logits, dtype=torch.bool)
-    keep[[row for row, allowed in enumerate(allowed_token_ids) if allowed is None]] = True
-    keep[_places([allowed or [] for allowed in allowed_token_ids], logits)] = True
-    return logits.masked_fill(~keep, -torch.inf)
+    if not isinstance(allowed_token_ids, tuple):
+        found = copy_to_device(_find_allowed(allowed_token_ids, logits.shape[-1]), logits.device)
+        return apply_allowed_token_ids(logits, (found[0], found[1]))
+    rows, places = allowed_token_ids
+    removed = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).index_fill_(0, rows, True)
+    removed.view(-1).index_fill_(0, places, False)
+    return logits.masked_fill(removed, -torch.inf)
 
 
-def ban_tokens(logits: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
+def ban_tokens(logits: Tensor, token_ids: Sequence[Sequence[int]] | Tensor) -> Tensor:
     """Removes the given tokens of each row. ``[num_rows, vocab_size]`` in and out."""
-    banned = torch.zeros_like(logits, dtype=torch.bool)
-    banned[_places(token_ids, logits)] = True
-    return logits.masked_fill(banned, -torch.inf)
+    return logits.flatten().index_fill(0, _places(token_ids, logits), -torch.inf).view(logits.shape)
 
 
 def find_bad_word_ends(bad_words_token_ids: Sequence[Sequence[int]], output_token_ids: Sequence[int]) -> list[int]:
@@ -138,34 +166,41 @@ def find_bad_word_ends(bad_words_token_ids: Sequence[Sequence[int]], output_toke
     ]
 
 
-def apply_logit_bias(logits: Tensor, logit_bias: Sequence[dict[int, float] | None]) -> Tensor:
-    """Adds each row's biases to its logits. ``[num_rows, vocab_size]`` in and out."""
+def _find_biases(logit_bias: Sequence[dict[int, float] | None], vocab_size: int) -> list[np.ndarray]:
+    """The places of the tokens that have a bias, and the biases."""
     biases = [bias or {} for bias in logit_bias]
-    rows, columns = _places([list(bias) for bias in biases], logits)
-    values = [value for bias in biases for value in bias.values()]
-    added = torch.tensor(values, dtype=logits.dtype, device=logits.device)
-    return logits.index_put((rows, columns), added, accumulate=True)
+    values = [float(value) for bias in biases for value in bias.values()]
+    return [_find_places([list(bias) for bias in biases], vocab_size), np.array(values, np.float64)]
+
+
+def apply_logit_bias(logits: Tensor, logit_bias: Sequence[dict[int, float] | None] | tuple[Tensor, Tensor]) -> Tensor:
+    """Adds each row's biases to its logits. ``[num_rows, vocab_size]`` in and out."""
+    if not isinstance(logit_bias, tuple):
+        found = copy_to_device(_find_biases(logit_bias, logits.shape[-1]), logits.device)
+        return apply_logit_bias(logits, (found[0], found[1]))
+    places, values = logit_bias
+    return logits.flatten().index_add(0, places, values.to(logits.dtype)).view(logits.shape)
 
 
 def apply_penalties(
     logits: Tensor,
-    prompt_token_ids: Sequence[Sequence[int]],
-    output_token_ids: Sequence[Sequence[int]],
-    repetition_penalties: Sequence[float],
-    frequency_penalties: Sequence[float],
-    presence_penalties: Sequence[float],
+    prompt_token_ids: Sequence[Sequence[int]] | Tensor,
+    output_token_ids: Sequence[Sequence[int]] | Tensor,
+    repetition_penalties: Sequence[float] | Tensor,
+    frequency_penalties: Sequence[float] | Tensor,
+    presence_penalties: Sequence[float] | Tensor,
 ) -> Tensor:
     """Makes tokens that were used less likely. ``[num_rows, vocab_size]`` in and out.
 
     Repetition looks at prompt and output, and divides positive logits and multiplies negative ones (Keskar et al.
     2019). Frequency and presence look at the output alone and subtract, once for each use and once for any.
     """
-    counts = torch.zeros_like(logits)
-    rows, columns = _places(output_token_ids, logits)
-    counts.index_put_((rows, columns), torch.ones_like(rows, dtype=logits.dtype), accumulate=True)
+    counts = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    places = _places(output_token_ids, logits)
+    counts.view(-1).index_add_(0, places, counts.new_ones(len(places)))
     used = counts > 0
     used_anywhere = used.clone()
-    used_anywhere[_places(prompt_token_ids, logits)] = True
+    used_anywhere.view(-1).index_fill_(0, _places(prompt_token_ids, logits), True)
 
     repetition = _per_row(repetition_penalties, logits).clamp(_TINY, _HUGE)
     # Beyond the largest float a logit would be infinite: inf - inf is not a number, and -inf removes a token.
@@ -174,7 +209,7 @@ def apply_penalties(
     return logits - _per_row(frequency_penalties, logits) * counts - _per_row(presence_penalties, logits) * used
 
 
-def apply_temperature(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+def apply_temperature(logits: Tensor, temperatures: Sequence[float] | Tensor) -> Tensor:
     """Divides each row by its temperature, after moving its largest logit to 0. ``[num_rows, vocab_size]`` in and out.
 
     The move changes no probability, and keeps tiny temperatures from overflowing.
@@ -183,42 +218,48 @@ def apply_temperature(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
 
 
-def apply_min_p(logits: Tensor, min_p: Sequence[float]) -> Tensor:
+def apply_min_p(logits: Tensor, min_p: Sequence[float] | Tensor) -> Tensor:
     """Keeps tokens at least ``min_p`` times as likely as the likeliest. ``[num_rows, vocab_size]`` in and out."""
     # p >= min_p * p_max is logit >= logit_max + log(min_p): no softmax needed.
     threshold = logits.amax(dim=-1, keepdim=True) + _per_row(min_p, logits).log()
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
-def apply_top_k(logits: Tensor, top_k: Sequence[int]) -> Tensor:
+def _find_limits(top_k: Sequence[int], vocab_size: int) -> np.ndarray:
+    """How many tokens to keep, ``[num_rows, 1]``; 0: all of them, nothing is to be removed."""
+    return np.array([k if 0 < k < vocab_size else 0 for k in top_k], np.int64)[:, None]
+
+
+def apply_top_k(logits: Tensor, top_k: Sequence[int] | Tensor, largest: int | None = None) -> Tensor:
     """Keeps the ``top_k`` likeliest tokens and those as likely as the last of them; -1 keeps all.
 
-    ``[num_rows, vocab_size]`` in and out.
+    ``[num_rows, vocab_size]`` in and out. ``top_k`` can be a tensor, with 0 for all, if ``largest`` is its largest.
     """
-    vocab_size = logits.shape[-1]
-    limits = [k if 0 < k < vocab_size else 0 for k in top_k]  # 0: nothing to remove
-    if not any(limits):
+    if not isinstance(top_k, Tensor):
+        limits = _find_limits(top_k, logits.shape[-1])
+        return apply_top_k(logits, copy_to_device([limits], logits.device)[0], int(limits.max(initial=0)))
+    if not largest:
         return logits
-    k = torch.tensor(limits, dtype=torch.long, device=logits.device).unsqueeze(1)
-    likeliest = logits.topk(max(limits), dim=-1).values
-    threshold = likeliest.gather(1, (k - 1).clamp(min=0)).masked_fill(k == 0, -torch.inf)
+    likeliest = logits.topk(largest, dim=-1).values
+    threshold = likeliest.gather(1, (top_k - 1).clamp(min=0)).masked_fill(top_k == 0, -torch.inf)
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
-def apply_top_p(logits: Tensor, top_p: Sequence[float]) -> Tensor:
+def apply_top_p(logits: Tensor, top_p: Sequence[float] | Tensor, num_left: int | None = None) -> Tensor:
     """Keeps the likeliest tokens until their probabilities reach ``top_p``, the one that reaches it included.
 
     Tokens exactly as likely as that one stay too, so what is kept does not depend on how a sort breaks ties.
-    ``[num_rows, vocab_size]`` in and out.
+    ``[num_rows, vocab_size]`` in and out. ``num_left`` is the most tokens that top-k has left to a row with a
+    ``top_p``, not counting ties with the last; None: all. Where they are few, nobody waits for a first try's result.
     """
     p = _per_row(top_p, logits)
     everything = p >= 1
     goal = p.masked_fill(everything, 0)
     probs = logits.softmax(dim=-1)
-    width, vocab_size = min(TOP_P_FIRST_TRY, logits.shape[-1]), logits.shape[-1]
-    likeliest = probs.topk(width, dim=-1).values
+    num_left = num_left or logits.shape[-1]
+    likeliest = probs.topk(min(TOP_P_FIRST_TRY, num_left), dim=-1).values
     reached = likeliest.cumsum(dim=-1) >= goal
-    if width < vocab_size and not reached[:, -1].all():
+    if num_left > TOP_P_FIRST_TRY and not reached[:, -1].all():
         likeliest = probs.sort(dim=-1, descending=True).values
         reached = likeliest.cumsum(dim=-1) >= goal
     first_reached = (~reached).sum(dim=-1, keepdim=True).clamp(max=likeliest.shape[-1] - 1)
@@ -226,20 +267,22 @@ def apply_top_p(logits: Tensor, top_p: Sequence[float]) -> Tensor:
     return logits.masked_fill(~keep, -torch.inf)
 
 
-def draw(probs: Tensor, uniforms: Sequence[float]) -> Tensor:
+def draw(probs: Tensor, uniforms: Sequence[float] | Tensor) -> Tensor:
     """The token where each row's cumulative distribution first exceeds its uniform number.
 
     Args:
         probs: ``[num_rows, vocab_size]``; rows need not sum to exactly 1.
-        uniforms: one number in [0, 1) per row.
+        uniforms: one number in [0, 1) per row; as a tensor, float64 ``[num_rows]``.
 
     Returns:
-        token ids ``[num_rows]``; never one of probability 0.
+        token ids ``[num_rows]``; never one of probability 0. A row of NaN gives its last token.
     """
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    u = torch.tensor(uniforms, dtype=torch.float64, device=probs.device).unsqueeze(1)
-    return torch.searchsorted(cumulative, u * total, right=True).squeeze(1)
+    if not isinstance(uniforms, Tensor):
+        (uniforms,) = copy_to_device([np.array(uniforms, np.float64)], probs.device)
+    found = torch.searchsorted(cumulative, uniforms.unsqueeze(1) * total, right=True)
+    return found.squeeze(1).clamp_(max=probs.shape[-1] - 1)
 
 
 def gather_logprobs(
@@ -251,7 +294,7 @@ def gather_logprobs(
 ) -> list[dict[int, Logprob]]:
     """Per row, the log probabilities of its token and of the likeliest ones, in vLLM's format, its token first.
 
-    It waits for the GPU twice, for any number of rows and whatever they ask for.
+    It waits for the GPU once, for any number of rows and whatever they ask for.
 
     Args:
         logprobs: ``[num_rows, vocab_size]``, raw.
@@ -262,23 +305,53 @@ def gather_logprobs(
     """
     if not token_ids:
         return []
-    chosen = torch.tensor(token_ids, dtype=torch.long, device=logprobs.device).unsqueeze(1)
-    chosen_logprobs = logprobs.gather(1, chosen)
+    groups = _group_by_limit(num_logprobs, logprobs.shape[-1])
+    chosen, *rows = copy_to_device([np.array(token_ids, np.int64), *_rows_of_groups(groups)], logprobs.device)
+    values, indices = copy_to_host(_find_logprobs(logprobs, chosen, [*groups], rows))
+    return _read_logprobs(values, indices, token_ids, groups, tokenizer, contexts)
+
+
+def _rows_of_groups(groups: Mapping[int, Sequence[int]]) -> list[np.ndarray]:
+    """The rows of each group; none are needed where one group has all of them."""
+    return [np.array(rows, np.int64) for rows in groups.values()] if len(groups) > 1 else []
+
+
+def _find_logprobs(
+    logprobs: Tensor, chosen: Tensor, limits: Sequence[int], rows: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What `_read_logprobs` reads, still on the device.
+
+    Returns:
+        log probabilities: of the chosen token of each row, then of the likeliest ones of each group of rows;
+        integers: how many tokens are likelier than the chosen one of each row, then the ids of the likeliest ones.
+    """
+    chosen_logprobs = logprobs.gather(1, chosen.unsqueeze(1))
+    likelier = logprobs > chosen_logprobs
     # Row by row a CPU counts thirty times as fast as along a dimension.
-    values, indices = [chosen_logprobs], [row.count_nonzero() for row in logprobs > chosen_logprobs]
-    rows_by_limit = _group_by_limit(num_logprobs, logprobs.shape[-1])
-    for limit, rows in rows_by_limit.items():
-        likeliest = (logprobs if len(rows) == len(logprobs) else logprobs[rows]).topk(limit, dim=-1)
+    counts = [row.count_nonzero() for row in likelier] if likelier.device.type == "cpu" else [likelier.sum(dim=-1)]
+    values, indices = [chosen_logprobs], counts
+    for limit, group in itertools.zip_longest(limits, rows):
+        likeliest = (logprobs if group is None else logprobs.index_select(0, group)).topk(limit, dim=-1)
         values.append(likeliest.values)
         indices.append(likeliest.indices)
+    return torch.cat([x.flatten() for x in values]), torch.cat([x.flatten() for x in indices])
 
-    # These two copies bring over everything from the device; it is split in the order it was joined.
-    next_values, next_indices = (iter(torch.cat([x.flatten() for x in parts]).tolist()) for parts in (values, indices))
+
+def _read_logprobs(
+    values: Iterable[float],
+    indices: Iterable[int],
+    token_ids: Sequence[int],
+    groups: Mapping[int, Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    contexts: Sequence[Sequence[int]] | None,
+) -> list[dict[int, Logprob]]:
+    """What `gather_logprobs` returns, from the numbers of `_find_logprobs`, in the order in which they were joined."""
+    next_values, next_indices = iter(values), iter(indices)
     found = [
         {token_id: Logprob(value, num_likelier + 1)}
         for token_id, value, num_likelier in zip(token_ids, next_values, next_indices)
     ]
-    for limit, rows in rows_by_limit.items():
+    for limit, rows in groups.items():
         for row in rows:
             _add_likeliest(found[row], itertools.islice(next_values, limit), itertools.islice(next_indices, limit))
     if tokenizer is not None:
@@ -334,6 +407,101 @@ def compute_prompt_logprobs(
     return found
 
 
+_COLUMNS = "temperature", "min_p", "top_k", "top_p"
+
+
+@dataclass
+class Truncation:
+    """What rows ask `truncate` for: a number for each row, or a column of them beside the logits. None: no row asks."""
+
+    temperature: Sequence[float] | Tensor
+    min_p: Sequence[float] | Tensor | None
+    top_k: Sequence[int] | Tensor | None
+    """0 keeps all."""
+    top_p: Sequence[float] | Tensor | None
+    largest_k: int
+    num_left: int | None
+    """See `apply_top_p`."""
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int) -> Truncation:
+        """As lists."""
+        limits = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params]
+        limits_of_top_p = [limit for p, limit in zip(params, limits) if p.top_p < 1]
+        return cls(
+            temperature=[p.temperature or 1.0 for p in params],
+            min_p=[p.min_p for p in params] if any(p.min_p > 0 for p in params) else None,
+            top_k=limits if any(limits) else None,
+            top_p=[p.top_p for p in params] if limits_of_top_p else None,
+            largest_k=max(limits, default=0),
+            num_left=max(limits_of_top_p, default=0) if all(limits_of_top_p) else None,
+        )
+
+    def arrays(self, vocab_size: int) -> dict[str, np.ndarray]:
+        """The columns of what is asked for, by their names."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        return {
+            name: _find_limits(values, vocab_size) if name == "top_k" else _column(values)
+            for name, values in columns.items()
+            if values
+        }
+
+
+class _Batch:
+    """What rows ask for, worked out once for as long as they are the same.
+
+    Args:
+        metadata: the rows.
+        logits: theirs, of which only the width and the device matter.
+
+    Raises:
+        ValueError: if a row names a token outside the vocabulary.
+    """
+
+    def __init__(self, metadata: SamplingMetadata, logits: Tensor) -> None:
+        self.params, self.vocab_size, self.device = metadata.params, logits.shape[-1], logits.device
+        rows = list(enumerate(self.params))
+        self.random_rows = [row for row, p in rows if p.sampling_type is SamplingType.RANDOM]
+        self.watched_rows = [row for row, p in rows if p.bad_words or p.min_tokens]
+        self.penalized_rows = [row for row, p in rows if _penalties(p) != (1, 0, 0)]
+        self.reported_rows = [row for row, p in rows if p.logprobs is not None or p.best_of != p.n]
+        self.groups = _group_by_limit([self.params[row].logprobs or 0 for row in self.reported_rows], self.vocab_size)
+        self.truncation = Truncation.of([self.params[row] for row in self.random_rows], self.vocab_size)
+        self.arrays = self.truncation.arrays(self.vocab_size) | self._find_constraints(metadata.prompt_token_ids)
+        for name, some in (("random_rows", self.random_rows), ("reported_rows", self.reported_rows)):
+            if 0 < len(some) < len(rows):
+                self.arrays[name] = np.array(some, np.int64)
+        self.arrays |= {f"group {i}": found for i, found in enumerate(_rows_of_groups(self.groups))}
+        self.kept: dict[str, Tensor] | None = None
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keeps what its ``arrays`` have become on the device."""
+        self.kept = {name: tensors[name] for name in self.arrays}
+        for name in self.kept.keys() & _COLUMNS:
+            setattr(self.truncation, name, self.kept[name])
+        return self.kept
+
+    def _find_constraints(self, prompt_token_ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """What `_constrain` takes, but for that which changes from step to step."""
+        params, vocab_size = self.params, self.vocab_size
+        arrays: dict[str, np.ndarray] = {}
+        if any(p.allowed_token_ids is not None for p in params):
+            names = "restricted_rows", "allowed"
+            arrays |= zip(names, _find_allowed([p.allowed_token_ids for p in params], vocab_size))
+        if any(p.logit_bias for p in params):
+            arrays |= zip(("biased", "bias"), _find_biases([p.logit_bias for p in params], vocab_size))
+        if self.penalized_rows:
+            prompts = [ids if p.repetition_penalty != 1 else [] for p, ids in zip(params, prompt_token_ids)]
+            arrays["prompts"] = _find_places(prompts, vocab_size)
+            arrays |= zip(("repetition", "frequency", "presence"), map(_column, zip(*map(_penalties, params))))
+        return arrays
+
+
+def _penalties(params: SamplingParams) -> tuple[float, float, float]:
+    """Repetition, frequency and presence; (1, 0, 0) changes nothing."""
+    return params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+
+
 class Sampler:
     """Chooses the next token of every row."""
 
@@ -362,9 +530,12 @@ class Sampler:
             ValueError: if a row's params leave no token to choose, name one outside the vocabulary, or if the
                 logits are not numbers.
         """
-        scores = self.apply_constraints(logits, metadata)
-        token_ids = self._choose(scores, metadata)
-        return SamplerOutput(token_ids, self._logprobs(logits, token_ids, metadata))
+        _check_shape(logits, metadata)
+        output = self._choose(logits, metadata, self._bring(logits, metadata))
+        if output.errors:
+            row, reason = next(iter(output.errors.items()))
+            raise ValueError(f"row {row} {reason}")
+        return output
 
     def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """Chooses one token for each row where that is possible; for the others ``errors`` has the reason.
@@ -378,18 +549,17 @@ class Sampler:
         Raises:
             ValueError: if there is not one row of logits for each entry.
         """
-        errors: dict[int, str] = {}
         _check_shape(logits, metadata)
+        refused: dict[int, str] = {}
         try:
-            scores = self._constrain(logits, metadata)
+            tensors = self._bring(logits, metadata)
         except ValueError:
-            scores = self._constrain_one_by_one(logits, metadata, errors)
-        for row, reason in _find_unusable_rows(scores):
-            errors.setdefault(row, f"the request {reason}")
-        if errors:
-            scores = scores.index_fill(0, torch.tensor(list(errors), dtype=torch.long, device=scores.device), 0.0)
-        token_ids = self._choose(scores, metadata)
-        return SamplerOutput(token_ids, self._logprobs(logits, token_ids, metadata, errors), errors)
+            refused = self._find_refused(logits, metadata)
+            metadata = _without(metadata, refused)
+            tensors = self._bring(logits, metadata)
+        output = self._choose(logits, metadata, tensors)
+        output.errors = {row: f"the request {reason}" for row, reason in output.errors.items()} | refused
+        return output
 
     def compute_probs(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
         """The distribution each row's token is drawn from, ``[num_rows, vocab_size]``; one-hot for greedy rows."""
@@ -408,48 +578,59 @@ class Sampler:
             ValueError: as for a call of the sampler.
         """
         _check_shape(logits, metadata)
-        scores = self._constrain(logits, metadata)
-        for row, reason in _find_unusable_rows(scores):
+        scores = _constrain(logits, self._bring(logits, metadata, may_draw=False))
+        for row, reason in _find_unusable_rows(scores.amax(dim=-1).tolist()):
             raise ValueError(f"row {row} {reason}")
         return scores
 
-    def _constrain(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
-        """`apply_constraints` without a look at what is left."""
-        params, outputs = metadata.params, metadata.output_token_ids
-        logits = logits.float()
-        if any(p.allowed_token_ids is not None for p in params):
-            logits = apply_allowed_token_ids(logits, [p.allowed_token_ids for p in params])
-        banned = [self._banned(p, output, logits.shape[-1]) for p, output in zip(params, outputs)]
-        if any(banned):
-            logits = ban_tokens(logits, banned)
-        if any(p.logit_bias for p in params):
-            logits = apply_logit_bias(logits, [p.logit_bias for p in params])
-        penalized = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1, 0, 0) for p in params]
-        if any(penalized):
-            logits = apply_penalties(
-                logits,
-                [ids if p.repetition_penalty != 1 else [] for p, ids in zip(params, metadata.prompt_token_ids)],
-                [ids if asked else [] for asked, ids in zip(penalized, outputs)],
-                [p.repetition_penalty for p in params],
-                [p.frequency_penalty for p in params],
-                [p.presence_penalty for p in params],
-            )
-        return logits
+    def _bring(self, logits: Tensor, metadata: SamplingMetadata, may_draw: bool = True) -> dict[str, Tensor]:
+        """What this step's stages take, under their names, on the device of the logits, in one copy.
 
-    def _constrain_one_by_one(self, logits: Tensor, metadata: SamplingMetadata, errors: dict[int, str]) -> Tensor:
-        """`_constrain` when it fails for some row: tells ``errors`` which rows, and leaves those as they are."""
-        scores = []
-        for row, params in enumerate(metadata.params):
-            prompt, output = metadata.prompt_token_ids[row], metadata.output_token_ids[row]
-            alone = SamplingMetadata([params], [prompt], [output], [metadata.generators[row]])
-            scores.append(logits[row : row + 1].float())
+        What stays the same while the rows do is there already, unless they are new.
+
+        Raises:
+            ValueError: as for a call of the sampler; no random number has been drawn then.
+        """
+        batch = metadata._batch
+        if batch is None or (batch.vocab_size, batch.device) != (logits.shape[-1], logits.device):
+            batch = metadata._batch = _Batch(metadata, logits)
+        arrays = self._find_changing(metadata, batch)
+        if may_draw and batch.random_rows:
+            arrays["uniforms"] = np.array([metadata.generators[row].random() for row in batch.random_rows])
+        if batch.kept is None:
+            arrays |= batch.arrays
+        tensors = dict(zip(arrays, copy_to_device([*arrays.values()], logits.device)))
+        return (batch.keep(tensors) if batch.kept is None else batch.kept) | tensors
+
+    def _find_changing(self, metadata: SamplingMetadata, batch: _Batch) -> dict[str, np.ndarray]:
+        """What `_constrain` takes and what depends on the outputs so far."""
+        params, outputs = batch.params, metadata.output_token_ids
+        arrays: dict[str, np.ndarray] = {}
+        if batch.watched_rows:
+            banned: list[list[int]] = [[] for _ in params]
+            for row in batch.watched_rows:
+                banned[row] = self._banned(params[row], outputs[row], batch.vocab_size)
+            if any(banned):
+                arrays["banned"] = _find_places(banned, batch.vocab_size)
+        if batch.penalized_rows:
+            used: list[list[int]] = [[] for _ in params]
+            for row in batch.penalized_rows:
+                used[row] = outputs[row]
+            arrays["outputs"] = _find_places(used, batch.vocab_size)
+        return arrays
+
+    def _find_refused(self, logits: Tensor, metadata: SamplingMetadata) -> dict[int, str]:
+        """The rows whose params cannot be followed, and why."""
+        refused = {}
+        for row, (prompt, output) in enumerate(zip(metadata.prompt_token_ids, metadata.output_token_ids)):
+            alone = SamplingMetadata([metadata.params[row]], [prompt], [output], [metadata.generators[row]])
             try:
-                scores[row] = self._constrain(scores[row], alone)
+                self._find_changing(alone, _Batch(alone, logits))
             except _RowError as error:
-                errors[row] = f"the request {error.reason}"
+                refused[row] = f"the request {error.reason}"
             except ValueError as error:
-                errors[row] = str(error)
-        return torch.cat(scores)
+                refused[row] = str(error)
+        return refused
 
     def _banned(self, params: SamplingParams, output_token_ids: Sequence[int], vocab_size: int) -> list[int]:
         """The tokens that this row must not choose now."""
@@ -473,41 +654,72 @@ class Sampler:
             self._bad_words[word] = tokenize_bad_word(word, self.tokenizer)
         return self._bad_words[word]
 
-    def _choose(self, scores: Tensor, metadata: SamplingMetadata) -> list[int]:
-        """The likeliest token of greedy rows, a drawn one for the others."""
-        rows = [row for row, p in enumerate(metadata.params) if p.sampling_type is SamplingType.RANDOM]
-        if not rows:
-            return scores.argmax(dim=-1).tolist()
-        random_scores = scores if len(rows) == len(scores) else scores[rows]
-        probs = truncate(random_scores, [metadata.params[row] for row in rows]).softmax(dim=-1)
-        drawn = draw(probs, [metadata.generators[row].random() for row in rows])
-        if len(rows) == len(scores):
-            return drawn.tolist()
-        token_ids = scores.argmax(dim=-1)
-        token_ids[rows] = drawn
-        return token_ids.tolist()
+    def _choose(self, logits: Tensor, metadata: SamplingMetadata, tensors: Mapping[str, Tensor]) -> SamplerOutput:
+        """A token for each row, with the log probabilities that it asks for, from what `_bring` has brought.
 
-    def _logprobs(
-        self, logits: Tensor, token_ids: list[int], metadata: SamplingMetadata, errors: Container[int] = ()
-    ) -> list[dict[int, Logprob] | None]:
-        """The log probabilities that each row asks for, from the raw logits."""
-        params = metadata.params
-        rows = [
-            row for row, p in enumerate(params) if (p.logprobs is not None or p.best_of != p.n) and row not in errors
-        ]
-        found: list[dict[int, Logprob] | None] = [None] * len(params)
-        if rows:
+        It waits for the device once. Its ``errors`` are reasons that continue a sentence, as in `_RowError`.
+        """
+        batch = metadata._batch
+        assert batch is not None  # `_bring` has made it
+        tokens, largest = _pick(_constrain(logits, tensors), batch, tensors)
+        report = _report(logits, tokens, batch, tensors) if batch.reported_rows else ()
+        token_ids, largest_logits, *numbers = copy_to_host([tokens, largest, *report])
+        errors = dict(_find_unusable_rows(largest_logits))
+        logprobs: list[dict[int, Logprob] | None] = [None] * len(token_ids)
+        if numbers:
+            values, indices = numbers
+            rows = batch.reported_rows
             texts = [(metadata.prompt_token_ids[row], metadata.output_token_ids[row]) for row in rows]
-            logprobs_of_rows = gather_logprobs(
-                (logits if len(rows) == len(logits) else logits[rows]).float().log_softmax(dim=-1),
-                [token_ids[row] for row in rows],
-                [params[row].logprobs or 0 for row in rows],
-                self.tokenizer,
-                [[*prompt[-NUM_CONTEXT_TOKENS:], *output[-NUM_CONTEXT_TOKENS:]] for prompt, output in texts],
-            )
-            for row, logprobs in zip(rows, logprobs_of_rows):
-                found[row] = logprobs
-        return found
+            contexts = [[*prompt[-NUM_CONTEXT_TOKENS:], *output[-NUM_CONTEXT_TOKENS:]] for prompt, output in texts]
+            chosen = [token_ids[row] for row in rows]
+            asked_for = _read_logprobs(values, indices, chosen, batch.groups, self.tokenizer, contexts)
+            for row, logprobs_of_row in zip(rows, asked_for):
+                logprobs[row] = None if row in errors else logprobs_of_row
+        return SamplerOutput(token_ids, logprobs, errors)
+
+
+def _constrain(logits: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The stages for greedy and random rows alike; one that no row asks for is skipped."""
+    logits = logits.float()
+    if "allowed" in tensors:
+        logits = apply_allowed_token_ids(logits, (tensors["restricted_rows"], tensors["allowed"]))
+    if "banned" in tensors:
+        logits = ban_tokens(logits, tensors["banned"])
+    if "bias" in tensors:
+        logits = apply_logit_bias(logits, (tensors["biased"], tensors["bias"]))
+    if "outputs" in tensors:
+        names = "prompts", "outputs", "repetition", "frequency", "presence"
+        logits = apply_penalties(logits, *(tensors[name] for name in names))
+    return logits
+
+
+def _pick(scores: Tensor, batch: _Batch, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The likeliest token of greedy rows, a drawn one for the others, and the largest logit of each row."""
+    largest = scores.amax(dim=-1)
+    if not batch.random_rows:
+        return scores.argmax(dim=-1), largest
+    rows = tensors.get("random_rows")  # none where all are
+    random_scores = scores if rows is None else scores.index_select(0, rows)
+    probs = truncate(random_scores, batch.truncation).softmax(dim=-1)
+    drawn = draw(probs, tensors["uniforms"])
+    return (drawn if rows is None else scores.argmax(dim=-1).index_copy_(0, rows, drawn)), largest
+
+
+def _report(logits: Tensor, token_ids: Tensor, batch: _Batch, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What `_read_logprobs` reads of the rows that ask for log probabilities: the raw ones."""
+    rows = tensors.get("reported_rows")  # none where all do
+    if rows is not None:
+        logits, token_ids = logits.index_select(0, rows), token_ids.index_select(0, rows)
+    groups = [tensors[f"group {i}"] for i in range(len(batch.groups)) if len(batch.groups) > 1]
+    return _find_logprobs(logits.float().log_softmax(dim=-1), token_ids, [*batch.groups], groups)
+
+
+def _without(metadata: SamplingMetadata, rows: Iterable[int]) -> SamplingMetadata:
+    """The same, but that these rows ask for nothing."""
+    params = list(metadata.params)
+    for row in rows:
+        params[row] = SamplingParams(temperature=0)
+    return replace(metadata, params=params)
 
 
 def _check_shape(logits: Tensor, metadata: SamplingMetadata) -> None:
@@ -517,24 +729,26 @@ def _check_shape(logits: Tensor, metadata: SamplingMetadata) -> None:
         raise ValueError(f"logits must be [{num_rows}, vocab_size], one row per SamplingParams, got {[*logits.shape]}")
 
 
-def _find_unusable_rows(scores: Tensor) -> Iterator[tuple[int, str]]:
+def _find_unusable_rows(largest_logits: Iterable[float]) -> Iterator[tuple[int, str]]:
     """The rows that have no token left, or whose logits are not numbers, and why."""
-    for row, largest in enumerate(scores.amax(dim=-1).tolist()):
+    for row, largest in enumerate(largest_logits):
         if largest == -torch.inf:
             yield (row, "has no token left: allowed_token_ids, bad_words and min_tokens remove all")
         elif not math.isfinite(largest):
             yield (row, f"has a logit of {largest}: the forward pass went wrong, or logit_bias did")
 
 
-def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def truncate(logits: Tensor, params: Sequence[SamplingParams] | Truncation) -> Tensor:
     """The stages for random rows: temperature, min-p, top-k, top-p. ``[num_rows, vocab_size]`` in and out.
 
-    A greedy row's temperature counts as 1 here.
+    A stage that no row asks for is skipped. A greedy row's temperature counts as 1 here.
     """
-    logits = apply_temperature(logits, [p.temperature or 1.0 for p in params])
-    if any(p.min_p > 0 for p in params):
-        logits = apply_min_p(logits, [p.min_p for p in params])
-    logits = apply_top_k(logits, [p.top_k for p in params])
-    if any(p.top_p < 1 for p in params):
-        logits = apply_top_p(logits, [p.top_p for p in params])
+    asked = params if isinstance(params, Truncation) else Truncation.of(params, logits.shape[-1])
+    logits = apply_temperature(logits, asked.temperature)
+    if asked.min_p is not None:
+        logits = apply_min_p(logits, asked.min_p)
+    if asked.top_k is not None:
+        logits = apply_top_k(logits, asked.top_k, asked.largest_k)
+    if asked.top_p is not None:
+        logits = apply_top_p(logits, asked.top_p, asked.num_left)
     return logits

@@ -1,8 +1,9 @@
-"""One copy from the CPU to a device for all that a step needs. Chapter 10."""
+"""One copy to a device for all that a step needs, and one back for all that it has found. Chapter 10."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,21 @@ def copy_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[T
     buffer = torch.from_numpy(packed)
     if torch.cuda.is_available():
         buffer = buffer.pin_memory()
-    there = buffer.to(device, non_blocking=True)
+    there = buffer.to(device, non_blocking=True) if len(buffer) else torch.empty(0, dtype=torch.uint8, device=device)
     return [
         there[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
         for array, start in zip(arrays, starts.tolist())
     ]
+
+
+def copy_to_host(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """The numbers of tensors of one device as lists, brought from there in one copy.
+
+    This is where the CPU waits for a GPU, until all that it was given is done.
+    """
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return [tensor.tolist() for tensor in tensors]
+    packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    parts = packed.split([tensor.nbytes for tensor in tensors])
+    # A part is copied, so that its numbers begin where numbers of their width may begin.
+    return [part.clone().view(tensor.dtype).view(tensor.shape).tolist() for part, tensor in zip(parts, tensors)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from typing import Protocol, cast
 
 import numpy as np
@@ -79,6 +80,7 @@ class ModelRunner:
             self.block_size,
         )  # fmt: skip
         logger.info("attention backend %s", self.backend_choice)
+        self._sampled: tuple[list[Sequence], SamplingMetadata] = [], SamplingMetadata([])
 
     def __repr__(self) -> str:
         dtype = str(self.decoder.dtype).removeprefix("torch.")
@@ -179,18 +181,27 @@ class ModelRunner:
             return RunnerOutput([], [])
         seqs, rows = [seq for seq, _ in sampled], [row for _, row in sampled]
         if rows != list(range(len(hidden))):  # in a pure decode step every row is sampled
-            hidden = hidden[torch.tensor(rows, device=hidden.device)]
+            hidden = hidden.index_select(0, *copy_to_device([np.array(rows)], hidden.device))
+        output = self.sampler.sample(self.decoder.compute_logits(hidden), self._sampling_metadata(seqs))
+        return RunnerOutput(output.token_ids, output.logprobs, output.errors)
+
+    def _sampling_metadata(self, seqs: list[Sequence]) -> SamplingMetadata:
+        """What the sampler knows about these sequences: the same object for as long as they are the same."""
         for seq in seqs:
             if seq.generator is None:
                 seq.generator = make_generator(seq.sampling_params, seq.index)
-        metadata = SamplingMetadata(
-            [seq.sampling_params for seq in seqs],
-            [seq.data.prompt_token_ids for seq in seqs],
-            [seq.data.output_token_ids for seq in seqs],
-            [seq.generator for seq in seqs if seq.generator is not None],
-        )
-        output = self.sampler.sample(self.decoder.compute_logits(hidden), metadata)
-        return RunnerOutput(output.token_ids, output.logprobs, output.errors)
+        generators = [seq.generator for seq in seqs if seq.generator is not None]
+        kept, metadata = self._sampled
+        if len(kept) != len(seqs) or not all(map(operator.is_, kept, seqs)):
+            metadata = SamplingMetadata(
+                [seq.sampling_params for seq in seqs],
+                [seq.data.prompt_token_ids for seq in seqs],
+                [seq.data.output_token_ids for seq in seqs],
+                generators,
+            )
+            self._sampled = seqs, metadata
+        metadata.generators = generators
+        return metadata
 
     def _prompt_logprobs(
         self, hidden: Tensor, scheduler_output: SchedulerOutput

@@ -126,7 +126,7 @@ def stages_timed() -> Iterator[dict[str, float]]:
 
     with contextlib.ExitStack() as stack:
         for stage, owner, name in (
-            ("constraints", Sampler, "apply_constraints"),
+            ("constraints", sampler, "_constrain"),
             ("temperature", sampler, "apply_temperature"),
             ("top_k", sampler, "apply_top_k"),
             ("top_p", sampler, "apply_top_p"),

@@ -24,7 +24,7 @@ DOORS = {
     **{noun: ("validation", "utils", *NOUNS) for noun in NOUNS},
     "core": ("validation", "utils", *NOUNS),
     "attention": ("validation", "utils", *NOUNS),
-    "sample": ("validation", *NOUNS),
+    "sample": ("validation", "utils", *NOUNS),
     "model": ("validation", "utils", "attention", *NOUNS),
     "model_loader": ("validation", "utils", "model", *NOUNS),
     "worker": ("validation", "utils", "core", "model", "attention", "sample", *NOUNS),
