@@ -84,6 +84,8 @@ class AttentionBackend(ABC):
     """The dimension of the cache that counts blocks."""
     reads_whole_blocks: ClassVar[bool] = False
     """Whether what lies behind a sequence's last token is read too, so that it must be numbers."""
+    capturable: ClassVar[bool] = False
+    """Whether a recorded decode step serves later ones, since it reads their lengths from the device."""
 
     @classmethod
     def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:

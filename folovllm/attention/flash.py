@@ -26,6 +26,7 @@ class FlashAttention(AttentionBackend):
 
     block_dim = 2
     reads_whole_blocks = True
+    capturable = True
 
     @classmethod
     def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:

@@ -177,10 +177,10 @@ class SharedGenerator(ModelRunner):
 
     _generator: random.Random | None = None
 
-    def _sample(self, hidden: Tensor, sampled: list[tuple[Sequence, int]]) -> RunnerOutput:
+    def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]]) -> RunnerOutput:
         for seq, _ in sampled:
             seq.generator = self._generator
-        output = super()._sample(hidden, sampled)
+        output = super()._sample(logits, sampled)
         if sampled:
             self._generator = sampled[0][0].generator
         return output

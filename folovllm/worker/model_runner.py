@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folovllm.attention import AttentionMetadata, choose_backend
+from folovllm.attention import AttentionBackend, AttentionMetadata, choose_backend
 from folovllm.config import EngineConfig
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.logprobs import NUM_CONTEXT_TOKENS, Logprob
@@ -29,6 +29,8 @@ from folovllm.sampling_params import SamplingParams
 from folovllm.utils import cdiv
 from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
+from folovllm.worker.cache_blocks import clear_begun_blocks, move_blocks
+from folovllm.worker.step_graph import StepGraphs, check_recordable
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,28 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
+def _report_on(
+    decoder: Decoder, sampler: Sampler, seq: Sequence, first: int, hidden: Tensor
+) -> list[dict[int, Logprob] | None]:
+    """Log probabilities of the prompt tokens predicted by these hidden states, the first of position ``first``."""
+    prompt, count, found = seq.data.prompt_token_ids, cast(int, seq.sampling_params.prompt_logprobs), []
+    # A prompt's logits are many times as large as its hidden states, so they are computed in chunks.
+    for start in range(0, len(hidden), PROMPT_LOGPROBS_ROWS):
+        logits = decoder.compute_logits(hidden[start : start + PROMPT_LOGPROBS_ROWS])
+        place = first + start
+        token_ids = prompt[place : place + len(logits) + 1]
+        context = prompt[max(place - NUM_CONTEXT_TOKENS, 0) : place]
+        found += compute_prompt_logprobs(logits, token_ids, count, sampler.tokenizer, context)[1:]
+    return found
+
+
+def _select(x: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of ``x``, in this order; ``x`` itself if it is all of them, as in a decode step."""
+    if rows == list(range(len(x))):
+        return x
+    return x.index_select(0, *copy_to_device([np.array(rows, dtype=np.int64)], x.device))
+
+
 class ModelRunner:
     """Owns the tensors of the cache, runs the decoder on what was scheduled, and samples.
 
@@ -81,10 +105,16 @@ class ModelRunner:
         )  # fmt: skip
         logger.info("attention backend %s", self.backend_choice)
         self._sampled: tuple[list[Sequence], SamplingMetadata] = [], SamplingMetadata([])
+        self.is_eager = config.model_config.enforce_eager
+        if not self.is_eager:
+            check_recordable(decoder.device, self.backend_cls)
+        # A block that the scheduler does not know of, for the rows of padding of recorded steps.
+        self._num_reserved = 0 if self.is_eager else 1
 
     def __repr__(self) -> str:
         dtype = str(self.decoder.dtype).removeprefix("torch.")
-        return f"ModelRunner({self.decoder.device}, {dtype}, attention backend {self.backend_choice})"
+        recorded = "" if self.is_eager else ", recorded decode steps"
+        return f"ModelRunner({self.decoder.device}, {dtype}, attention backend {self.backend_choice}{recorded})"
 
     def count_blocks(self) -> tuple[int, int]:
         """KV blocks that there is memory for (or that the config asks for), and swap blocks in CPU memory.
@@ -101,7 +131,7 @@ class ModelRunner:
             longest = cast(int, self.config.model_config.max_model_len)
             useful = scheduler.max_num_seqs * cdiv(longest, cache.block_size)
             room = CPU_CACHE_BYTES if self.decoder.device.type == "cpu" else self._free_gpu_bytes()
-            num_blocks = min(useful, int(room // block_bytes))
+            num_blocks = min(useful, int(room // block_bytes) - self._num_reserved)
         require(
             num_blocks > 0,
             f"the cache has room for no block of {block_bytes / 2**20:.1f} MiB: lower block_size"
@@ -110,16 +140,36 @@ class ModelRunner:
         return num_blocks, int(swap_bytes // block_bytes)
 
     def _free_gpu_bytes(self) -> float:
-        """Bytes of GPU memory left for the cache, measured by running the largest batch once."""
+        """Bytes of GPU memory left for the cache once the largest batch has run and decode steps have been recorded."""
         device = self.decoder.device
-        free, total = torch.cuda.mem_get_info(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         self._run_largest_batch()
         activations = torch.cuda.max_memory_allocated(device) - before
+        graphs = self._record_steps(self._attention_over(1), reserved_block=0)  # for what they take, then thrown away
         torch.cuda.empty_cache()
-        used = total - free
-        return total * self.config.cache_config.gpu_memory_utilization - used - activations
+        free, total = torch.cuda.mem_get_info(device)
+        del graphs
+        torch.cuda.empty_cache()
+        return free - total * (1 - self.config.cache_config.gpu_memory_utilization) - activations
+
+    def _record_steps(self, attention: AttentionBackend, reserved_block: int) -> StepGraphs | None:
+        """Recorded decode steps over a cache, if ``enforce_eager`` is False; on CUDA all sizes, elsewhere none yet."""
+        if self.is_eager:
+            return None
+        graphs = StepGraphs(self.decoder, attention, self.config, reserved_block)
+        if self.decoder.device.type == "cuda":
+            graphs.record_all()
+        return graphs
+
+    def _attention_over(self, num_blocks: int) -> AttentionBackend:
+        """The attention backend over a new cache."""
+        config = self.decoder.config
+        shape = self.backend_cls.kv_cache_shape(
+            config.num_layers, config.num_kv_heads, num_blocks, self.block_size, config.head_dim
+        )
+        # Zeros, not uninitialized memory: masked values are multiplied by 0, and 0 times NaN is NaN.
+        return self.backend_cls(_zeros(shape, self.decoder.dtype, self.decoder.device))
 
     @torch.inference_mode()
     def _run_largest_batch(self) -> None:
@@ -127,7 +177,7 @@ class ModelRunner:
 
         All sequences share one block, since what is computed is of no interest.
         """
-        scheduler, shape = self.config.scheduler_config, self.decoder.config
+        scheduler = self.config.scheduler_config
         num_tokens = cast(int, scheduler.max_num_batched_tokens)
         longest = cast(int, self.config.model_config.max_model_len)
         num_seqs = min(scheduler.max_num_seqs, num_tokens)
@@ -139,10 +189,7 @@ class ModelRunner:
         metadata = AttentionMetadata.from_arrays(
             starts, np.full(num_seqs, longest), np.zeros(num_rows, dtype=np.int64), tables, self.decoder.device
         )
-        cache_shape = self.backend_cls.kv_cache_shape(
-            shape.num_layers, shape.num_kv_heads, 1, self.block_size, shape.head_dim
-        )
-        attention = self.backend_cls(torch.zeros(cache_shape, dtype=self.decoder.dtype, device=self.decoder.device))
+        attention = self._attention_over(1)
         attention.begin(metadata)
         input_ids = torch.zeros(num_rows, dtype=torch.long, device=self.decoder.device)
         logits = self.decoder.compute_logits(self.decoder(input_ids, input_ids, attention)[:num_seqs])
@@ -151,38 +198,41 @@ class ModelRunner:
 
     def initialize_kv_cache(self, num_blocks: int, num_swap_blocks: int) -> None:
         """Allocates the cache, in the shape that the attention backend reads, and swap space for as many blocks."""
-        config = self.decoder.config
-        shape = self.backend_cls.kv_cache_shape(
-            config.num_layers, config.num_kv_heads, num_blocks, self.block_size, config.head_dim
-        )
-        # Zeros, not uninitialized memory: masked values are multiplied by 0, and 0 times NaN is NaN.
-        self.kv_cache = _zeros(shape, self.decoder.dtype, self.decoder.device)
-        swap_shape = list(shape)
+        self.attention = self._attention_over(num_blocks + self._num_reserved)
+        self.kv_cache = self.attention.kv_cache
+        swap_shape = list(self.kv_cache.shape)
         swap_shape[self.backend_cls.block_dim] = num_swap_blocks
         pinned = self.decoder.device.type == "cuda" and torch.cuda.is_available()
         self.swap_cache = torch.empty(swap_shape, dtype=self.decoder.dtype, device="cpu", pin_memory=pinned)
-        self.attention = self.backend_cls(self.kv_cache)
+        self.step_graphs = self._record_steps(self.attention, reserved_block=num_blocks)
 
     @torch.inference_mode()
     def run(self, scheduler_output: SchedulerOutput) -> RunnerOutput:
         """Computes a step: one forward pass over all its tokens, then one token for each entry of ``sampled``."""
-        self._move_blocks(scheduler_output)
-        self._clear_begun_blocks(scheduler_output)
-        input_ids, positions, metadata = self.prepare(scheduler_output)
-        self.attention.begin(metadata)
-        hidden = self.decoder(input_ids, positions, self.attention)
-        output = self._sample(hidden, scheduler_output.sampled)
+        move_blocks(self.kv_cache, self.swap_cache, self.backend_cls.block_dim, scheduler_output)
+        if self.backend_cls.reads_whole_blocks:
+            clear_begun_blocks(self.kv_cache, self.backend_cls.block_dim, self.block_size, scheduler_output)
+        hidden, logits = self._forward(scheduler_output)
+        output = self._sample(logits, scheduler_output.sampled)
         output.prompt_logprobs = self._prompt_logprobs(hidden, scheduler_output)
         return output
 
-    def _sample(self, hidden: Tensor, sampled: list[tuple[Sequence, int]]) -> RunnerOutput:
+    def _forward(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor]:
+        """The hidden state of every token of a step, and the logits of the rows that are sampled."""
+        input_ids, positions, metadata = self.prepare(scheduler_output)
+        rows = [row for _, row in scheduler_output.sampled]
+        if self.step_graphs is not None and metadata.max_query_len == 1:
+            hidden, logits = self.step_graphs.run(input_ids, positions, metadata)
+            return hidden, _select(logits, rows)
+        self.attention.begin(metadata)
+        hidden = self.decoder(input_ids, positions, self.attention)
+        return hidden, self.decoder.compute_logits(_select(hidden, rows))
+
+    def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]]) -> RunnerOutput:
         """A token, with log probabilities if asked for, for each sequence whose last token was computed."""
         if not sampled:
             return RunnerOutput([], [])
-        seqs, rows = [seq for seq, _ in sampled], [row for _, row in sampled]
-        if rows != list(range(len(hidden))):  # in a pure decode step every row is sampled
-            hidden = hidden.index_select(0, *copy_to_device([np.array(rows)], hidden.device))
-        output = self.sampler.sample(self.decoder.compute_logits(hidden), self._sampling_metadata(seqs))
+        output = self.sampler.sample(logits, self._sampling_metadata([seq for seq, _ in sampled]))
         return RunnerOutput(output.token_ids, output.logprobs, output.errors)
 
     def _sampling_metadata(self, seqs: list[Sequence]) -> SamplingMetadata:
@@ -214,20 +264,9 @@ class ModelRunner:
             token_ids = seq.data.prompt_token_ids[first : first + num_new + 1]
             # Once there is an output, the whole prompt has been reported.
             if count is not None and len(token_ids) > 1 and seq.index == 0 and seq.get_output_len() == 0:
-                found[seq.seq_id] = first + 1, self._report_on(seq, first, hidden[start : start + len(token_ids) - 1])
+                predicting = hidden[start : start + len(token_ids) - 1]
+                found[seq.seq_id] = first + 1, _report_on(self.decoder, self.sampler, seq, first, predicting)
             start += num_new
-        return found
-
-    def _report_on(self, seq: Sequence, first: int, hidden: Tensor) -> list[dict[int, Logprob] | None]:
-        """Log probabilities of the prompt tokens predicted by these hidden states, the first of position ``first``."""
-        prompt, count, found = seq.data.prompt_token_ids, cast(int, seq.sampling_params.prompt_logprobs), []
-        # A prompt's logits are many times as large as its hidden states, so they are computed in chunks.
-        for start in range(0, len(hidden), PROMPT_LOGPROBS_ROWS):
-            logits = self.decoder.compute_logits(hidden[start : start + PROMPT_LOGPROBS_ROWS])
-            place = first + start
-            token_ids = prompt[place : place + len(logits) + 1]
-            context = prompt[max(place - NUM_CONTEXT_TOKENS, 0) : place]
-            found += compute_prompt_logprobs(logits, token_ids, count, self.sampler.tokenizer, context)[1:]
         return found
 
     def prepare(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor, AttentionMetadata]:
@@ -249,33 +288,3 @@ class ModelRunner:
         arrays = [np.array(input_ids), positions, starts.astype(np.int32), lens.astype(np.int32), slots, tables]
         ids, *found = copy_to_device(arrays, self.decoder.device)
         return ids, found[0], AttentionMetadata(found[1], found[2], found[3], found[4], starts, lens)
-
-    def _clear_begun_blocks(self, scheduler_output: SchedulerOutput) -> None:
-        """Empties the blocks that this step begins and does not fill.
-
-        A backend that reads whole blocks multiplies by 0 what is behind the last token: what somebody's failed forward
-        pass has left there may not be a number, and 0 times that is none either.
-        """
-        if not self.backend_cls.reads_whole_blocks:
-            return
-        begun = []
-        for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
-            index, num_in_block = divmod(seq.num_computed_tokens + num_new, self.block_size)
-            if 0 < num_in_block <= num_new:
-                begun.append(seq.block_ids[index])
-        if begun:
-            (blocks,) = copy_to_device([np.array(begun)], self.kv_cache.device)
-            self.kv_cache.index_fill_(self.backend_cls.block_dim, blocks, 0)
-
-    def _move_blocks(self, scheduler_output: SchedulerOutput) -> None:
-        """Copies blocks: swap-outs, swap-ins, then copy-on-write; each frees what the next one fills."""
-        for source, target, pairs in (
-            (self.kv_cache, self.swap_cache, scheduler_output.swap_out),
-            (self.swap_cache, self.kv_cache, scheduler_output.swap_in),
-            (self.kv_cache, self.kv_cache, scheduler_output.copies),
-        ):
-            if pairs:
-                dim, ids = self.backend_cls.block_dim, np.array(pairs)
-                (sources,) = copy_to_device([ids[:, 0]], source.device)
-                (targets,) = copy_to_device([ids[:, 1]], target.device)
-                target.index_copy_(dim, targets, source.index_select(dim, sources).to(target.device))

@@ -397,10 +397,10 @@ class SuperOfTheFaulty(faults.SharedGenerator):
 
 
 class NewEachStep(faults.SharedGenerator):
-    def _sample(self, hidden: Any, sampled: Any) -> Any:
+    def _sample(self, logits: Any, sampled: Any) -> Any:
         for seq, _ in sampled:
             seq.generator = None
-        return ModelRunner._sample(self, hidden, sampled)
+        return ModelRunner._sample(self, logits, sampled)
 
 
 WRONG: dict[str, dict[str, Any]] = {

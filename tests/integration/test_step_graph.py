@@ -1,0 +1,374 @@
+"""Recorded decode steps, replayed without a GPU: the same tokens, padding that leaves no trace, buffers that stay."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from folovllm import LLMEngine, ModelConfig, SamplingParams
+from folovllm.attention import BACKENDS, AttentionMetadata
+from folovllm.attention.flash import FlashAttention
+from folovllm.attention.gather import GatherAttention
+from folovllm.attention.sdpa import SdpaAttention
+from folovllm.book import judges
+from folovllm.llm import make_engine_config
+from folovllm.tales import EMBEDDED_MODEL
+from folovllm.utils import cdiv
+from folovllm.worker import step_graph
+from folovllm.worker.step_graph import StepGraphs, bucket_sizes, check_recordable, replay_eagerly
+
+MAX_MODEL_LEN, MAX_TOKENS, NUM_PROMPTS = 64, 12, 8
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+SEEDED = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True, "seed": 5}
+
+
+class Recording(TorchDispatchMode):
+    """A stand-in for a CUDA graph: what is called within it can be called again, on the same memory.
+
+    As there, nothing that Python has decided on the way is decided again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def record_operations(decoder, attention, inputs):
+    step = replay_eagerly(decoder, attention, inputs)
+    with Recording() as recording:
+        outputs = step()
+
+    def replay():
+        recording.replay()
+        return outputs
+
+    return replay
+
+
+class DeviceAttention(SdpaAttention):
+    """Reads all that differs between decode steps from the device, so that it can be recorded."""
+
+    capturable = True
+
+    def __call__(self, layer, q, kv):
+        step = self.metadata
+        if step.max_query_len > 1:
+            return super().__call__(layer, q, kv)
+        self.write(layer, kv, step.slot_mapping)
+        keys, values = self.kv_cache[layer][:, :, step.block_table].flatten(3, 4).transpose(1, 2)
+        seen = torch.arange(keys.shape[2]) < step.seq_lens.unsqueeze(1)
+        found = scaled_dot_product_attention(
+            q.unsqueeze(2), keys, values, attn_mask=seen[:, None, None], enable_gqa=True
+        )
+        return found.flatten(1)
+
+
+def make_engine(recorder=replay_eagerly, **kwargs) -> LLMEngine:
+    """An engine that records decode steps on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(step_graph.RECORDERS, "cpu", lambda: recorder)
+        config = make_engine_config(
+            str(EMBEDDED_MODEL), **{"max_model_len": MAX_MODEL_LEN, "enforce_eager": False, **kwargs}
+        )
+        return LLMEngine(config, "cpu")
+
+
+def prompts() -> list[list[int]]:
+    """Some begin alike, at lengths around blocks."""
+    rng = random.Random(0)
+    common = [rng.randrange(2, 1000) for _ in range(MAX_MODEL_LEN)]
+    lens = (1, 2, 16, 17, 31, 33, 40, 48)[:NUM_PROMPTS]
+    return [(common if i % 2 else [rng.randrange(2, 1000) for _ in range(n)])[:n] for i, n in enumerate(lens)]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """What an eager engine gives to each prompt alone, greedy and seeded, three answers each."""
+    engine = LLMEngine(make_engine_config(str(EMBEDDED_MODEL), max_model_len=MAX_MODEL_LEN), "cpu")
+    found = {}
+    for kind, params in (("greedy", GREEDY), ("seeded", SEEDED)):
+        for i, prompt in enumerate(prompts()):
+            asked = [judges.Arrival("only", prompt, SamplingParams(**params, max_tokens=MAX_TOKENS, n=3))]
+            answers = judges.drive(engine, asked)["only"].outputs
+            found[kind, i] = [answer.token_ids for answer in answers]
+    return found
+
+
+@st.composite
+def arrivals(draw):
+    """Up to eight requests; a name is the kind of sampling, the prompt's number, and the request's."""
+    made = []
+    for i in range(draw(st.integers(1, 8))):
+        kind, prompt = draw(st.sampled_from(["greedy", "seeded"])), draw(st.integers(0, NUM_PROMPTS - 1))
+        params = SamplingParams(
+            **(GREEDY if kind == "greedy" else SEEDED),
+            max_tokens=draw(st.integers(1, MAX_TOKENS)),
+            n=draw(st.integers(1, 3)),
+        )
+        abort_after = draw(st.one_of(st.none(), st.none(), st.integers(0, 10)))
+        name = f"{kind} {prompt} {i}"
+        made.append(judges.Arrival(name, prompts()[prompt], params, draw(st.integers(0, 10)), 0, None, abort_after))
+    return sorted(made, key=lambda a: a.step)
+
+
+@st.composite
+def engine_settings(draw):
+    block_size = draw(st.sampled_from([1, 3, 16, 256]))
+    fits_one, chunked = cdiv(MAX_MODEL_LEN, block_size), draw(st.booleans())
+    return {
+        "block_size": block_size,
+        "num_blocks": fits_one + draw(st.integers(0, 2 * fits_one)),
+        "enable_chunked_prefill": chunked,
+        "max_num_batched_tokens": draw(st.integers(1, 80) if chunked else st.integers(MAX_MODEL_LEN, 200)),
+        "enable_prefix_caching": draw(st.booleans()),
+        "max_num_seqs": draw(st.integers(1, 9)),
+        "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
+        "swap_space": draw(st.sampled_from([0.0, 1e-4, 0.01])),
+    }
+
+
+def check(engine, arrivals, tokens) -> None:
+    def expected(a, index):
+        kind, prompt, _ = a.name.split()
+        return tokens[kind, int(prompt)][index]
+
+    judges.Watch(engine)
+    judges.check_outputs(arrivals, judges.drive(engine, arrivals, max_steps=20_000), expected)
+
+
+class TestTokens:
+    @settings(max_examples=40)
+    @given(kwargs=engine_settings(), arrivals=arrivals())
+    def test_the_same_whatever_the_settings(self, tokens, kwargs, arrivals):
+        check(make_engine(**kwargs), arrivals, tokens)
+
+    @settings(max_examples=10)
+    @given(kwargs=engine_settings(), arrivals=arrivals())
+    def test_the_same_where_nothing_is_decided_again(self, tokens, kwargs, arrivals):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(BACKENDS, "sdpa", f"{__name__}.DeviceAttention")
+            engine = make_engine(record_operations, attention_backend="sdpa", **kwargs)
+        check(engine, arrivals, tokens)
+
+    def test_the_stand_in_for_a_graph_notices_what_is_planned_on_the_cpu(self, tokens):
+        params = SamplingParams(**GREEDY, max_tokens=MAX_TOKENS)
+        asked = [judges.Arrival("greedy 3 0", prompts()[3], params)]
+        with pytest.raises(judges.NotYet, match="other tokens"):
+            check(make_engine(record_operations, attention_backend="sdpa"), asked, tokens)
+
+    def test_prompt_logprobs_of_single_tokens(self):
+        """With one token a step, the steps of a prompt look like decode steps."""
+        params = SamplingParams(**GREEDY, max_tokens=3, prompt_logprobs=0, logprobs=1)
+        found = []
+        for eager in (True, False):
+            engine = make_engine(enforce_eager=eager, enable_chunked_prefill=True, max_num_batched_tokens=1)
+            engine.add_request("only", prompts()[2], params)
+            while engine.has_unfinished_requests():
+                (output,) = engine.step() or [None]
+            logprobs = output.prompt_logprobs[1:] + output.outputs[0].logprobs
+            found.append([entry.logprob for each in logprobs for entry in each.values()])
+        assert found[0] == pytest.approx(found[1], abs=1e-4)
+        assert len(engine.runner.step_graphs.replays) == 1
+
+
+class Batches:
+    """Random decode steps over a cache of its own, beside what a decoder gives for each without buckets."""
+
+    def __init__(self, recorder=replay_eagerly, max_num_seqs: int = 7, block_size: int = 4) -> None:
+        engine = make_engine(block_size=block_size, num_blocks=16, max_num_seqs=max_num_seqs)
+        self.decoder, self.num_blocks, self.block_size = engine.decoder, 16, block_size
+        self.cache = engine.runner.kv_cache
+        self.cache.copy_(torch.randn(self.cache.shape, generator=torch.Generator().manual_seed(0)))
+        self.plain = GatherAttention(self.cache.clone())
+        self.graphs = StepGraphs(self.decoder, GatherAttention(self.cache), engine.config, self.num_blocks, recorder)
+
+    def make(self, lens: list[int], seed: int = 0):
+        """A step of sequences of these lengths, each with blocks of its own."""
+        rng = np.random.default_rng(seed)
+        widths, order = [cdiv(n, self.block_size) for n in lens], rng.permutation(self.num_blocks)
+        ends = np.cumsum(widths)
+        tables = [[*order[e - w : e], *[order[e - 1]] * (max(widths) - w)] for w, e in zip(widths, ends)]
+        last = np.array(lens) - 1
+        slots = [table[n // self.block_size] * self.block_size + n % self.block_size for table, n in zip(tables, last)]
+        metadata = AttentionMetadata.from_arrays(
+            np.arange(len(lens) + 1), np.array(lens), np.array(slots), np.array(tables)
+        )
+        return torch.from_numpy(rng.integers(0, 1000, len(lens))), torch.from_numpy(last), metadata
+
+    def check(self, lens: list[int], seed: int = 0) -> None:
+        """The outputs are right, and nothing changes in the cache but the new slots and the reserved block."""
+        ids, positions, metadata = self.make(lens, seed)
+        self.plain.begin(metadata)
+        expected = self.decoder(ids, positions, self.plain)
+        before = self.cache.clone()
+        hidden, logits = self.graphs.run(ids, positions, metadata)
+        torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, self.decoder.compute_logits(expected), atol=1e-3, rtol=1e-4)
+        changed = (self.cache != before).flatten(3, 4).any(dim=-1).flatten(0, 2).any(dim=0).nonzero().flatten().tolist()
+        reserved_slot = self.num_blocks * self.block_size
+        assert {*changed} <= {*metadata.slot_mapping.tolist(), reserved_slot}
+        torch.testing.assert_close(self.cache[:, :, :, :-1], self.plain.kv_cache[:, :, :, :-1], atol=1e-4, rtol=1e-4)
+
+
+class TestPadding:
+    @settings(max_examples=30)
+    @given(batches=st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=7), min_size=1, max_size=5))
+    def test_it_leaves_no_trace(self, batches):
+        work = Batches()
+        for seed, lens in enumerate(batches):
+            work.check(lens, seed)
+
+    def test_it_writes_to_the_reserved_block_and_nowhere_else(self):
+        work = Batches()
+        reserved = work.cache[:, :, :, -1]
+        before = reserved.clone()
+        work.check([5, 6, 7])
+        assert (reserved != before).flatten(0, 2).any(dim=2).any(dim=0).tolist() == [True, False, False, False]
+        before = reserved.clone()
+        work.check([5, 6, 7, 8], seed=1)  # a full bucket has no padding
+        assert torch.equal(reserved, before)
+
+    def test_the_scheduler_does_not_know_of_the_reserved_block(self):
+        engine = make_engine(num_blocks=5)
+        assert engine.cache.pool.num_blocks == 5 and engine.runner.kv_cache.shape[3] == 6
+        assert make_engine(num_blocks=5, enforce_eager=True).runner.kv_cache.shape[3] == 5
+
+    def test_a_recording_sees_nothing_but_padding_and_plans_for_the_longest(self):
+        seen = []
+
+        def recorder(decoder, attention, inputs):
+            step = inputs.metadata
+            seen.append((inputs.input_ids.tolist(), step.seq_lens.tolist(), step.slot_mapping.unique().tolist()))
+            assert step.block_table.unique().tolist() == [work.num_blocks]
+            assert step.seq_lens_cpu.tolist() == [MAX_MODEL_LEN] * len(inputs.input_ids)
+            return replay_eagerly(decoder, attention, inputs)
+
+        work = Batches(recorder)
+        for lens in ([3, 4, 5, 6, 7], [8, 8], [1]):
+            work.check(lens)
+        reserved_slot = work.num_blocks * work.block_size
+        assert seen == [([0] * size, [1] * size, [reserved_slot]) for size in (7, 2, 1)]
+
+
+class TestBuckets:
+    @pytest.mark.parametrize(
+        "most, sizes",
+        [
+            (1, [1]),
+            (2, [1, 2]),
+            (3, [1, 2, 3]),
+            (8, [1, 2, 4, 8]),
+            (9, [1, 2, 4, 8, 9]),
+            (40, [1, 2, 4, 8, 16, 32, 40]),
+        ],
+    )
+    def test_sizes_double_up_to_the_most(self, most, sizes):
+        assert bucket_sizes(most) == sizes
+
+    def test_a_batch_takes_the_next_size(self):
+        graphs = make_engine(max_num_seqs=11).runner.step_graphs
+        assert [graphs.bucket(n) for n in range(1, 12)] == [1, 2, 4, 4, 8, 8, 8, 8, 11, 11, 11]
+
+    def test_a_step_has_no_more_rows_than_its_budget_has_tokens(self):
+        engine = make_engine(max_num_seqs=11, enable_chunked_prefill=True, max_num_batched_tokens=6)
+        assert engine.runner.step_graphs.sizes == [1, 2, 4, 6]
+
+    def test_all_are_recorded_largest_first(self):
+        sizes = []
+
+        def recorder(decoder, attention, inputs):
+            assert torch.is_inference_mode_enabled()
+            sizes.append(len(inputs.input_ids))
+            return replay_eagerly(decoder, attention, inputs)
+
+        work = Batches(recorder)
+        work.graphs.record_all()
+        assert sizes == [7, 4, 2, 1] == list(work.graphs.replays)
+        work.check([1, 2, 3])
+        assert len(sizes) == 4
+
+    def test_buffers_stay_where_they_are(self):
+        read = {}
+
+        def recorder(decoder, attention, inputs):
+            def note(ids, positions, attend):
+                step = attention.metadata
+                tensors = (ids, positions, step.seq_lens, step.slot_mapping, step.block_table, step.query_start_loc)
+                read.setdefault(len(ids), set()).add(tuple((t.data_ptr(), t.shape) for t in tensors))
+                return decoder(ids, positions, attend)
+
+            def replay():
+                attention.begin(inputs.metadata)
+                hidden = note(inputs.input_ids, inputs.positions, attention)
+                return hidden, decoder.compute_logits(hidden)
+
+            return replay
+
+        work = Batches(recorder)
+        for seed, lens in enumerate([[3, 4], [1], [5] * 7, [8, 1], [2, 2, 2], [9], [1, 2, 3, 4]]):
+            work.check(lens, seed)
+        assert {size: len(places) for size, places in read.items()} == {1: 1, 2: 1, 4: 1, 7: 1}
+        starts = {size: [address for address, _ in next(iter(places))] for size, places in read.items()}
+        assert all(addresses == starts[1] for addresses in starts.values())
+
+
+class TestWhichSteps:
+    def test_decode_steps_are_replayed_and_mixed_ones_are_not(self):
+        replayed, num_new = [], []
+
+        def recorder(decoder, attention, inputs):
+            replay = replay_eagerly(decoder, attention, inputs)
+
+            def count():
+                replayed.append(engine.runner.attention is attention and len(inputs.input_ids))
+                return replay()
+
+            return count
+
+        engine = make_engine(recorder, max_num_seqs=4)
+        engine.step_hooks.append(lambda output, *_: num_new.append(output.num_new_tokens))
+        params = SamplingParams(**GREEDY, max_tokens=5)
+        arrivals = [judges.Arrival(str(i), prompts()[2 + i], params, i * 2) for i in range(3)]
+        judges.drive(engine, arrivals)
+        assert [n for n in num_new if max(n) > 1] and replayed
+        assert replayed == [{1: 1, 2: 2, 3: 4}[len(n)] for n in num_new if max(n) == 1]
+
+
+class TestRefusals:
+    def test_eager_unless_asked(self):
+        assert ModelConfig("m").enforce_eager is True
+        with pytest.raises(ValueError, match="enforce_eager must be"):
+            ModelConfig("m", enforce_eager=0)
+
+    def test_a_device_without_recording(self):
+        config = make_engine_config(str(EMBEDDED_MODEL), enforce_eager=False)
+        with pytest.raises(ValueError, match=r"on cuda, and the model is on cpu: set enforce_eager=True"):
+            LLMEngine(config, "cpu")
+
+    def test_attention_that_plans_on_the_cpu(self):
+        with pytest.raises(ValueError, match=r"which GatherAttention does not: set attention_backend"):
+            check_recordable(torch.device("cuda"), GatherAttention)
+        check_recordable(torch.device("cuda"), FlashAttention)
+
+    def test_the_engine_says_that_it_records(self):
+        assert "recorded decode steps" in repr(make_engine())
+        assert "recorded" not in repr(make_engine(enforce_eager=True))
