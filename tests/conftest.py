@@ -22,8 +22,8 @@ settings.load_profile("folovllm")
 
 LOGGERS = ("", "folovllm", "huggingface_hub", "torch", "transformers")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGALRM)
-UNSTABLE = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR")
-"""Environment variables that pytest changes itself, and one that torch sets when its compiler is first imported."""
+UNSTABLE = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""Environment variables that pytest changes itself, and those that torch sets when its compiler is first used."""
 
 
 def process_state() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import random
 import statistics
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +243,21 @@ def bytes_to_read(folder: Path, lens: list[tuple[int, int]], num_steps: int) -> 
     return num_steps * checkpoint.num_bytes + tokens * per_token
 
 
-def part_e(folder: Path) -> None:
-    """nano-vllm's workload."""
-    print("\ne. nano-vllm's workload: 256 prompts of 100 to 1,024 tokens, outputs of 100 to 1,024, temperature 0.6\n")
-    if not torch.cuda.is_available():
-        print("No GPU at hand: not measured.")
-        return
-    llm = LLM(str(folder), device="cuda", dtype="bfloat16", max_model_len=4096)
+@dataclass(frozen=True)
+class NanoVllmRun:
+    """How long nano-vllm's workload took, and how long its reads alone would have."""
+
+    num_tokens: int
+    seconds: float
+    least_seconds: float
+
+
+def run_nano_vllm(folder: Path, **settings: Any) -> NanoVllmRun:
+    """nano-vllm's ``bench.py`` with its settings, on a GPU, once after a warm-up."""
+    llm = LLM(
+        str(folder), device="cuda", dtype="bfloat16", max_model_len=4096, max_num_batched_tokens=16_384,
+        max_num_seqs=512, block_size=256, **settings,
+    )  # fmt: skip
     rng = random.Random(0)
     prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
     params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=rng.randint(100, 1024)) for _ in range(256)]
@@ -257,11 +267,26 @@ def part_e(folder: Path) -> None:
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
-    useful = sum(len(output.outputs[0].token_ids) for output in outputs)
-    print(f"{useful:,} tokens in {seconds:.1f} s: {useful / seconds:,.0f} tokens/s on {torch.cuda.get_device_name()}")
     lens = [(len(prompt), len(output.outputs[0].token_ids)) for prompt, output in zip(prompts, outputs)]
-    least = bytes_to_read(folder, lens, next(num_steps)) / copy_bandwidth(llm.engine.decoder.device)
-    print(f"Memory bandwidth alone would need {least:.1f} s, {least / seconds:.0%} of that")
+    device = llm.engine.decoder.device
+    del llm  # the copy needs memory, too
+    gc.collect()
+    torch.cuda.empty_cache()
+    least = bytes_to_read(folder, lens, next(num_steps)) / copy_bandwidth(device)
+    return NanoVllmRun(sum(num_output for _, num_output in lens), seconds, least)
+
+
+def part_e(folder: Path) -> None:
+    """nano-vllm's workload."""
+    print("\ne. nano-vllm's workload: 256 prompts of 100 to 1,024 tokens, outputs of 100 to 1,024, temperature 0.6\n")
+    if not torch.cuda.is_available():
+        print("No GPU at hand: not measured.")
+        return
+    run = run_nano_vllm(folder)
+    speed = run.num_tokens / run.seconds
+    print(f"{run.num_tokens:,} tokens in {run.seconds:.1f} s: {speed:,.0f} tokens/s on {torch.cuda.get_device_name()}")
+    share = run.least_seconds / run.seconds
+    print(f"Memory bandwidth alone would need {run.least_seconds:.1f} s, {share:.0%} of that")
 
 
 def schedule_time(num_running: int, num_waiting: int, num_tokens: int) -> float:

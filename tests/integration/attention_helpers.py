@@ -35,14 +35,14 @@ class Step:
         shape = backend_cls.kv_cache_shape(1, self.num_kv_heads, self.num_blocks, self.block_size, self.q.shape[2])
         # A backend that reads whole blocks is promised numbers in them, the others nothing.
         rubbish = 1e4 if backend_cls.reads_whole_blocks else torch.nan
-        backend = backend_cls(torch.full(shape, rubbish, dtype=self.q.dtype))
+        backend = backend_cls(torch.full(shape, rubbish, dtype=self.q.dtype, device=self.q.device))
         for past, slots in zip(self.past, self._past_slots()):
             backend.write(0, past, slots)
         backend.begin(self.metadata)
         return backend(0, self.q, self.kv)
 
     def _past_slots(self) -> list[Tensor]:
-        places = [torch.arange(len(past)) for past in self.past]
+        places = [torch.arange(len(past), device=past.device) for past in self.past]
         return [
             table[place // self.block_size].long() * self.block_size + place % self.block_size
             for table, place in zip(self.metadata.block_table, places)
@@ -58,7 +58,7 @@ class Step:
             group = q.shape[1] // self.num_kv_heads
             keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
             scores = torch.einsum("qhd,khd->hqk", q, keys) / q.shape[2] ** 0.5
-            seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(len(past))
+            seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril(len(past))
             probs = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
             outputs.append(torch.einsum("hqk,khd->qhd", probs, values).flatten(1))
         return torch.cat(outputs)
@@ -73,6 +73,7 @@ def make_step(
     head_dim: int = 32,
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Step:
     """A step with random numbers.
 
@@ -84,11 +85,12 @@ def make_step(
         head_dim: numbers of a head.
         block_size: tokens of a block.
         dtype: of everything.
+        device: where it is; the numbers are the same on each.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     past_lens, new_lens = np.array(lens).T
     widths = [cdiv(total, block_size) for total in (past_lens + new_lens).tolist()]
@@ -102,7 +104,9 @@ def make_step(
     starts = np.concatenate([[0], new_lens.cumsum()])
     places = [np.arange(past, past + new) for past, new in lens]
     slots = [table[place // block_size] * block_size + place % block_size for table, place in zip(tables, places)]
-    metadata = AttentionMetadata.from_arrays(starts, past_lens + new_lens, np.concatenate(slots), np.array(tables))
+    metadata = AttentionMetadata.from_arrays(
+        starts, past_lens + new_lens, np.concatenate(slots), np.array(tables), device
+    )
     num_new = int(starts[-1])
     return Step(
         metadata,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import DEVICE
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -54,7 +55,7 @@ def save(config, folder, max_shard_size="100KB"):
 
 
 def load(folder):
-    return load_decoder(ModelLoader(ModelConfig(str(folder), dtype="float32")).open("cpu"))
+    return load_decoder(ModelLoader(ModelConfig(str(folder), dtype="float32")).open(DEVICE))
 
 
 def attend(layer, q, kv):
@@ -70,7 +71,7 @@ def test_the_logits_are_transformers(name, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1  # sharded
     decoder = load(tmp_path)
     token_ids = torch.randint(0, 300, (200,))
-    ours = decoder.compute_logits(decoder(token_ids, torch.arange(200), attend))
+    ours = decoder.compute_logits(decoder(token_ids.to(DEVICE), torch.arange(200, device=DEVICE), attend)).cpu()
     assert (ours - model(token_ids[None]).logits[0]).abs().max() < 1e-4
     assert ours.abs().max() > 1
 
@@ -123,7 +124,8 @@ def test_the_engine_generates_what_transformers_does(name, tmp_path):
     model = save(config, tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((EMBEDDED_MODEL / file).read_bytes())
-    engine = LLMEngine(make_engine_config(str(tmp_path), max_model_len=128, block_size=4), "cpu")
+    config = make_engine_config(str(tmp_path), dtype="float32", max_model_len=128, block_size=4)
+    engine = LLMEngine(config, DEVICE)
     prompts = {str(n): list(range(5, 5 + n)) for n in (1, 4, 30)}
     for request_id, prompt in prompts.items():
         engine.add_request(request_id, prompt, SamplingParams(temperature=0, ignore_eos=True, max_tokens=24))
@@ -144,8 +146,8 @@ def test_torchs_default_dtype_changes_no_number(name, dtype, tmp_path):
     save(CONFIGS[name], tmp_path)
 
     def run():
-        decoder = load(tmp_path)
-        return decoder.compute_logits(decoder(torch.arange(20), torch.arange(20), attend)), decoder.cos, decoder.sin
+        decoder, tokens = load(tmp_path), torch.arange(20, device=DEVICE)
+        return decoder.compute_logits(decoder(tokens, tokens, attend)), decoder.cos, decoder.sin
 
     expected = run()
     torch.set_default_dtype(dtype)
@@ -158,6 +160,6 @@ def test_torchs_default_dtype_changes_no_number(name, dtype, tmp_path):
 
 def test_the_tables_have_a_row_for_each_position_that_is_served(tmp_path):
     save(CONFIGS["llama"], tmp_path)
-    decoder = load_decoder(ModelLoader(ModelConfig(str(tmp_path), max_model_len=7)).open("cpu"))
+    decoder = load_decoder(ModelLoader(ModelConfig(str(tmp_path), dtype="float32", max_model_len=7)).open(DEVICE))
     assert decoder.cos.shape == decoder.sin.shape == (7, 1, 16)
     assert torch.equal(decoder.cos, load(tmp_path).cos[:7])

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import DEVICE, HERE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,9 +27,9 @@ MAX_BYTES = 6_000_000
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Model, tokenizer and report, in float32 on the CPU."""
-    loader = ModelLoader(ModelConfig(str(EMBEDDED_MODEL)))
-    return *loader.load_model_and_tokenizer("cpu"), loader.report
+    """Model, tokenizer and report, in float32."""
+    loader = ModelLoader(ModelConfig(str(EMBEDDED_MODEL), dtype="float32"))
+    return *loader.load_model_and_tokenizer(DEVICE), loader.report
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ class TestTales:
         "prompt", ["Once upon a time, in the", "Long ago, in the forest, there lived a", "从前，在"]
     )
     def test_the_model_has_learned_the_grammars_probabilities(self, model, tokenizer, prompt):
-        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=DEVICE)
         with torch.inference_mode():
             probs = model(ids).logits[0, -1].softmax(-1)
         true = torch.zeros_like(probs)
@@ -217,9 +218,10 @@ class TestTales:
         assert found.answer_accuracy >= 0.98 and found.card_accuracy >= 0.98
 
     @needs_gpu
-    def test_the_same_tale_on_a_gpu(self, model, tokenizer):
-        on_gpu = ModelLoader(ModelConfig(str(EMBEDDED_MODEL), dtype="float32")).load_model("cuda")
-        assert tell(on_gpu, tokenizer, "Once upon a time") == tell(model, tokenizer, "Once upon a time")
+    def test_the_same_tale_on_a_gpu(self, tokenizer):
+        loader = ModelLoader(ModelConfig(str(EMBEDDED_MODEL), dtype="float32"))
+        on_cpu, on_gpu = (tell(loader.load_model(d), tokenizer, "Once upon a time") for d in ("cpu", "cuda"))
+        assert on_cpu == on_gpu
 
     def test_the_sampler_draws_tales_too(self, model, tokenizer):
         """Temperature 0.7 and top-p 0.9, which keep to what is likely."""
@@ -232,9 +234,9 @@ class TestTales:
     def test_as_recommended_no_tale_has_a_token_that_the_model_finds_impossible(self):
         """1,000 seeds were counted: none; the least likely token had a log probability of -3.7."""
         loader = ModelLoader(ModelConfig(str(EMBEDDED_MODEL)))
-        params = read_generation_config(loader.open("cpu"), loader.load_tokenizer()).params
+        params = read_generation_config(loader.open(DEVICE), loader.load_tokenizer()).params
         params = [replace(params, max_tokens=256, logprobs=0, seed=seed) for seed in range(60)]
-        llm = LLM(str(EMBEDDED_MODEL), device="cpu")
+        llm = LLM(str(EMBEDDED_MODEL), **HERE)
         for output in llm.generate(["Once upon a time"] * 60, params, use_tqdm=False):
             (answer,) = output.outputs
             assert answer.finish_reason == "stop"

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import BACKENDS, DEVICE, HERE, cpu_only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -74,7 +75,8 @@ def greedy_tokens(checkpoint, prompts):
 
 
 def make_engine(checkpoint, **kwargs) -> LLMEngine:
-    return LLMEngine(make_engine_config(str(checkpoint), **{"max_model_len": MAX_MODEL_LEN, **kwargs}), "cpu")
+    settings = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, **kwargs}
+    return LLMEngine(make_engine_config(str(checkpoint), **settings), DEVICE)
 
 
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True, "max_tokens": MAX_TOKENS, "seed": 5}
@@ -130,7 +132,7 @@ def engine_settings(draw):
     fits_one = -(-(max(PROMPT_LENS) + MAX_TOKENS) // block_size)
     chunked = draw(st.booleans())
     return {
-        "attention_backend": draw(st.sampled_from(["gather", "sdpa"])),
+        "attention_backend": draw(st.sampled_from(BACKENDS)),
         "block_size": block_size,
         "num_blocks": fits_one + draw(st.integers(0, 2 * fits_one)),
         "enable_chunked_prefill": chunked,
@@ -223,6 +225,7 @@ class TestSharing:
             assert output.metrics.num_cached_tokens == cached
             assert output.outputs[0].token_ids == greedy_tokens[6]
 
+    @cpu_only
     @pytest.mark.parametrize("num_heads", [1, 2])
     def test_key_heads_computed_apart_or_together_give_the_same_tokens(
         self, checkpoint, prompts, greedy_tokens, monkeypatch, num_heads
@@ -250,7 +253,7 @@ class TestSharing:
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(str(EMBEDDED_MODEL), device="cpu", max_model_len=300)
+    return LLM(str(EMBEDDED_MODEL), **HERE, max_model_len=300)
 
 
 class TestParams:
@@ -315,7 +318,7 @@ class TestParams:
         assert [next(iter(found)) for found in output.prompt_logprobs[1:]] == output.prompt_token_ids[1:]
 
     def test_prompt_logprobs_are_the_same_in_chunks(self, llm):
-        chunked = LLM(str(EMBEDDED_MODEL), device="cpu", enable_chunked_prefill=True, max_num_batched_tokens=3)
+        chunked = LLM(str(EMBEDDED_MODEL), **HERE, enable_chunked_prefill=True, max_num_batched_tokens=3)
         text = "Once upon a time, in the forest, there lived a brave"
         whole, parts = (self.tell(x, text, prompt_logprobs=0, max_tokens=1).prompt_logprobs for x in (llm, chunked))
         for a, b in zip(whole[1:], parts[1:]):
@@ -363,14 +366,14 @@ class TestParams:
 
 class TestText:
     def test_a_stream_is_the_text_in_pieces(self):
-        llm = LLM(str(EMBEDDED_MODEL), device="cpu")
+        llm = LLM(str(EMBEDDED_MODEL), **HERE)
         params = SamplingParams(temperature=0, max_tokens=150, stop=["朋友"])
         pieces = list(llm.stream("从前", params))
         assert "".join(pieces) == llm.generate("从前", params, use_tqdm=False)[0].outputs[0].text
         assert len(pieces) > 20 and not any("\ufffd" in piece for piece in pieces)
 
     def test_a_stream_that_is_left_early_leaves_nothing(self):
-        llm = LLM(str(EMBEDDED_MODEL), device="cpu")
+        llm = LLM(str(EMBEDDED_MODEL), **HERE)
         for _ in llm.stream("Once", SamplingParams(max_tokens=50)):
             break
         assert not llm.engine.has_unfinished_requests()
@@ -399,7 +402,7 @@ class TestBadInput:
         assert run_all(engine)["good"].outputs[0].token_ids == greedy_tokens[1]
 
     def test_a_bad_prompt_in_a_list_takes_nothing_with_it(self, checkpoint):
-        llm = LLM(str(checkpoint), device="cpu", max_model_len=MAX_MODEL_LEN)
+        llm = LLM(str(checkpoint), **HERE, max_model_len=MAX_MODEL_LEN)
         with pytest.raises(ValueError, match="at least one token"):
             llm.generate([[5, 6], []], use_tqdm=False)
         assert not llm.engine.has_unfinished_requests()
@@ -530,7 +533,7 @@ class TestFailure:
 
 
 def test_chat_applies_the_template():
-    llm = LLM(str(EMBEDDED_MODEL), device="cpu")
+    llm = LLM(str(EMBEDDED_MODEL), **HERE)
     ask = [{"role": "user", "content": "Tell a tale about a turtle in the castle."}]
     greedy = SamplingParams(temperature=0, max_tokens=150)
     (output,) = llm.chat(ask, greedy, use_tqdm=False)

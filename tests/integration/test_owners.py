@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE, HERE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ def params_of(i: int, length: int, **kwargs) -> SamplingParams:
 @pytest.fixture(scope="module")
 def llm():
     """A cache so small that requests must make room for each other."""
-    return LLM(str(EMBEDDED_MODEL), device="cpu", max_model_len=64, num_blocks=16, block_size=8, max_num_seqs=6)
+    return LLM(str(EMBEDDED_MODEL), **HERE, max_model_len=64, num_blocks=16, block_size=8, max_num_seqs=6)
 
 
 @pytest.fixture(scope="module")
@@ -294,14 +295,14 @@ class TestOneCaller:
             return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
         before = states()
-        llm = LLM(str(EMBEDDED_MODEL), device="cpu", max_model_len=64)
+        llm = LLM(str(EMBEDDED_MODEL), **HERE, max_model_len=64)
         llm.generate(PROMPTS[0], SamplingParams(max_tokens=3), use_tqdm=False)
         assert states() == before
 
     def test_two_engines_with_one_seed_draw_the_same_and_another_seed_does_not(self):
         texts = []
         for seed in (0, 0, 1):
-            llm = LLM(str(EMBEDDED_MODEL), device="cpu", max_model_len=64, seed=seed)
+            llm = LLM(str(EMBEDDED_MODEL), **HERE, max_model_len=64, seed=seed)
             params = SamplingParams(max_tokens=30, temperature=2.0, ignore_eos=True)
             texts.append([o.outputs[0].text for o in llm.generate([PROMPTS[0]] * 2, params, use_tqdm=False)])
         assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
@@ -410,7 +411,7 @@ class TestHooks:
                 self.us += 1_000_000
                 return self.us
 
-        engine = LLMEngine(make_engine_config(str(EMBEDDED_MODEL), max_model_len=64), "cpu", clock=Ticking())
+        engine = LLMEngine(make_engine_config(str(EMBEDDED_MODEL), max_model_len=64), DEVICE, clock=Ticking())
         engine.add_request("r", PROMPTS[0], params_of(0, 1))
         (output,) = engine.step()
         assert (output.metrics.arrival_time, output.metrics.first_token_time) == (1.0, 5.0)
@@ -449,8 +450,8 @@ class TestDoors:
             detokenizer_cls = Shouting
 
         settings = {"scheduler_cls": LastComeFirst, "kv_cache_manager_cls": Manager, "enable_prefix_caching": True}
-        settings |= {"max_num_seqs": 1, "block_size": 4}
-        engine = Engine(make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, **settings), "cpu")
+        settings |= {"max_num_seqs": 1, "block_size": 4, "dtype": "float32"}
+        engine = Engine(make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, **settings), DEVICE)
         for i, prompt in enumerate(PROMPTS[:3]):
             engine.add_request(str(i), prompt, params_of(i, 12))
         order, texts = [], {}
