@@ -7,9 +7,11 @@ if [ -z "${BASH_VERSION-}" ]; then exec bash "$0" "$@"; fi # `sh setup_env.sh`, 
 ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 VENV="$ROOT/venv"
 STAMP="$VENV/.folovllm-installed" # what was installed, written when it was; see stamp
+TRITON_STAMP="$VENV/.folovllm-triton" # the same for Triton
 QUESTIONS=yes                     # asked on a terminal only, and never by book, lab and test
 FLASH_ATTN=no
 GPTQ=no
+TRITON=no
 TORCH_BUILD="" # the build of torch that a flag asks for: cpu or cuda
 CPU_INDEX="https://download.pytorch.org/whl/cpu"
 FAILED="" # the checks of `test` that failed
@@ -64,10 +66,12 @@ Usage: ./setup_env.sh [FLAG...]              make venv/ and install the book and
        ./setup_env.sh help                   this text
 
 book, lab and test make venv/ first where it is missing, and ask no questions. It takes 1.8 GB of disk with the
-CPU build of torch, 5.4 GB with the CUDA build. PYTHON=... names the Python to make it with.
+CPU build of torch, 5.4 GB with the CUDA build; Triton, which test adds to the CPU build on Linux, takes 1.0 GB
+more. PYTHON=... names the Python to make it with.
 
 Flags, with every command: --flash-attn   also Flash Attention 2: needs CUDA, and is long to build
                            --gptq         also GPTQ support (Linux)
+                           --triton       also Triton, for attention_backend="triton" (Linux)
                            --cpu-torch    the CPU build of torch: the default on Linux without an NVIDIA GPU
                            --cuda-torch   the CUDA build of torch: the default on Linux with one
                            -h, --help     this text
@@ -149,7 +153,7 @@ elif system == "Linux" and machine not in ("x86_64", "aarch64"):
 elif system == "Linux" and (libc != "glibc" or number(version) < [2, 28]):
     print("the C library here is", ((libc + " " + version).strip() or "not glibc") + ", and glibc 2.28 is needed")
 ')
-    [ -z "$why" ] || fail "torch $(torch_pin) has no wheel for this machine: $why."
+    [ -z "$why" ] || fail "torch $(pin torch) has no wheel for this machine: $why."
 }
 
 # Prints what is wrong with venv/, and nothing when it is fine.
@@ -209,7 +213,9 @@ stamp() {
     cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum
 }
 
-is_installed() { [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(stamp)" ]; }
+is_installed() { is_stamped "$STAMP"; }
+
+is_stamped() { [ -f "$1" ] && [ "$(cat "$1")" = "$(stamp)" ]; }
 
 has_nvidia_gpu() { nvidia-smi >/dev/null 2>&1; }
 
@@ -250,12 +256,13 @@ tick() {
 }
 
 choose_optional_parts() {
-    if [ "$FLASH_ATTN$GPTQ" = nono ] && may_ask; then
+    if [ "$FLASH_ATTN$GPTQ$TRITON" = nonono ] && may_ask; then
         printf 'Optional parts:\n  1) none (the default)\n  2) Flash Attention 2: needs CUDA, and is long to build\n'
-        printf '  3) GPTQ support\n'
-        case $(ask "Which one? (1/2/3)") in
+        printf '  3) GPTQ support\n  4) Triton: its attention kernel, which a CPU can run, slowly\n'
+        case $(ask "Which one? (1/2/3/4)") in
             2) FLASH_ATTN=yes ;;
             3) GPTQ=yes ;;
+            4) TRITON=yes ;;
         esac
     fi
     check_flags
@@ -272,7 +279,8 @@ choose_optional_parts() {
 # On Linux PyPI has the CUDA build, which brings gigabytes of libraries along. pip leaves a torch alone that satisfies
 # the pin, so another build can go in first.
 
-torch_pin() { sed -n 's/^torch==\([^ ;#]*\).*/\1/p' "$ROOT/requirements.txt"; }
+# pin PACKAGE: the version that requirements.txt names.
+pin() { sed -n "s/^$1==\([^ ;#]*\).*/\1/p" "$ROOT/requirements.txt"; }
 
 # Prints the build of the pinned torch in venv/: cpu or cuda, and nothing where there is none. Read from its metadata,
 # which pip writes last: an install that was stopped leaves a folder that can be found, and no metadata.
@@ -285,7 +293,7 @@ except metadata.PackageNotFoundError:
 version, _, build = torch.version.partition("+")
 if version == sys.argv[1]:
     cuda = any(name.startswith(("nvidia-", "cuda-")) for name in torch.requires or [])
-    print("cuda" if cuda or build.startswith("cu") else "cpu")' "$(torch_pin)"
+    print("cuda" if cuda or build.startswith("cu") else "cpu")' "$(pin torch)"
 }
 
 # offers VERSION [ARGUMENT...]: whether pip, with these arguments, finds this torch. One short try, no download.
@@ -309,7 +317,7 @@ wanted_torch() {
 # Says which torch will be fetched and how much it is, and installs it where that is not what pip would do by itself.
 install_torch() {
     local pin there wanted
-    pin=$(torch_pin)
+    pin=$(pin torch)
     there=$(torch_there)
     wanted=$(wanted_torch)
     # Without a flag the one that is there is good enough, whichever it is.
@@ -362,6 +370,21 @@ install_dependencies() {
         pip_install -r requirements.txt -e ".[gptq]" ||
             fail "pip could not install GPTQ support: what it said stands above. The rest is installed."
     fi
+    if [ "$TRITON" = yes ]; then install_triton; fi
+}
+
+install_triton() {
+    if [ "$(uname -s)" != Linux ]; then
+        print_warning "Triton is for Linux only: going on without it."
+        return 0
+    fi
+    if is_stamped "$TRITON_STAMP"; then return 0; fi
+    if [ "$(torch_there)" != cuda ]; then # the CUDA build brings its own
+        print_info "Installing Triton. About 0.3 GB are fetched, and venv/ takes 1.0 GB more."
+        pip_install -r requirements.txt "triton==$(pin triton)" ||
+            fail "pip could not install Triton: what it said stands above. The rest is installed."
+    fi
+    stamp >"$TRITON_STAMP"
 }
 
 verify_installation() {
@@ -470,6 +493,7 @@ take_flag() {
     case $1 in
         --flash-attn) FLASH_ATTN=yes ;;
         --gptq) GPTQ=yes ;;
+        --triton) TRITON=yes ;;
         --cpu-torch | --cuda-torch)
             local torch=${1#--}
             torch=${torch%-torch}
@@ -509,7 +533,14 @@ main() {
             print_success "Deleted venv/ and the built site."
             return 0
             ;;
-        book | lab | test) QUESTIONS=no ;;
+        book | lab) QUESTIONS=no ;;
+        test)
+            QUESTIONS=no
+            if [ "$(uname -s)" = Linux ]; then
+                TRITON=yes # without it its tests would be skipped
+                is_stamped "$TRITON_STAMP" || CHANGES=yes
+            fi
+            ;;
     esac
     # They are run over and over: what is in place is not looked at again.
     if [ -z "$command" ] || [ "$CHANGES" = yes ] || ! is_installed || [ -n "$(venv_fault)" ]; then set_up; fi

@@ -34,6 +34,7 @@ PATIENCE_S = 60  # only so that a script that waits for an answer fails its test
 TOOLS = ["bash", "cat", "cksum", "cp", "dirname", "env", "head", "id"]
 TOOLS += ["mkdir", "rm", "sed", "sh", "sleep", "tail", "touch"]
 PIN = "2.13.0"
+TRITON = "-r requirements.txt triton==3.9.0"
 
 # Writes down how it was called, runs `-c` code as if it were the version and on the machine that it says it is, and
 # makes venvs of itself. As pip it offers what OFFERED (by its own configuration) and INDEX (by the index it is given)
@@ -116,7 +117,7 @@ class Copy:
         self.add_python("python", 3, 12, 1, at=self.venv / "bin")
         (self.venv / "mine").touch()
         if stamped:
-            self.functions('stamp >"$STAMP"')
+            self.functions('stamp >"$STAMP"; stamp >"$TRITON_STAMP"')
 
     def calls(self, word: str) -> list[str]:
         return [line for line in self.calls_file.read_text().splitlines() if word in line]
@@ -413,15 +414,63 @@ class TestInstall:
         assert done.returncode == 1
         assert "Linux only" in done.stdout.splitlines()[-1]
 
-    @pytest.mark.parametrize(("answer", "extra"), [("\n", None), ("1\n", None), ("3\n", "gptq")])
-    def test_optional_parts_are_asked_for_on_a_terminal(self, copy: Copy, answer: str, extra: str | None) -> None:
-        copy.add_venv(stamped=True)
+    @pytest.mark.parametrize(
+        ("answer", "installed"), [("\n", []), ("1\n", []), ("3\n", [".[gptq]"]), ("4\n", ["triton==3.9.0"])]
+    )
+    def test_optional_parts_are_asked_for_on_a_terminal(self, copy: Copy, answer: str, installed: list[str]) -> None:
+        copy.add_venv()
+        copy.functions('stamp >"$STAMP"')
         status, screen = copy.on_terminal("./setup_env.sh", answers="n\n" + answer)
         assert status == 0, screen
         assert "1) none (the default)" in screen
-        assert [call.split()[-1] for call in copy.calls("pip --disable-pip-version-check install")] == (
-            [f".[{extra}]"] if extra else []
-        )
+        calls = copy.calls("pip --disable-pip-version-check install")
+        assert [call.split()[-1] for call in calls] == installed
+
+    @pytest.mark.parametrize(
+        ("command", "wanted"), [([], False), (["book"], False), (["lab"], False), (["test"], True)]
+    )
+    def test_triton_is_for_the_tests(self, copy: Copy, command: list[str], wanted: bool) -> None:
+        for _ in range(2):
+            assert copy.setup(*command).returncode == 0
+            assert copy.installs() == [self.REQUIREMENTS] + [TRITON] * wanted
+
+    @pytest.mark.parametrize("words", [["--triton"], ["book", "--triton"], ["test", "--triton"]])
+    def test_triton_by_a_flag(self, copy: Copy, words: list[str]) -> None:
+        for _ in range(2):
+            assert copy.setup(*words).returncode == 0
+            assert copy.installs() == [self.REQUIREMENTS, TRITON]
+
+    def test_triton_is_installed_again_when_the_list_changes_or_venv_is_new(self, copy: Copy) -> None:
+        copy.add_venv(stamped=True)
+        with (copy.root / "requirements.txt").open("a") as file:
+            file.write("# changed\n")
+        assert copy.setup("test").returncode == 0
+        assert copy.installs() == [self.REQUIREMENTS, TRITON]
+        (copy.venv / "bin" / "python").unlink()
+        assert copy.setup("test").returncode == 0
+        assert copy.installs() == [self.REQUIREMENTS, TRITON] * 2
+
+    @pytest.mark.parametrize("words", [["--triton"], ["test"]])
+    def test_torchs_cuda_build_brings_its_own_triton(self, copy: Copy, words: list[str]) -> None:
+        assert copy.setup(*words, HAS_TORCH=f"{PIN} CUDA").returncode == 0
+        assert copy.installs() == [self.REQUIREMENTS]
+
+    @pytest.mark.parametrize(("words", "says"), [(["--triton"], True), (["test"], False)])
+    def test_macos_goes_on_without_triton(self, copy: Copy, words: list[str], says: bool) -> None:
+        copy.system("Darwin")
+        done = copy.setup(*words, MACHINE="Darwin arm64 0 15.1")
+        assert done.returncode == 0, done.stdout
+        assert copy.installs() == [self.REQUIREMENTS]
+        assert ("[WARNING] Triton is for Linux only: going on without it." in done.stdout) == says
+
+    def test_a_triton_that_cannot_be_installed_is_an_error(self, copy: Copy) -> None:
+        copy.add_venv()
+        copy.functions('stamp >"$STAMP"')
+        for _ in range(2):
+            done = copy.setup("test", FAILING="pip")
+            assert done.returncode == 1
+            assert done.stdout.splitlines()[-1].startswith("[ERROR] pip could not install Triton")
+        assert copy.installs() == [TRITON] * 2
 
 
 class TestPipsSurroundings:
@@ -499,7 +548,7 @@ class TestWhichTorch:
             "[INFO] There is no NVIDIA GPU here: taking torch's CPU build (--cuda-torch for the other)." in done.stdout
         )
         assert "GB are fetched" in done.stdout
-        assert copy.installs() == [self.FROM_PYTORCH, self.ALL]
+        assert copy.installs() == [self.FROM_PYTORCH, self.ALL] + [TRITON] * (command == ["test"])
 
     def test_what_pips_own_configuration_offers_comes_first(self, copy: Copy) -> None:
         copy.setup(HAS_TORCH="", OFFERED=self.OURS, INDEX=self.PYTORCH)
@@ -652,7 +701,8 @@ class TestCommands:
     def test_help(self, copy: Copy, words: list[str]) -> None:
         done = copy.setup(*words)
         assert done.returncode == 0
-        for word in ["book", "lab", "test", "clean", "--flash-attn", "--gptq", "--cpu-torch", "--cuda-torch", "1.8 GB"]:
+        flags = ["--flash-attn", "--gptq", "--triton", "--cpu-torch", "--cuda-torch"]
+        for word in ["book", "lab", "test", "clean", *flags, "1.8 GB"]:
             assert word in done.stdout
         assert not copy.calls("")
 
@@ -873,10 +923,12 @@ def test_everything_that_is_named_is_pinned() -> None:
     """For each Python: a requirement that is not pinned is another version next month."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    named = {Requirement(need).name for need in [*project["dependencies"], *extras["book"], *extras["test"]]}
+    needs = [*project["dependencies"], *extras["book"], *extras["test"], *extras["triton"]]
+    named = {Requirement(need).name for need in needs}
     lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
     pins = [Requirement(line) for line in lines if line and not line.startswith("-")]
     for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
-        here = [pin.name for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": python})]
+        setting = {"python_version": python, "extra": "triton"}
+        here = [pin.name for pin in pins if not pin.marker or pin.marker.evaluate(setting)]
         assert len(here) == len(set(here)), f"pinned twice for Python {python}"
         assert named == set(here), f"pinned for Python {python}: {named ^ set(here)}"
