@@ -1,0 +1,191 @@
+"""Attention where the blocks lie: a kernel of our own in Triton, for GPUs of any kind. Chapter 14.
+
+Nothing is gathered. A program of the grid takes a tile of one sequence's queries and goes through that sequence's keys
+and values a tile at a time, finding each in its block through the block table. It never holds a whole row of scores:
+the softmax is computed on the way (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), in
+float32 whatever the dtype. Prompts, chunks and decodes are the same to it, since every query knows its position.
+
+There is one split: one program goes through all keys of its queries, so that no sum depends on who else is in the batch
+(splits would be faster for few long sequences). Lengths are read on the device, so a captured step can be replayed.
+
+Triton is an extra that Linux alone has, so it is imported when the kernel is first asked for: this module and its
+listing need it not. Without a GPU the kernel runs under Triton's interpreter, slowly, and is tested that way. Names as
+in vLLM (``v1/attention/ops/triton_unified_attention.py``), where they are not the book's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from folovllm.attention import AttentionBackend, AttentionMetadata
+from folovllm.utils import cdiv
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+MIN_TILE = 16
+"""A product of tiles has at least so many rows, columns and numbers to add up."""
+MAX_TILE_ROWS = 64
+"""Most rows (a query of one head is a row) of a tile: its scores and sums are in registers."""
+QUERY_TILE_BYTES = 2**15
+"""Most bytes of a tile of queries."""
+KEY_TILE_BYTES = 2**13
+"""Bytes of a tile of keys: with its values, and the next tile on its way, it fits the shared memory of any GPU."""
+
+
+def paged_attention_kernel(
+    out: tl.tensor, q: tl.tensor, keys: tl.tensor, values: tl.tensor,
+    block_table: tl.tensor, query_start_loc: tl.tensor, seq_lens: tl.tensor,
+    q_token_stride: tl.int64, q_head_stride: tl.int64, kv_head_stride: tl.int64, table_stride: tl.int64,
+    scale: tl.float32, QUERIES_PER_KV: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
+) -> None:  # fmt: skip
+    """What one program computes: a tile of rows of one sequence, for one key head. Tensors arrive as pointers."""
+    tile, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(query_start_loc + seq)
+    num_new = tl.load(query_start_loc + seq + 1) - start
+    past = tl.load(seq_lens + seq) - num_new
+    if tile * TILE_ROWS >= num_new * QUERIES_PER_KV:
+        return  # the grid is as long as the longest of the batch needs
+
+    # The query heads that share a key head are rows of one tile, so that a key is read once for all of them.
+    rows = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    tokens, heads = rows // QUERIES_PER_KV, kv_head * QUERIES_PER_KV + rows % QUERIES_PER_KV
+    dims = tl.arange(0, PADDED_DIM)
+    real = (tokens < num_new)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_places = (start + tokens)[:, None] * q_token_stride + heads[:, None] * q_head_stride + dims[None, :]
+    queries = tl.load(q + q_places, mask=real, other=0.0)
+
+    running_max = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+    running_sum = tl.zeros([TILE_ROWS], tl.float32)
+    weighted = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
+    end = past + tl.minimum(num_new, (tile * TILE_ROWS + TILE_ROWS - 1) // QUERIES_PER_KV + 1)  # what the last row sees
+    for first in range(0, end, TILE_KEYS):
+        places = first + tl.arange(0, TILE_KEYS)
+        blocks = tl.load(block_table + seq * table_stride + places // BLOCK_SIZE, mask=places < end, other=0)
+        slots = blocks * BLOCK_SIZE + places % BLOCK_SIZE
+        kv_places = kv_head * kv_head_stride + slots[:, None] * HEAD_DIM + dims[None, :]
+        there = (places < end)[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(keys + kv_places, mask=there, other=0.0)
+        v = tl.load(values + kv_places, mask=there, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # "ieee": float32 stays float32
+        scores = tl.where(places[None, :] <= (past + tokens)[:, None], scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        rescale = tl.exp(running_max - new_max)  # what was added up so far was relative to the old maximum
+        weights = tl.exp(scores - new_max[:, None])
+        running_sum = running_sum * rescale + tl.sum(weights, axis=1)
+        weighted = weighted * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        running_max = new_max
+    out_places = ((start + tokens)[:, None] * tl.num_programs(1) * QUERIES_PER_KV + heads[:, None]) * HEAD_DIM + dims
+    tl.store(out + out_places, (weighted / running_sum[:, None]).to(queries.dtype), mask=real)
+
+
+@cache
+def load_kernel() -> Any:
+    """The kernel as Triton compiles it, or interprets it if ``TRITON_INTERPRET=1`` was set before Triton's import."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    # These change from step to step. Triton would compile a kernel anew for a stride of 1 or a multiple of 16, and for
+    # an address that is one.
+    addresses = ["block_table", "query_start_loc", "seq_lens"]
+    return triton.jit(
+        paged_attention_kernel, do_not_specialize=["table_stride"], do_not_specialize_on_alignment=addresses
+    )
+
+
+def is_interpreted() -> bool:
+    """Whether Triton was imported to interpret kernels on the CPU instead of compiling them."""
+    load_kernel()
+    import triton
+
+    # Triton's own functions, of which the kernel calls some, were decorated when it was imported.
+    return not isinstance(tl.max, triton.JITFunction)
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    max_query_len: int,
+) -> Tensor:
+    """Launches the kernel.
+
+    Args:
+        q: ``[num_tokens, num_heads, head_dim]``; the numbers of a head lie side by side.
+        keys: one layer's, ``[num_kv_heads, num_blocks, block_size, head_dim]``; each head's lie in one piece.
+        values: as ``keys``.
+        block_table: as in `AttentionMetadata`, and so are the next two.
+        query_start_loc: on the device.
+        seq_lens: on the device.
+        max_query_len: the most tokens that a sequence may have in this step.
+
+    Returns:
+        ``[num_tokens, num_heads * head_dim]``.
+    """
+    num_heads, num_kv_heads, (_, block_size, head_dim) = q.shape[1], len(keys), keys.shape[1:]
+    queries_per_kv = num_heads // num_kv_heads
+    padded_dim = max(MIN_TILE, 1 << (head_dim - 1).bit_length())  # Triton's tiles have sides that are powers of two
+    row_bytes, num_rows = padded_dim * q.itemsize, max_query_len * queries_per_kv
+    most_rows = MIN_TILE if num_rows <= MIN_TILE else MAX_TILE_ROWS
+    tile_rows = max(MIN_TILE, min(most_rows, QUERY_TILE_BYTES // row_bytes))
+    tile_keys = max(MIN_TILE, KEY_TILE_BYTES // row_bytes)
+    out = torch.empty(len(q), num_heads * head_dim, dtype=q.dtype, device=q.device)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        load_kernel()[cdiv(num_rows, tile_rows), num_kv_heads, len(seq_lens)](
+            out, q, keys, values, block_table, query_start_loc, seq_lens,
+            q.stride(0), q.stride(1), keys.stride(0), block_table.stride(0), head_dim**-0.5,
+            queries_per_kv, block_size, head_dim, padded_dim, tile_rows, tile_keys,
+            num_stages=2, enable_fp_fusion=True,  # the default, of which Triton 3.9 warns that it will change
+        )  # fmt: skip
+    return out
+
+
+# An operator of torch's, so that a step can be followed on a device that is only pretended.
+_paged_attention = torch.library.custom_op("folovllm::paged_attention", paged_attention, mutates_args=())
+_paged_attention.register_fake(lambda q, *_: q.new_empty(len(q), q.shape[1] * q.shape[2]))
+
+
+class TritonAttention(AttentionBackend):
+    """Attention through block tables by our own kernel, for GPUs, any block size and any head size."""
+
+    @classmethod
+    def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
+        """A sentence that says why it cannot serve such a cache; None if it can."""
+        if importlib.util.find_spec("triton") is None:
+            return 'Triton is not installed: on Linux, ./setup_env.sh --triton or pip install "folovllm[triton]" does'
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"the kernel computes in float32 and 16 bits only, not in {str(dtype).removeprefix('torch.')}"
+        if device.type not in ("cpu", "cuda"):
+            return f"Triton compiles for GPUs under CUDA or ROCm only, not for {device.type}"
+        if is_interpreted():
+            if dtype == torch.bfloat16:
+                return "Triton's interpreter computes wrong numbers in bfloat16; float32 and float16 are right"
+        elif device.type == "cpu":
+            return "a CPU runs it only if TRITON_INTERPRET=1 is set before Triton is imported, which it is not"
+        elif dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+            return "bfloat16 needs a GPU of compute capability 8.0 or newer"
+        return None
+
+    def begin(self, metadata: AttentionMetadata) -> None:
+        """Notes the step: what the kernel needs to know is on the device already."""
+        self.metadata, self._max_query_len = metadata, metadata.max_query_len
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """One layer's attention: `folovllm.model.decoder.Attend`."""
+        step = self.metadata
+        self.write(layer, kv, step.slot_mapping)
+        keys, values = self.kv_cache[layer]
+        return _paged_attention(
+            q, keys, values, step.block_table, step.query_start_loc, step.seq_lens, self._max_query_len
+        )

@@ -1,0 +1,151 @@
+"""Our Triton kernel: its numbers under the interpreter, that GPUs can have it, and what it says where it cannot run.
+
+A process imports Triton to interpret kernels or to compile them, and never changes. So whatever is interpreted runs in
+a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from folovllm.attention import choose_backend, triton
+from folovllm.attention.triton import TritonAttention
+from folovllm.book.listing import show_source
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: on Linux ./setup_env.sh --triton does that, elsewhere there is none",
+)
+
+
+def run_python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    env |= {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, check=False)
+
+
+@needs_triton
+def test_under_the_interpreter() -> None:
+    file = Path(__file__).with_name("interpreted_triton.py")
+    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+class FakeKernel:
+    """Takes what the kernel is launched with."""
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return self
+
+    def __call__(self, *args, **options):
+        self.args, self.options = args, options
+
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 90: 227}
+"""Of a program, at most: KiB by compute capability, as CUDA's programming guide has it."""
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "max_query_len"),
+    [
+        (75, torch.float16, 128, 64),
+        (80, torch.bfloat16, 96, 1),
+        (86, torch.float32, 256, 64),
+        (90, torch.bfloat16, 128, 64),
+    ],
+)
+def test_it_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, head_dim, max_query_len) -> None:
+    """All that can be known of it without a GPU: its types are right, it fits, and float32 is not rounded to TF32."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, launched = triton.load_kernel(), FakeKernel()
+    monkeypatch.setattr(triton, "load_kernel", lambda: launched)
+    q = torch.empty(128, 6, head_dim, dtype=dtype, device="meta")
+    cache = torch.empty(2, 2, 8, 3, head_dim, dtype=dtype, device="meta")
+    table, starts, lens = (torch.empty(*n, dtype=torch.int32, device="meta") for n in ((2, 4), (3,), (2,)))
+    triton.paged_attention(q, *cache, table, starts, lens, max_query_len)
+    signature = {
+        param.name: "constexpr" if param.is_constexpr
+        else f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor)
+        else param.annotation
+        for param, value in zip(kernel.params, launched.args)
+    }  # fmt: skip
+    constants = {param.name: value for param, value in zip(kernel.params, launched.args) if param.is_constexpr}
+    source = ASTSource(kernel, signature, constants)
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options=launched.options)
+    assert made.metadata.shared <= SHARED_MEMORY[capability] * 1024
+    assert "tf32" not in made.asm["ptx"]
+    assert "fma" in made.asm["ptx"] or "mma" in made.asm["ptx"]
+
+
+def test_on_a_pretended_gpu() -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        q, cache = torch.empty(9, 8, 32, dtype=torch.bfloat16), torch.empty(2, 2, 5, 16, 32, dtype=torch.bfloat16)
+        integers = (torch.empty(shape, dtype=torch.int32) for shape in ((3, 2), 4, 3))
+        out = torch.ops.folovllm.paged_attention(q, *cache.unbind(), *integers, 5)
+    assert (out.shape, out.dtype, out.device.type) == ((9, 8 * 32), torch.bfloat16, "cuda")
+
+
+class TestWhereItCannotRun:
+    def test_triton_is_not_installed(self, monkeypatch) -> None:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        why = TritonAttention.unsupported(GPU, torch.float16, 64, 16)
+        assert "./setup_env.sh --triton" in why and 'pip install "folovllm[triton]"' in why
+        with pytest.raises(ValueError, match="attention_backend='triton' cannot serve: Triton is not installed"):
+            choose_backend("triton", CPU, torch.float32, 64, 16)
+
+    def test_its_listing_needs_no_triton(self) -> None:
+        done = run_python(
+            "-c",
+            "import sys; sys.modules['triton'] = None\n"
+            "from folovllm.attention.triton import paged_attention_kernel\n"
+            "from folovllm.book.listing import show_source\n"
+            "print(show_source(paged_attention_kernel).source)",
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.rstrip() == show_source(triton.paged_attention_kernel).source
+
+    @needs_triton
+    def test_a_cpu_without_the_interpreter(self) -> None:
+        assert "TRITON_INTERPRET=1" in TritonAttention.unsupported(CPU, torch.float32, 64, 16)
+
+    @needs_triton
+    def test_the_interpreter_is_switched_on_too_late(self) -> None:
+        done = run_python(
+            "-c",
+            "import os, triton, torch\n"
+            "os.environ['TRITON_INTERPRET'] = '1'\n"
+            "from folovllm.attention.triton import TritonAttention\n"
+            "print(TritonAttention.unsupported(torch.device('cpu'), torch.float32, 64, 16))",
+        )
+        assert done.stdout.strip().endswith("set before Triton is imported, which it is not"), done.stderr
+
+    @needs_triton
+    @pytest.mark.parametrize(
+        ("device", "dtype", "word"), [("cuda", torch.float64, "float64"), ("mps", torch.float16, "mps")]
+    )
+    def test_what_the_kernel_was_not_written_for(self, device, dtype, word) -> None:
+        assert word in TritonAttention.unsupported(torch.device(device), dtype, 64, 16)
+
+    @needs_triton
+    @pytest.mark.parametrize(("capability", "dtype", "can"), [
+        ((7, 5), torch.bfloat16, False), ((7, 5), torch.float16, True), ((8, 0), torch.bfloat16, True),
+    ])  # fmt: skip
+    def test_bfloat16_needs_a_newer_gpu(self, monkeypatch, capability, dtype, can) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        why = TritonAttention.unsupported(GPU, dtype, 64, 16)
+        assert why is None if can else "8.0" in why
