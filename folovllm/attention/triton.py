@@ -159,6 +159,8 @@ _paged_attention.register_fake(lambda q, *_: q.new_empty(len(q), q.shape[1] * q.
 class TritonAttention(AttentionBackend):
     """Attention through block tables by our own kernel, for GPUs, any block size and any head size."""
 
+    capturable = True
+
     @classmethod
     def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
         """A sentence that says why it cannot serve such a cache; None if it can."""
