@@ -353,6 +353,15 @@ class TestTopP:
         assert len(alone[0]) < 1024 < len(alone[1])
 
     @given(
+        rows=st.lists(st.lists(st.integers(-3, 3), min_size=9, max_size=9), min_size=1, max_size=4),
+        k=st.integers(1, 9),
+        p=st.floats(0, 1, exclude_min=True),
+    )
+    def test_knowing_what_top_k_has_left_changes_nothing(self, rows, k, p):
+        logits = apply_top_k(torch.tensor(rows, dtype=torch.float32), [k] * len(rows))
+        assert kept(apply_top_p(logits, [p] * len(rows), k)) == kept(apply_top_p(logits, [p] * len(rows)))
+
+    @given(
         values=st.lists(st.sampled_from([-INF, 0.0, 0.5, 1.0, 1.5, 3.0, 9.0]), min_size=1, max_size=12),
         p=st.floats(0, 1, exclude_min=True),
     )
@@ -1085,6 +1094,31 @@ BAD_PARAMS = [
     {"bad_words": ["\t"]},
 ]
 GOOD_PARAMS = [*TestBatch.PARAMS, SamplingParams(temperature=0, logprobs=3), SamplingParams(seed=9, best_of=2)]
+
+
+class TestRowsSampledAgain:
+    """What a metadata object keeps for its rows is what a new one would find."""
+
+    def test_step_by_step(self):
+        n, chooser = len(GOOD_PARAMS), Sampler(AsciiTokenizer())
+        prompts, outputs = [[i, i + 1] for i in range(n)], [[] for _ in range(n)]
+        same = metadata_of(*GOOD_PARAMS, prompt_token_ids=prompts, output_token_ids=outputs)
+        generators = [make_generator(params) for params in GOOD_PARAMS]
+        for step in range(8):
+            logits = random_logits(n, 128, seed=step)
+            new = metadata_of(*GOOD_PARAMS, prompt_token_ids=prompts, output_token_ids=outputs, generators=generators)
+            found = chooser.sample(logits, same)
+            assert found == chooser.sample(logits, new)
+            for output, token in zip(outputs, found.token_ids):
+                output.append(token)
+
+    @pytest.mark.parametrize("vocab_size", [40, 128, 3000])
+    def test_with_another_vocabulary(self, vocab_size):
+        params = SamplingParams(temperature=0, logit_bias={3: 50.0}, logprobs=-1)
+        metadata = metadata_of(params, params)
+        for size in (vocab_size, 50, vocab_size):
+            found = Sampler()(random_logits(2, size), metadata)
+            assert found.token_ids == [3, 3] and [len(row) for row in found.logprobs] == [size, size]
 
 
 class TestRowsThatCannotBeSampled:
