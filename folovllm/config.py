@@ -60,9 +60,9 @@ class ModelConfig:
     """Seed of every random number generator the engine uses."""
     attention_backend: Literal["auto", "gather", "sdpa", "triton", "flash"] = "auto"
     """How attention reads the cache; "auto" takes the fastest that can serve on the device."""
-    enforce_eager: bool = True
-    """Whether every step calls its operations one by one; False records decode steps once and replays them, on CUDA.
-    It will be False by default there once ``tests/gpu`` has passed on a GPU."""
+    enforce_eager: bool | None = None
+    """Whether every step calls its operations one by one; False records decode steps and replays them, on CUDA. None:
+    eager on every device, since no GPU has been at hand to try recorded steps on."""
 
     def __post_init__(self) -> None:
         self.model = check_str("model", self.model)
@@ -74,7 +74,8 @@ class ModelConfig:
         self.seed = check_int("seed", self.seed)
         require(0 <= self.seed <= MAX_SEED, f"seed must be in [0, {MAX_SEED}], got {self.seed}")
         check_choice("attention_backend", self.attention_backend, ("auto", "gather", "sdpa", "triton", "flash"))
-        check_bool("enforce_eager", self.enforce_eager)
+        if self.enforce_eager is not None:
+            check_bool("enforce_eager", self.enforce_eager)
 
     def _dtype_name(self) -> str | None:
         """Name of the torch dtype that ``dtype`` means, without importing torch for it."""

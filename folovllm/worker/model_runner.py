@@ -105,7 +105,7 @@ class ModelRunner:
         )  # fmt: skip
         logger.info("attention backend %s", self.backend_choice)
         self._sampled: tuple[list[Sequence], SamplingMetadata] = [], SamplingMetadata([])
-        self.is_eager = config.model_config.enforce_eager
+        self.is_eager = config.model_config.enforce_eager is not False
         if not self.is_eager:
             check_recordable(decoder.device, self.backend_cls)
         # A block that the scheduler does not know of, for the rows of padding of recorded steps.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class StepInputs:
     positions: Tensor
     """int64 ``[num_rows]``."""
     metadata: AttentionMetadata
+    max_model_len: int
+    """The longest that a sequence of a later step may be."""
 
     def rows(self, end: int, start: int = 0) -> StepInputs:
         """The rows from ``start`` to ``end``, in the same memory; ``query_start_loc`` is right only from row 0."""
@@ -48,7 +50,7 @@ class StepInputs:
             step.query_start_loc_cpu[: end + 1],
             step.seq_lens_cpu[rows],
         )
-        return StepInputs(self.input_ids[rows], self.positions[rows], metadata)
+        return StepInputs(self.input_ids[rows], self.positions[rows], metadata, self.max_model_len)
 
 
 Replay = Callable[[], tuple[Tensor, Tensor]]
@@ -76,16 +78,19 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     def __call__(self, decoder: Decoder, attention: AttentionBackend, inputs: StepInputs) -> Replay:
-        """Captures a step; the current stream must be idle."""
+        """Captures a step."""
         step = replay_eagerly(decoder, attention, inputs)
+        # What a backend plans for by the lengths in the CPU's memory must serve every later step.
+        inputs.metadata.seq_lens_cpu[:] = inputs.max_model_len
         step()  # compiles kernels and allocates workspaces, which a capture must not do
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             outputs = step()
+        self._pool = graph.pool()
 
         def replay() -> tuple[Tensor, Tensor]:
             graph.replay()
@@ -147,12 +152,12 @@ class StepGraphs:
         self.decoder, self.attention = decoder, attention
         self.recorder = recorder or RECORDERS[decoder.device.type]()
         scheduler, block_size = config.scheduler_config, config.cache_config.block_size
-        self.max_model_len = cast(int, scheduler.max_model_len)
+        max_model_len = cast(int, scheduler.max_model_len)
         max_num_rows = min(scheduler.max_num_seqs, cast(int, scheduler.max_num_batched_tokens))
         self.sizes = bucket_sizes(max_num_rows)
         self.replays: dict[int, Replay] = {}
         """The recordings made so far, by size."""
-        starts, shape = np.arange(max_num_rows + 1), (max_num_rows, cdiv(self.max_model_len, block_size))
+        starts, shape = np.arange(max_num_rows + 1), (max_num_rows, cdiv(max_model_len, block_size))
         metadata = AttentionMetadata.from_arrays(
             starts,
             np.ones(max_num_rows, dtype=np.int64),
@@ -161,7 +166,7 @@ class StepGraphs:
             decoder.device,
         )
         ids, positions = torch.zeros((2, max_num_rows), dtype=torch.int64, device=decoder.device)
-        self.inputs = StepInputs(ids, positions, metadata)
+        self.inputs = StepInputs(ids, positions, metadata, max_model_len)
         """The buffers; whatever is recorded reads their first rows."""
         self._padding = (0, 0, 1, reserved_block * block_size, reserved_block)
         self._num_used = 0  # rows that may hold something other than padding
@@ -187,17 +192,14 @@ class StepGraphs:
         size = self.bucket(num_rows)
         if size not in self.replays:
             self._record(size)
-        self._fill(StepInputs(input_ids, positions, metadata))
+        self._fill(StepInputs(input_ids, positions, metadata, self.inputs.max_model_len))
         hidden, logits = self.replays[size]()
         return hidden[:num_rows], logits[:num_rows]
 
     def _record(self, size: int) -> None:
         self._pad(0)
-        inputs = self.inputs.rows(size)
-        # What a backend plans for by the lengths in the CPU's memory must serve every later step.
-        inputs.metadata.seq_lens_cpu[:] = self.max_model_len
-        self.replays[size] = self.recorder(self.decoder, self.attention, inputs)
-        self._num_used = size
+        self.replays[size] = self.recorder(self.decoder, self.attention, self.inputs.rows(size))
+        self._num_used = size  # a recorder may change the lengths
 
     def _fill(self, step: StepInputs) -> None:
         """Copies a batch into the first rows; those behind become padding."""

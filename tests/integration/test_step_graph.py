@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -23,15 +24,15 @@ from folovllm.llm import make_engine_config
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
 from folovllm.worker import step_graph
-from folovllm.worker.step_graph import StepGraphs, bucket_sizes, check_recordable, replay_eagerly
+from folovllm.worker.step_graph import CudaGraphs, StepGraphs, bucket_sizes, check_recordable, replay_eagerly
 
 MAX_MODEL_LEN, MAX_TOKENS, NUM_PROMPTS = 64, 12, 8
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True, "seed": 5}
 
 
-class Recording(TorchDispatchMode):
-    """A stand-in for a CUDA graph: what is called within it can be called again, on the same memory.
+class PretendedGraph(TorchDispatchMode):
+    """A CUDA graph without CUDA: what is called while it is captured is called again, on the same memory.
 
     As there, nothing that Python has decided on the way is decided again.
     """
@@ -51,17 +52,25 @@ class Recording(TorchDispatchMode):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
+    def pool(self) -> str:
+        return "a pool"
 
-def record_operations(decoder, attention, inputs):
-    step = replay_eagerly(decoder, attention, inputs)
-    with Recording() as recording:
-        outputs = step()
 
-    def replay():
-        recording.replay()
-        return outputs
+@contextlib.contextmanager
+def pretended_graphs():
+    """CUDA graphs that run on a CPU; yields the pools that they are captured with."""
+    pools = []
 
-    return replay
+    def capture(graph, pool):
+        pools.append(pool)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+        patch.setattr(torch.cuda, "graph", capture)
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setitem(BACKENDS, "sdpa", f"{__name__}.DeviceAttention")
+        yield pools
 
 
 class DeviceAttention(SdpaAttention):
@@ -74,7 +83,10 @@ class DeviceAttention(SdpaAttention):
         if step.max_query_len > 1:
             return super().__call__(layer, q, kv)
         self.write(layer, kv, step.slot_mapping)
-        keys, values = self.kv_cache[layer][:, :, step.block_table].flatten(3, 4).transpose(1, 2)
+        blocks = step.block_table[
+            :, : cdiv(step.max_seq_len, self.block_size)
+        ]  # planned by Python, as a kernel's grid is
+        keys, values = self.kv_cache[layer][:, :, blocks].flatten(3, 4).transpose(1, 2)
         seen = torch.arange(keys.shape[2]) < step.seq_lens.unsqueeze(1)
         found = scaled_dot_product_attention(
             q.unsqueeze(2), keys, values, attn_mask=seen[:, None, None], enable_gqa=True
@@ -163,17 +175,18 @@ class TestTokens:
 
     @settings(max_examples=10)
     @given(kwargs=engine_settings(), arrivals=arrivals())
-    def test_the_same_where_nothing_is_decided_again(self, tokens, kwargs, arrivals):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(BACKENDS, "sdpa", f"{__name__}.DeviceAttention")
-            engine = make_engine(record_operations, attention_backend="sdpa", **kwargs)
-        check(engine, arrivals, tokens)
+    def test_the_same_from_pretended_cuda_graphs(self, tokens, kwargs, arrivals):
+        with pretended_graphs() as pools:
+            engine = make_engine(CudaGraphs(), attention_backend="sdpa", **kwargs)
+            check(engine, arrivals, tokens)
+        assert pools[:1] in ([], [None]) and set(pools[1:]) <= {"a pool"}  # all share the first one's
 
-    def test_the_stand_in_for_a_graph_notices_what_is_planned_on_the_cpu(self, tokens):
+    def test_the_pretended_graph_notices_what_is_planned_on_the_cpu(self, tokens):
         params = SamplingParams(**GREEDY, max_tokens=MAX_TOKENS)
         asked = [judges.Arrival("greedy 3 0", prompts()[3], params)]
-        with pytest.raises(judges.NotYet, match="other tokens"):
-            check(make_engine(record_operations, attention_backend="sdpa"), asked, tokens)
+        with pretended_graphs(), pytest.raises(judges.NotYet, match="other tokens"):
+            BACKENDS["sdpa"] = "folovllm.attention.sdpa.SdpaAttention"
+            check(make_engine(CudaGraphs(), attention_backend="sdpa"), asked, tokens)
 
     def test_prompt_logprobs_of_single_tokens(self):
         """With one token a step, the steps of a prompt look like decode steps."""
@@ -252,14 +265,14 @@ class TestPadding:
         assert engine.cache.pool.num_blocks == 5 and engine.runner.kv_cache.shape[3] == 6
         assert make_engine(num_blocks=5, enforce_eager=True).runner.kv_cache.shape[3] == 5
 
-    def test_a_recording_sees_nothing_but_padding_and_plans_for_the_longest(self):
+    def test_a_recording_sees_nothing_but_padding(self):
         seen = []
 
         def recorder(decoder, attention, inputs):
             step = inputs.metadata
             seen.append((inputs.input_ids.tolist(), step.seq_lens.tolist(), step.slot_mapping.unique().tolist()))
             assert step.block_table.unique().tolist() == [work.num_blocks]
-            assert step.seq_lens_cpu.tolist() == [MAX_MODEL_LEN] * len(inputs.input_ids)
+            assert step.seq_lens_cpu.tolist() == step.seq_lens.tolist() and inputs.max_model_len == MAX_MODEL_LEN
             return replay_eagerly(decoder, attention, inputs)
 
         work = Batches(recorder)
@@ -355,7 +368,7 @@ class TestWhichSteps:
 
 class TestRefusals:
     def test_eager_unless_asked(self):
-        assert ModelConfig("m").enforce_eager is True
+        assert make_engine(enforce_eager=None).runner.is_eager
         with pytest.raises(ValueError, match="enforce_eager must be"):
             ModelConfig("m", enforce_eager=0)
 

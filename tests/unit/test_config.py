@@ -39,6 +39,8 @@ class TestModelConfig:
             "dtype": "auto",
             "max_model_len": None,
             "seed": 0,
+            "attention_backend": "auto",
+            "enforce_eager": None,
         }
 
     def test_model_is_required(self):
