@@ -66,7 +66,7 @@ Usage: ./setup_env.sh [FLAG...]              make venv/ and install the book and
        ./setup_env.sh help                   this text
 
 book, lab and test make venv/ first where it is missing, and ask no questions. It takes 1.8 GB of disk with the
-CPU build of torch, 5.4 GB with the CUDA build; Triton, which test adds to the CPU build on Linux, takes 1.0 GB
+CPU build of torch, 5.4 GB with the CUDA build; Triton, which test adds to the CPU build on Linux, takes 0.7 GB
 more. PYTHON=... names the Python to make it with.
 
 Flags, with every command: --flash-attn   also Flash Attention 2: needs CUDA, and is long to build
@@ -380,7 +380,7 @@ install_triton() {
     fi
     if is_stamped "$TRITON_STAMP"; then return 0; fi
     if [ "$(torch_there)" != cuda ]; then # the CUDA build brings its own
-        print_info "Installing Triton. About 0.3 GB are fetched, and venv/ takes 1.0 GB more."
+        print_info "Installing Triton. About 0.2 GB are fetched, and venv/ takes 0.7 GB more."
         pip_install -r requirements.txt "triton==$(pin triton)" ||
             fail "pip could not install Triton: what it said stands above. The rest is installed."
     fi

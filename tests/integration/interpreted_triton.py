@@ -76,7 +76,7 @@ def test_bfloat16_is_refused() -> None:
 
 
 STORIES = ["Once upon a time there was a little", "The", "Once upon a time there was a little dog"]
-GREEDY = {"temperature": 0.0, "max_tokens": 7, "ignore_eos": True}
+GREEDY = {"temperature": 0.0, "max_tokens": 5, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 0.9, "seed": 7}
 
 
@@ -88,7 +88,7 @@ SEEDED = {**GREEDY, "temperature": 0.9, "seed": 7}
         ({"enable_prefix_caching": True, "block_size": 3, "max_num_seqs": 2}, GREEDY),
         ({"block_size": 3, "num_blocks": 10}, GREEDY),
         ({"block_size": 256}, SEEDED),
-        ({"block_size": 1}, {**SEEDED, "n": 3, "max_tokens": 4}),
+        ({"block_size": 1}, {**SEEDED, "n": 3, "max_tokens": 3}),
     ],
     ids=["as it comes", "chunks", "prefixes", "preempted", "one block", "three answers"],
 )

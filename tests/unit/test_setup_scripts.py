@@ -34,7 +34,7 @@ PATIENCE_S = 60  # only so that a script that waits for an answer fails its test
 TOOLS = ["bash", "cat", "cksum", "cp", "dirname", "env", "head", "id"]
 TOOLS += ["mkdir", "rm", "sed", "sh", "sleep", "tail", "touch"]
 PIN = "2.13.0"
-TRITON = "-r requirements.txt triton==3.9.0"
+TRITON = "-r requirements.txt triton==3.7.1"
 
 # Writes down how it was called, runs `-c` code as if it were the version and on the machine that it says it is, and
 # makes venvs of itself. As pip it offers what OFFERED (by its own configuration) and INDEX (by the index it is given)
@@ -415,7 +415,7 @@ class TestInstall:
         assert "Linux only" in done.stdout.splitlines()[-1]
 
     @pytest.mark.parametrize(
-        ("answer", "installed"), [("\n", []), ("1\n", []), ("3\n", [".[gptq]"]), ("4\n", ["triton==3.9.0"])]
+        ("answer", "installed"), [("\n", []), ("1\n", []), ("3\n", [".[gptq]"]), ("4\n", ["triton==3.7.1"])]
     )
     def test_optional_parts_are_asked_for_on_a_terminal(self, copy: Copy, answer: str, installed: list[str]) -> None:
         copy.add_venv()
