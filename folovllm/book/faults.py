@@ -1,4 +1,4 @@
-"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 13.
+"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 14.
 
 A fault is called by what users would report. Its class is a subclass of the part that it stands for, and overrides as
 little as possible, so that it can be found by reading once it is known where to look. That the engine's own tests would
@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from folovllm.attention import AttentionMetadata
+from folovllm.attention import AttentionBackend, AttentionMetadata
+from folovllm.book.in_place import InPlaceAttention, OnlineSoftmax
 from folovllm.core.kv_cache import BlockPool, KVCacheManager, hash_block
 from folovllm.core.scheduler import Scheduler, SchedulerOutput
 from folovllm.engine.detokenizer import Detokenizer
@@ -186,6 +187,20 @@ class SharedGenerator(ModelRunner):
         return output
 
 
+class KeepsOldWeights(OnlineSoftmax):
+    """Goes on with a new maximum, and leaves what was added up by the old one as it is."""
+
+    def rescale(self, maximum: Tensor) -> None:
+        """Makes what has been added up so far relative to a new maximum."""
+        self.maximum = maximum
+
+
+class NeverRescales(InPlaceAttention):
+    """Reads block after block, and weighs the keys of the first ones too much."""
+
+    softmax_cls = KeepsOldWeights
+
+
 class HalfCharacters(Detokenizer):
     """Decodes each token for itself."""
 
@@ -226,6 +241,7 @@ FAULTS: dict[str, type[Any]] = {
     "asking again hangs": WholePromptCached,
     "a token is lost at each border of two blocks": SlotOffByOneBlock,
     "a seed that does not hold": SharedGenerator,
+    "only long texts ramble": NeverRescales,
     "broken letters": HalfCharacters,
     "the text takes words back": StopNotHeldBack,
     "a stop string that does not stop": StopWithinOneToken,
@@ -248,15 +264,20 @@ def plant(engine: LLMEngine, fault: str) -> LLMEngine:
 
 
 def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
-    """Gives an idle engine another scheduler, cache manager, runner or detokenizer, by its class.
+    """Gives an idle engine another scheduler, cache manager, runner, attention backend or detokenizer, by its class.
 
     Raises:
-        ValueError: if the class is none of the four, or the engine has unfinished requests.
+        ValueError: if the class is none of the five, or the engine has unfinished requests.
     """
     require(not engine.has_unfinished_requests(), "a part can only be replaced while no request is unfinished")
     scheduler_cls: type[Scheduler] = type(engine.scheduler)
     if issubclass(part, Detokenizer):
         engine.output_processor.detokenizer_cls = part
+        return engine
+    if issubclass(part, AttentionBackend):
+        runner = cast(ModelRunner, engine.runner)
+        runner.backend_cls = part
+        runner.initialize_kv_cache(engine.cache.pool.num_blocks, engine.cache.swap_pool.num_blocks)
         return engine
     if issubclass(part, ModelRunner):
         runner = part(engine.decoder, cast(ModelRunner, engine.runner).sampler, engine.config)
@@ -270,7 +291,8 @@ def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
     else:
         require(
             issubclass(part, Scheduler),
-            f"a part must be a Scheduler, KVCacheManager, ModelRunner or Detokenizer, got {part.__name__}",
+            "a part must be a Scheduler, KVCacheManager, ModelRunner, AttentionBackend or Detokenizer, got "
+            f"{part.__name__}",
         )
         scheduler_cls = part
     engine.scheduler = scheduler_cls(engine.config.scheduler_config, engine.cache)

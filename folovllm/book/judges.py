@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
+from folovllm.attention import AttentionBackend
 from folovllm.book.exercises.verdict import NotYet, blame_part, expect
 from folovllm.book.faults import replace_part
 from folovllm.core.kv_cache import KVCacheManager
@@ -630,6 +631,51 @@ def judge_runner(attempt: type) -> None:
         raise NotYet(f"{blame_part(error)}.") from error
     finally:
         _forget_requests(_embedded_engine())
+
+
+ATTENTION_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"block_size": 16, "num_blocks": 16},
+    {
+        "block_size": 3,
+        "num_blocks": 40,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 7,
+        "enable_prefix_caching": True,
+    },
+    {"block_size": 5, "num_blocks": 13, "max_num_batched_tokens": 64},
+)
+"""Fields of the configs for a judge of attention: whole prompts, chunks of them, and too few blocks for all."""
+
+
+def judge_attention(attempt: type, settings: SequenceOf[Mapping[str, Any]] = ATTENTION_SETTINGS) -> None:
+    """Lets a reader's attention backend serve seeded requests with the embedded model.
+
+    Args:
+        attempt: a subclass of `folovllm.attention.AttentionBackend`.
+        settings: fields of the configs, for one run each.
+
+    Raises:
+        NotYet: if somebody gets other tokens than alone and by our own backend.
+    """
+    expect_subclass(attempt, AttentionBackend)
+    alone = _tokens_alone()
+    for each in settings:
+        shown = ", ".join(f"{name}={value!r}" for name, value in each.items())
+        try:
+            engine = replace_part(_engine_with_embedded_model(each), attempt)
+            check_outputs(SEEDED, drive(engine, SEEDED), lambda a, index: alone[a.name, index])
+        except NotYet as error:
+            raise NotYet(f"{str(error).rstrip('.')} ({shown}).") from error
+        except Exception as error:
+            raise NotYet(f"your code raised {type(error).__name__}: {error} ({shown}).") from error
+
+
+def _engine_with_embedded_model(settings: Mapping[str, Any]) -> LLMEngine:
+    """An engine of its own, without loading the model again."""
+    ours = _embedded_engine()
+    config = make_engine_config(str(EMBEDDED_MODEL), max_model_len=MAX_MODEL_LEN, **settings)
+    runner = ModelRunner(ours.decoder, cast(ModelRunner, ours.runner).sampler, config)
+    return LLMEngine(config, model=ServedModel(runner, VOCAB_SIZE, 512, _tokenizer(), decoder=ours.decoder))
 
 
 def _forget_requests(engine: LLMEngine) -> None:

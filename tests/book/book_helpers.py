@@ -36,6 +36,12 @@ MODULES = {
     "11_out_of_memory": ("folovllm.core.scheduler", "folovllm.core.kv_cache"),
     "12_chunked_prefill": ("folovllm.core.scheduler",),
     "13_prefix_caching": ("folovllm.core.kv_cache",),
+    "14_attention_backends": (
+        "folovllm.attention",
+        "folovllm.attention.sdpa",
+        "folovllm.attention.triton",
+        "folovllm.worker.step_graph",
+    ),
 }
 """The modules that a chapter is about: it links their pages and sources, and lists all of their public code."""
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from folovllm import LLMEngine, SamplingParams, SequenceStatus
+from folovllm.attention import AttentionBackend
 from folovllm.book import faults, judges
 from folovllm.book.exercises.verdict import NotYet
+from folovllm.book.in_place import InPlaceAttention
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
 from folovllm.engine.detokenizer import Detokenizer
@@ -19,6 +21,7 @@ PARTS = {
     Scheduler: "step|r\\d+ gets other tokens",
     KVCacheManager: "step|r\\d+ gets other tokens",
     ModelRunner: "other tokens",
+    InPlaceAttention: "other tokens",
     Detokenizer: "yours shows|should see",
 }
 """The kinds of parts, and what the judges' sentences about them look like."""
@@ -30,6 +33,8 @@ def judge(part: type[Any]) -> None:
         judges.judge_detokenizer(part)
     elif issubclass(part, ModelRunner):
         judges.judge_runner(part)
+    elif issubclass(part, AttentionBackend):
+        judges.judge_attention(part)
     else:
 
         def make(settings: Mapping[str, Any]) -> LLMEngine:

@@ -3,6 +3,7 @@
 A module for each subject, and one (`folovllm.book.exercises.verdict`) with what a check is made of.
 """
 
+from folovllm.book.exercises.attention import check_join, check_online_softmax, check_rescaled, check_split
 from folovllm.book.exercises.batching import (
     check_admit,
     check_latencies,
@@ -50,6 +51,7 @@ __all__ = [
     "check_finish_status",
     "check_fresh_words",
     "check_generate",
+    "check_join",
     "check_kv_bytes",
     "check_latencies",
     "check_leak",
@@ -58,16 +60,19 @@ __all__ = [
     "check_mended_seed",
     "check_next_status",
     "check_num_blocks",
+    "check_online_softmax",
     "check_pad_batch",
     "check_passes",
     "check_prompt_order",
     "check_rambling",
     "check_read_tensor",
+    "check_rescaled",
     "check_ridge",
     "check_rope",
     "check_shown_text",
     "check_slot_mapping",
     "check_softmax",
+    "check_split",
     "check_steady_stream",
     "check_tokens_computed",
     "check_tokens_that_fit",

@@ -3,6 +3,13 @@
 A module for each subject, and one (`folovllm.book.plotting.style`) with the style that all share.
 """
 
+from folovllm.book.plotting.attention import (
+    plot_buckets,
+    plot_bytes_moved,
+    plot_idle_processors,
+    plot_online_softmax,
+    plot_operations,
+)
 from folovllm.book.plotting.chunking import plot_frontier, plot_prompt_cost, plot_step_makeup, plot_token_gaps
 from folovllm.book.plotting.configs import plot_block_waste, plot_dtype_errors, plot_memory_split
 from folovllm.book.plotting.cost import plot_cost_ratio, plot_machine, plot_roofline, plot_step_parts, plot_throughput
@@ -71,6 +78,8 @@ __all__ = [
     "plot_block_map",
     "plot_block_size_costs",
     "plot_block_waste",
+    "plot_buckets",
+    "plot_bytes_moved",
     "plot_cost_ratio",
     "plot_cumulative_logprobs",
     "plot_dials",
@@ -84,6 +93,7 @@ __all__ = [
     "plot_gantt",
     "plot_hash_tree",
     "plot_hit_rates",
+    "plot_idle_processors",
     "plot_inverse_cdf",
     "plot_kept",
     "plot_kv_capacity",
@@ -94,6 +104,8 @@ __all__ = [
     "plot_masks",
     "plot_measured_against_predicted",
     "plot_memory_split",
+    "plot_online_softmax",
+    "plot_operations",
     "plot_pages",
     "plot_pass_times",
     "plot_path",
