@@ -57,12 +57,12 @@ def shorten_signature(
 
 @functools.cache
 def imported_names(module: str) -> dict[str, str]:
-    """What the import statements of a module call each thing: ``{"Tensor": "torch.Tensor"}``."""
+    """What the import statements of a module call each thing: ``{"Tensor": "torch.Tensor", "np": "numpy"}``."""
     tree = ast.parse(inspect.getsource(importlib.import_module(module)))
     return {
-        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        alias.asname or alias.name: f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, (ast.ImportFrom, ast.Import))
         for alias in node.names
     }
 
@@ -101,7 +101,8 @@ def resolve_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnod
         return None
     name, module = node["reftarget"], node.get("py:module")
     root = name.partition(".")[0]
-    if root != "folovllm" and importlib.util.find_spec(root):
+    is_imported = any(root == full.partition(".")[0] for full in imported_names(module).values()) if module else False
+    if root != "folovllm" and (is_imported or importlib.util.find_spec(root)):  # an extra may not be installed
         return contnode  # other people's sites are on other hosts, so their names are not looked up
     # It may exist and be too small to have an entry: a constant without a docstring.
     return contnode if defined_as(f"{module}.{name}") or defined_as(name) else None
