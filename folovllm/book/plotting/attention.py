@@ -67,8 +67,7 @@ def plot_online_softmax(
             keys = np.arange(i * block_size, end)
             axes[0].bar(keys, row[keys], 0.8, color=(BLUE, SKY)[i % 2])
         maxima = [float(step.maximum) for step in steps]
-        edges = [-0.5, *(end - 0.5 for end in ends)]
-        axes[0].stairs(maxima, edges, baseline=None, color=ORANGE, lw=2.5, label="maximum so far")
+        axes[0].stairs(maxima, np.array([0, *ends]) - 0.5, baseline=None, color=ORANGE, lw=2.5, label="maximum so far")
         axes[0].set(ylabel="score")
         for name, (states, color, marker) in ways.items():
             look = {"color": color, "marker": marker, "ms": 7, "lw": 1.5, "label": name}
@@ -76,8 +75,8 @@ def plot_online_softmax(
             axes[2].plot(middles, [float(step.result()[0]) for step in states], **look)
         axes[1].set(ylabel="sum so far", ylim=(0, None))
         axes[2].axhline(float(steps[-1].result()[0]), color=GREY, lw=1.5, ls="--", zorder=0)
-        axes[2].set(ylabel="average so far\n(first number)", xlabel=f"key, in blocks of {block_size}")
-        axes[2].set_xticks([i * block_size for i in range(len(steps))])
+        starts = [i * block_size for i in range(len(steps))]
+        axes[2].set(ylabel="average so far\n(first number)", xlabel=f"key, in blocks of {block_size}", xticks=starts)
         handles = [*axes[0].get_legend_handles_labels()[0], *axes[1].get_legend_handles_labels()[0]]
         axes[0].legend(handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(-0.05, 1), fontsize=10.5)
         for ax in axes:
