@@ -55,7 +55,7 @@ def test_numbers_of_online_softmax() -> None:
     assert legend(maximum) == ["maximum so far", "rescaled", "never rescaled"]
 
 
-def test_numbers_of_online_softmax_alone() -> None:
+def test_an_online_softmax_alone() -> None:
     axes = plotting.plot_online_softmax(SCORES, 5, softmax_steps(SCORES, VALUES, 5))
     assert legend(axes[0]) == ["maximum so far", "rescaled"] and "in 1 blocks" in axes[0].figure.alt
 
