@@ -99,7 +99,7 @@ class GatherAttention(AttentionBackend):
         places = torch.arange(table.shape[1] * width, device=lens.device)
         unseen = (places >= lens.unsqueeze(1)).repeat(num_heads, 1).unsqueeze(1)
         # [num_heads * num_decodes, 1, num_keys]
-        self._decode_mask = self.kv_cache.new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)
+        self._decode_mask = torch.zeros(unseen.shape, device=lens.device).masked_fill_(unseen, -math.inf)
 
     def _heads_at_once(self, num_keys: int) -> int:
         """How many key heads to compute at once, if ``num_keys`` keys are gathered per head."""
@@ -148,8 +148,9 @@ class GatherAttention(AttentionBackend):
         out = torch.empty_like(grouped)
         for part in range(num_parts):
             keys = self._gather(layer, 0, part).view(num_matrices, -1, head_dim)
-            scores = torch.baddbmm(self._decode_mask, grouped[part], keys.transpose(1, 2), alpha=head_dim**-0.5)
-            probs = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+            # Rounded to 16 bits, a score would change its token's weight by up to some percent.
+            queries, keys = grouped[part].float(), keys.float().transpose(1, 2)
+            probs = torch.baddbmm(self._decode_mask, queries, keys, alpha=head_dim**-0.5).softmax(dim=-1).to(q.dtype)
             values = self._gather(layer, 1, part).view(num_matrices, -1, head_dim)
             torch.bmm(probs, values, out=out[part])
         out = out.view(self.num_kv_heads, num_rows, -1, head_dim).transpose(0, 1)
