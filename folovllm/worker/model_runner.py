@@ -181,9 +181,8 @@ class ModelRunner:
         num_tokens = cast(int, scheduler.max_num_batched_tokens)
         longest = cast(int, self.config.model_config.max_model_len)
         num_seqs = min(scheduler.max_num_seqs, num_tokens)
-        # One sequence as long as can be, the others with a token each at the end of their longest past.
-        query_lens = np.ones(num_seqs, dtype=np.int64)
-        query_lens[0] = min(longest, num_tokens - num_seqs + 1)
+        # Prompts as long as can be while the budget lasts, and a token each for the others, at the end of a long past.
+        query_lens = 1 + np.clip(num_tokens - num_seqs - np.arange(num_seqs) * (longest - 1), 0, longest - 1)
         starts, num_rows = np.concatenate([[0], query_lens.cumsum()]), int(query_lens.sum())
         tables = np.zeros((num_seqs, cdiv(longest, self.block_size)), dtype=np.int64)
         metadata = AttentionMetadata.from_arrays(

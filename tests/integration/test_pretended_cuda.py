@@ -205,12 +205,17 @@ class TestSteps:
             )
         assert found["waits"] == 1 and found["loose"] == 0
 
-    def test_the_largest_batch(self, backend):
+    @pytest.mark.parametrize("longest", [40, 500, 2048])
+    def test_the_largest_batch(self, backend, longest, monkeypatch):
         """By which the runner measures the memory that is left for the cache."""
+        num_rows, forward = [], Decoder.__call__
+        monkeypatch.setattr(Decoder, "__call__", lambda *args: num_rows.append(len(args[1])) or forward(*args))
         with pretended_cuda() as counts:
             runner = make_runner(backend)
+            runner.config.model_config.max_model_len = longest
             counts.clear()
             runner._run_largest_batch()
+        assert num_rows == [min(2048, 16 * longest)]  # the budget of a step, or all of its sequences
         assert counts["waits"] <= 2 and counts["loose"] == 0
 
     def test_swapping(self, backend):
