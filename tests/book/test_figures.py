@@ -511,6 +511,14 @@ class TestLegibility:
         assert (picture_of(figure) == before).all(), "the figure did not get its own colours back"
 
 
+def test_a_marker_whose_edge_follows_its_line_gets_its_own_colour_back() -> None:
+    with style.new_figure() as ax:
+        (cross,) = ax.plot([0], [0], "x", color="black")
+    with book_figure.darkened(ax.figure):
+        assert to_hex(cross.get_markeredgecolor()) != "#000000"
+    assert to_hex(cross.get_markeredgecolor()) == "#000000"
+
+
 def picture_of(figure: Figure) -> np.ndarray:
     """The pixels of a figure, ``[height, width, 3]``."""
     canvas = FigureCanvasAgg(figure)  # a figure that was closed has another one

@@ -41,7 +41,7 @@ NEUTRALS = {
 """Colours of the ground, of letters and of faint lines, and what they become on a dark page."""
 
 ON_FILLS = ("#ffffff", "#111111")
-"""Colours of letters on a filled box, which stay as they are, since the box does."""
+"""Colours of letters and signs on a filled box, which stay as they are, since the box does."""
 
 HEAT = LinearSegmentedColormap.from_list("heat", ["white", BLUE])
 """The colours of heat maps: nothing is the ground, the most is blue."""
@@ -84,7 +84,7 @@ def darkened(figure: Figure) -> Iterator[None]:
     figure.draw_without_rendering()  # matplotlib makes the last labels of its axes when it draws
     put_back: list[tuple[Callable[[Any], Any], Any]] = []
     for artist in _artists(figure):
-        for setter, old, new in _exchanges(artist):
+        for setter, old, new in list(_exchanges(artist)):  # all of the old first: a marker's edge may follow its line
             put_back.append((setter, old))
             setter(new)
     try:
@@ -126,7 +126,7 @@ def _exchanges(artist: Artist) -> Iterator[tuple[Callable[[Any], Any], Any, Any]
 
 def dark_color(color: Any) -> Any:
     """What a colour becomes on a dark page: the palette stays, a darker shade of it becomes as much lighter."""
-    if isinstance(color, str) and color.lower() in ("none", "auto"):
+    if isinstance(color, str) and color.lower() in ("none", "auto", ON_FILLS[1]):
         return color
     red_green_blue, alpha = np.array(to_rgba(color)[:3]), to_rgba(color)[3]
     neutral = NEUTRALS.get(to_hex(red_green_blue))

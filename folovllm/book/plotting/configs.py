@@ -64,7 +64,7 @@ def plot_block_waste(lengths: Sequence[int], block_sizes: Sequence[int]) -> Axes
             ax.text(place, 1.01, f"{1 - share:.0%}", ha="center", va="bottom", fontsize=11)
         ax.set(xlabel="block_size (tokens)", ylabel="share of the slots")
         ax.set_xticks(places, [f"{size:,}" for size in block_sizes])
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
     ax.figure.alt = (
         f"Stacked bars of the slots reserved for {len(lengths):,} sequences, by block size. The share that is "
         f"reserved and empty is {listed(f'{1 - share:.0%} at {size:,}' for share, size in zip(used, block_sizes))}."

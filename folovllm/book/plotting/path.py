@@ -28,8 +28,9 @@ def plot_path(*here: str, told_by: str | None = None) -> Axes:
             box = FancyBboxPatch((x - 0.4, y - 0.22), 0.8, 0.44, boxstyle="round,pad=0.02", lw=1.5)
             box.set(facecolor=BLUE if inside else "white", edgecolor=BLUE if inside else GREY)
             ax.add_patch(box)
-            weight = "bold" if inside else "normal"
-            ax.text(x, y, station, ha="center", va="center", color="white" if inside else dark, size=11, weight=weight)
+            size = 9.8 if inside and len(station) > 12 else 11  # bold letters are wider, and the box is not
+            weight, color = ("bold", "white") if inside else ("normal", dark)
+            ax.text(x, y, station, ha="center", va="center", color=color, size=size, weight=weight)
             if i in (0, 1, 2):
                 ax.annotate("", (x + 0.57, y), (x + 0.43, y), arrowprops=arrow)
             if i in (4, 5, 6):

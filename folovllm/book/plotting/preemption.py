@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from folovllm.book.plotting.requests import STATUS_COLORS
-from folovllm.book.plotting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, new_figure
+from folovllm.book.plotting.style import BLUE, GREEN, GREY, ON_LIGHT_FILL, ORANGE, PURPLE, RED, new_figure
 from folovllm.book.plotting.timeline import stretches
 from folovllm.book.recording import StepRecord
 
@@ -46,7 +46,7 @@ def plot_states(runs: Mapping[str, Sequence[StepRecord]]) -> np.ndarray:
                 for color, steps in _states_of(name, records):
                     ax.broken_barh(stretches(steps), (row - 0.4, 0.8), facecolor=color, edgecolor="none")
                 left = [i for i, record in enumerate(records) if name in record.preempted]
-                ax.plot(left, [row] * len(left), "x", color="black", ms=6, mew=1.6)
+                ax.plot(left, [row] * len(left), "x", color=ON_LIGHT_FILL, ms=6, mew=1.6)
             ax.set(xlim=(0, longest), ylim=(-0.6, len(names) - 0.4), title=title)
             ax.set_yticks(range(len(names)), names, fontsize=9)
             ax.invert_yaxis()

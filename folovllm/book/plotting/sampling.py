@@ -89,7 +89,7 @@ def plot_entropy(temperatures: Sequence[float], entropies: Sequence[float], limi
     with new_figure() as ax:
         ax.plot(temperatures, entropies, marker="o")
         ax.axhline(limit, color=GREY, ls="--")
-        ax.text(temperatures[0], limit, "every token equally likely", va="bottom", color="#555555")
+        ax.text(temperatures[0], limit * 1.02, "every token equally likely", va="bottom", color="#555555")
         ax.set(xlabel="temperature", ylabel="entropy (nats)", ylim=(0, limit * 1.15))
     ax.figure.alt = (
         f"Line of the entropy in nats against temperature: it {course(entropies, temperatures)}. A dashed line at "

@@ -183,7 +183,7 @@ def plot_load(rates: Sequence[float], seconds: Mapping[str, Sequence[float]], yl
         for (label, values), style in zip(seconds.items(), ("o-", "s--", "^:", "d-.")):
             ax.plot(rates, values, style, label=label)
         ax.set(xlabel="requests per second", ylabel=ylabel, yscale="log", xlim=(0, None))
-        ax.legend()
+        ax.legend(ncols=len(seconds), loc="lower left", bbox_to_anchor=(0, 1))
         told = (
             f"{label} {values[0]:.3g} s at {rates[0]:g} and {values[-1]:.3g} s at {rates[-1]:g} requests per second"
             for label, values in seconds.items()
