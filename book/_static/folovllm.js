@@ -12,6 +12,7 @@ if (isFile) DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false; // a page opened 
 document.addEventListener("DOMContentLoaded", () => {
   sayWhatAFileCannot();
   keepFocus();
+  breakNames();
 });
 
 /** Says on the search's page, and beside the download, what works from a server only. */
@@ -39,5 +40,13 @@ function keepFocus() {
     const dialog = document.getElementById(dialogId);
     const button = document.querySelector(buttonClass);
     dialog?.addEventListener("close", () => setTimeout(() => button?.focus()));
+  }
+}
+
+/** Lets a long name break after a dot, a slash or an underscore, instead of anywhere, where the room is narrow. */
+function breakNames() {
+  const places = [":is(td, th) code", ".cell_output > p > code:only-child", "summary code"];
+  for (const name of document.querySelectorAll(places.map((place) => `.bd-article ${place} .pre`).join())) {
+    name.innerHTML = name.innerHTML.replace(/[._/](?=\w)/g, "$&<wbr>");
   }
 }
