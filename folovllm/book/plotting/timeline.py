@@ -108,7 +108,7 @@ def plot_block_map(records: Sequence[StepRecord], num_blocks: int) -> Axes:
         shared = max(sum(count > 1 for count in r.ref_counts) for r in records)
         ax.figure.alt = (
             f"Map of {num_blocks} blocks along {len(records)} steps, each in the colour of the request that has it, "
-            f"white while it is free; at most {max(used)} are in use, and at most {shared} in several tables, which "
+            f"blank while it is free; at most {max(used)} are in use, and at most {shared} in several tables, which "
             "are grey."
         )
     return ax
