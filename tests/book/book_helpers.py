@@ -7,8 +7,10 @@ import functools
 import io
 import json
 import re
+import signal
 import tokenize
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,17 @@ def text_of(name: str) -> str:
 def assert_says(name: str, sentence: str) -> None:
     """A sentence whose number a test computes stands in a chapter."""
     assert sentence in text_of(name), f"{name} does not say {sentence!r} any more: mend it here or there"
+
+
+@contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """For whoever runs a notebook: nbclient leaves Python's own handlers, whatever there was."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def joined(text: str | list[str]) -> str:

@@ -69,8 +69,8 @@ MUTATIONS = [
     Mutation(
         "an operator",
         "folovllm/sample/sampler.py",
-        ".masked_fill(k == 0, -torch.inf)\n    return logits.masked_fill(logits < threshold",
-        ".masked_fill(k == 0, -torch.inf)\n    return logits.masked_fill(logits <= threshold",
+        ".masked_fill(top_k == 0, -torch.inf)\n    return logits.masked_fill(logits < threshold",
+        ".masked_fill(top_k == 0, -torch.inf)\n    return logits.masked_fill(logits <= threshold",
         "tests/unit/test_sampler.py::TestTopK",
     ),
     Mutation(

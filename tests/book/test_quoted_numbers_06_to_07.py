@@ -99,7 +99,7 @@ def test_the_cache() -> None:
 
 def test_what_a_batch_gains_and_costs() -> None:
     name = "07_how_long_is_a_step"
-    assert_says(name, "twelve times the tokens, and users wait 1.3 times as long")
+    assert_says(name, "gains twelve times the tokens, and each user waits only 1.3 times as long")
     wait = step_ms(16, 2000) / step_ms(1, 2000)
     assert (round(wait, 1), round(16 / wait)) == (1.3, 12)
     assert_says(name, "the engine gains 1.3 times the tokens, and everybody waits 1.6 times as long")

@@ -7,6 +7,7 @@ import sys
 
 import nbformat
 import pytest
+from book_helpers import signal_handlers_kept
 from nbclient import NotebookClient
 
 CELLS = (
@@ -22,7 +23,8 @@ CELLS = (
 def errors() -> list[list[str]]:
     """The lines of each cell's error, without their colours."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    NotebookClient(notebook, kernel_name="python3", allow_errors=True, timeout=60).execute()
+    with signal_handlers_kept():
+        NotebookClient(notebook, kernel_name="python3", allow_errors=True, timeout=60).execute()
     found = []
     for cell in notebook.cells[1:]:
         (error,) = [output for output in cell.outputs if output.output_type == "error"]

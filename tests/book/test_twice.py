@@ -8,7 +8,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from book_helpers import PATHS
+from book_helpers import PATHS, signal_handlers_kept
 from nbclient import NotebookClient
 from refresh import merge_streams
 
@@ -19,7 +19,7 @@ def run_twice(notebook: nbformat.NotebookNode) -> list[tuple[nbformat.NotebookNo
     """Each code cell, and what it showed the first and the second time."""
     client = NotebookClient(notebook, kernel_name="python3", allow_errors=True, **KERNEL_ROOM)
     found = []
-    with client.setup_kernel():
+    with signal_handlers_kept(), client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
             if cell.cell_type != "code":
                 continue

@@ -144,10 +144,8 @@ def plot_buckets(buckets: Sequence[int]) -> Axes:
         shares = wasted / computed
         worst = int(shares.argmax())
         ax.figure.alt = (
-            f"Bars of the rows computed for 1 to {running[-1]} sequences, in buckets of {listed(buckets)}. ".replace(
-                "for 1 ", f"for {running[0]} "
-            )
-            + f"The largest share for nothing is {wasted[worst]} of {computed[worst]} rows, for {running[worst]} "
+            f"Bars of the rows computed for {running[0]} to {running[-1]} sequences, in buckets of {listed(buckets)}. "
+            f"The largest share for nothing is {wasted[worst]} of {computed[worst]} rows, for {running[worst]} "
             f"{'sequence' if running[worst] == 1 else 'sequences'}; on average it is {shares.mean():.0%}."
         )
     return ax
