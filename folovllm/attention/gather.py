@@ -63,7 +63,7 @@ class GatherAttention(AttentionBackend):
         pairs = found[len(rows) :]
         self._groups = list(zip(map(len, groups), pairs[::2], pairs[1::2]))
         if len(decodes):
-            self._begin_decodes()
+            self._begin_decodes(int(seq_lens[decodes].max()))
 
     def _pad(self, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A group of prompts as a padded batch: the flat batch's row for each of its places, and which of its places
@@ -83,12 +83,11 @@ class GatherAttention(AttentionBackend):
         mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=blocks.device).tril(num_tokens - num_new)
         return slice(start, end), blocks, mask
 
-    def _begin_decodes(self) -> None:
-        """Prepares the sequences with one new token: their blocks, and the mask of what each sees."""
-        table, lens, longest = self.metadata.block_table, self.metadata.seq_lens, self.metadata.max_seq_len
+    def _begin_decodes(self, longest: int) -> None:
+        """Prepares the sequences with one new token, of at most ``longest``: their blocks, and what each sees."""
+        table, lens = self.metadata.block_table, self.metadata.seq_lens
         if self._decode_rows is not None:
             table, lens = table[self._decode_rows], lens[self._decode_rows]
-            longest = int(self.metadata.seq_lens_cpu[np.diff(self.metadata.query_start_loc_cpu) == 1].max())
         table = table[:, : cdiv(longest, self.block_size)]
         width = min(self.block_size, longest)  # if a block is longer than any sequence, only its beginning is read
         num_heads = self._heads_at_once(table.numel() * width)
