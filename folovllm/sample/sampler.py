@@ -426,7 +426,7 @@ class Truncation:
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab_size: int) -> Truncation:
         """As lists."""
-        limits = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params]
+        limits = _find_limits([p.top_k for p in params], vocab_size).ravel().tolist()
         limits_of_top_p = [limit for p, limit in zip(params, limits) if p.top_p < 1]
         return cls(
             temperature=[p.temperature or 1.0 for p in params],
