@@ -14,6 +14,11 @@ is gathered, only some heads are done at a time: for 16 sequences of 600 tokens 
 at once and 4.0 ms with two at a time, since the gathered blocks are then still in the processor's cache when they are
 read. Keeping them for the next step was tried and gained nothing: with 36 sequences and blocks of 16, some table grows
 in nearly every step.
+
+Blocks that all decoding sequences begin with, as they do after a system prompt that prefix caching has found, are
+gathered once and multiplied with the queries of all sequences in one product. 64 sequences of about 600 tokens, 512 of
+them shared, generate 1.4 times as many tokens per second for it. vLLM calls it cascade attention
+(``v1/attention/backends/flash_attn.py``, 0.33.0; Juravsky et al. 2024 call it Hydragen).
 """
 
 from __future__ import annotations
@@ -31,6 +36,9 @@ from folovllm.utils.transfer import copy_to_device
 
 GATHER_BYTES = 2**24
 """Most bytes of keys gathered at once on a CPU (16 MiB), so that they stay in its cache; at least one head's."""
+
+SHARED_TOKENS = 2048
+"""Blocks that decoding sequences share are computed together from this number of tokens on that need no second copy."""
 
 
 class GatherAttention(AttentionBackend):
@@ -63,7 +71,7 @@ class GatherAttention(AttentionBackend):
         pairs = found[len(rows) :]
         self._groups = list(zip(map(len, groups), pairs[::2], pairs[1::2]))
         if len(decodes):
-            self._begin_decodes(int(seq_lens[decodes].max()))
+            self._begin_decodes(seq_lens[decodes])
 
     def _pad(self, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A group of prompts as a padded batch: the flat batch's row for each of its places, and which of its places
@@ -83,22 +91,35 @@ class GatherAttention(AttentionBackend):
         mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=blocks.device).tril(num_tokens - num_new)
         return slice(start, end), blocks, mask
 
-    def _begin_decodes(self, longest: int) -> None:
-        """Prepares the sequences with one new token, of at most ``longest``: their blocks, and what each sees."""
+    def _begin_decodes(self, lens_cpu: np.ndarray) -> None:
+        """Prepares the sequences with one new token: the blocks that all share, those of each, and what each sees."""
         table, lens = self.metadata.block_table, self.metadata.seq_lens
         if self._decode_rows is not None:
             table, lens = table[self._decode_rows], lens[self._decode_rows]
+        longest, shortest = int(lens_cpu.max()), int(lens_cpu.min())
         table = table[:, : cdiv(longest, self.block_size)]
-        width = min(self.block_size, longest)  # if a block is longer than any sequence, only its beginning is read
-        num_heads = self._heads_at_once(table.numel() * width)
-        self._decode_blocks = (self._head_starts[:num_heads] + table.flatten()).flatten()
+        num_shared = self._count_shared(table[:, : (shortest - 1) // self.block_size])
+        self._num_shared_tokens = num_shared * self.block_size
+        # If a block is longer than any sequence, only its beginning is read.
+        self._width = self.block_size if num_shared else min(self.block_size, longest)
+        num_keys = (table.shape[1] - num_shared) * self._width
+        num_heads = self._heads_at_once(max(len(table) * num_keys, self._num_shared_tokens))
+        self._num_heads_at_once, starts = num_heads, self._head_starts[:num_heads]
+        self._shared_blocks = (starts + table[0, :num_shared]).flatten()
+        self._own_blocks = (starts + table[:, num_shared:].flatten()).flatten()
         # [num_layers, 2, num_kv_heads / num_heads, num_heads * num_blocks, width, head_dim]
-        self._readable = self.kv_cache.unflatten(2, (-1, num_heads)).flatten(3, 4)[:, :, :, :, :width]
-        self._gathered = self._scratch_view(len(self._decode_blocks), width, self.kv_cache.shape[-1])
-        places = torch.arange(table.shape[1] * width, device=lens.device)
+        self._readable = self.kv_cache.unflatten(2, (-1, num_heads)).flatten(3, 4)[:, :, :, :, : self._width]
+        places = torch.arange(self._num_shared_tokens, self._num_shared_tokens + num_keys, device=lens.device)
         unseen = (places >= lens.unsqueeze(1)).repeat(num_heads, 1).unsqueeze(1)
         # [num_heads * num_decodes, 1, num_keys]
         self._decode_mask = torch.zeros(unseen.shape, device=lens.device).masked_fill_(unseen, -math.inf)
+
+    def _count_shared(self, table: Tensor) -> int:
+        """How many blocks all rows of a table begin with, if computing them together saves enough; else 0."""
+        if table.device.type != "cpu":  # to know it, the CPU would have to wait for the device
+            return 0
+        num_shared = int((table == table[0]).all(dim=0).cumprod(dim=0).sum())
+        return num_shared if num_shared * self.block_size * (len(table) - 1) >= SHARED_TOKENS else 0
 
     def _heads_at_once(self, num_keys: int) -> int:
         """How many key heads to compute at once, if ``num_keys`` keys are gathered per head."""
@@ -144,20 +165,38 @@ class GatherAttention(AttentionBackend):
         # The heads that share a key are rows of one matrix, so no key is repeated.
         grouped = q.view(num_rows, self.num_kv_heads, -1, head_dim).transpose(0, 1)
         grouped = grouped.reshape(num_parts, num_matrices, -1, head_dim)
-        out = torch.empty_like(grouped)
+        # Contiguous, or torch would compute the products one by one: three times as slow for 256 sequences.
+        out = torch.empty_like(grouped, memory_format=torch.contiguous_format)
         for part in range(num_parts):
-            keys = self._gather(layer, 0, part).view(num_matrices, -1, head_dim)
-            # Rounded to 16 bits, a score would change its token's weight by up to some percent.
-            queries, keys = grouped[part].float(), keys.float().transpose(1, 2)
-            probs = torch.baddbmm(self._decode_mask, queries, keys, alpha=head_dim**-0.5).softmax(dim=-1).to(q.dtype)
-            values = self._gather(layer, 1, part).view(num_matrices, -1, head_dim)
-            torch.bmm(probs, values, out=out[part])
+            self._decode_part(layer, part, grouped[part], out[part])
         out = out.view(self.num_kv_heads, num_rows, -1, head_dim).transpose(0, 1)
         return out.reshape(num_rows, num_heads * head_dim)
 
-    def _gather(self, layer: int, index: int, part: int) -> Tensor:
-        """The keys (``index`` 0) or values (1) of all decoding sequences, for one part of the heads."""
-        return torch.index_select(self._readable[layer, index, part], 0, self._decode_blocks, out=self._gathered)
+    def _decode_part(self, layer: int, part: int, q: Tensor, out: Tensor) -> None:
+        """Some of the key heads, ``q`` and ``out`` ``[num_matrices, heads per key head, head_dim]``."""
+        num_shared, scale = self._num_shared_tokens, q.shape[-1] ** -0.5
+        # Rounded to 16 bits, a score would change its token's weight by up to some percent.
+        queries, keys = q.float(), self._gather(layer, 0, part, self._own_blocks, len(q)).float()
+        scores = torch.baddbmm(self._decode_mask, queries, keys.transpose(1, 2), alpha=scale)
+        if num_shared:
+            num_heads = self._num_heads_at_once
+            keys = self._gather(layer, 0, part, self._shared_blocks, num_heads).float()
+            shared = torch.bmm(queries.view(num_heads, -1, q.shape[-1]), keys.transpose(1, 2)).mul_(scale)
+            scores = torch.cat([shared.view(*scores.shape[:2], num_shared), scores], dim=-1)
+        probs = scores.softmax(dim=-1).to(q.dtype)
+        torch.bmm(probs[:, :, num_shared:], self._gather(layer, 1, part, self._own_blocks, len(q)), out=out)
+        if num_shared:
+            values = self._gather(layer, 1, part, self._shared_blocks, num_heads)
+            out += torch.bmm(probs[:, :, :num_shared].reshape(num_heads, -1, num_shared), values).view_as(out)
+
+    def _gather(self, layer: int, index: int, part: int, blocks: Tensor, num_matrices: int) -> Tensor:
+        """The keys (``index`` 0) or values (1) in some blocks of one part of the heads.
+
+        ``[num_matrices, num_keys, head_dim]``, overwritten by the next call.
+        """
+        gathered = self._scratch_view(len(blocks), self._width, self.kv_cache.shape[-1])
+        torch.index_select(self._readable[layer, index, part], 0, blocks, out=gathered)
+        return gathered.view(num_matrices, -1, gathered.shape[-1])
 
 
 def _alike(rows: np.ndarray, lens: np.ndarray) -> list[np.ndarray]:

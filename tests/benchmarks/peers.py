@@ -7,6 +7,7 @@ b         a model of Qwen3-0.6B's shape, float32, the 16 requests of ``throughpu
 b-bf16    the same in bfloat16
 one       the same shape, bfloat16, one request, 32 in, 64 out
 long      the same shape, bfloat16, 8 requests, 512 in, 32 out
+shared    the 64 requests of a after 512 tokens that all of them share, prefix caching on both sides
 smol-one  SmolLM2-135M, bfloat16, one request, 32 in, 64 out
 smol-b    SmolLM2-135M, bfloat16, the 16 requests of b
 
@@ -56,22 +57,26 @@ class Row:
     model: str
     dtype: str
     requests: tuple[int, tuple[int, int], tuple[int, int]]
+    shared: int = 0
+    """Tokens that all prompts begin with; where there are some, both sides keep prefixes for the length of a run."""
 
     @property
     def title(self) -> str:
         """The first cell."""
         num, *lens = self.requests
         tokens_in, tokens_out = (str(low) if low == high else f"{low} to {high}" for low, high in lens)
-        return f"{self.model}, {self.dtype}, {num} x {tokens_in} in, {tokens_out} out"
+        after = f" after {self.shared} shared" if self.shared else ""
+        return f"{self.model}, {self.dtype}, {num} x {tokens_in} in{after}, {tokens_out} out"
 
 
-SIXTEEN, ONE = (16, (16, 64), (16, 64)), (1, (32, 32), (64, 64))
+SIXTY_FOUR, SIXTEEN, ONE = (64, (16, 64), (16, 128)), (16, (16, 64), (16, 64)), (1, (32, 32), (64, 64))
 ROWS = {
-    "a": Row("embedded", "float32", (64, (16, 64), (16, 128))),
+    "a": Row("embedded", "float32", SIXTY_FOUR),
     "b": Row(QWEN3, "float32", SIXTEEN),
     "b-bf16": Row(QWEN3, "bfloat16", SIXTEEN),
     "one": Row(QWEN3, "bfloat16", ONE),
     "long": Row(QWEN3, "bfloat16", (8, (512, 512), (32, 32))),
+    "shared": Row("embedded", "float32", SIXTY_FOUR, shared=512),
     "smol-one": Row(SMOLLM2, "bfloat16", ONE),
     "smol-b": Row(SMOLLM2, "bfloat16", SIXTEEN),
 }
@@ -199,8 +204,10 @@ def count_equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
 def measure(row: Row, peers: list[str], env: Path, scratch: Path, repeat: int) -> list[str]:
     """A line of the table."""
     folder = find_checkpoint(row.model, scratch)
-    work = make_workload(*row.requests, vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"])
-    task = {"model": str(folder), "dtype": row.dtype, "work": work}
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    prefix = make_workload(1, (row.shared, row.shared), (1, 1), vocab_size, seed=1)[0][0]
+    work = [(prefix + prompt, wanted) for prompt, wanted in make_workload(*row.requests, vocab_size)]
+    task = {"model": str(folder), "dtype": row.dtype, "work": work, "keep_prefixes": bool(row.shared)}
     useful = sum(wanted for _, wanted in work)
     cells, all_ours = dict.fromkeys(PEERS, "not measured"), []
     ours = Side("folovllm", env, task)

@@ -72,6 +72,7 @@ def make_step(
     group: int = 2,
     head_dim: int = 32,
     block_size: int = 16,
+    num_shared: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Step:
@@ -84,6 +85,7 @@ def make_step(
         group: query heads of each key head.
         head_dim: numbers of a head.
         block_size: tokens of a block.
+        num_shared: blocks that all sequences begin with, as after a prefix that was found in the cache.
         dtype: of everything.
         device: where it is; the numbers are the same on each.
     """
@@ -93,26 +95,30 @@ def make_step(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     past_lens, new_lens = np.array(lens).T
+    past_lens += num_shared * block_size
     widths = [cdiv(total, block_size) for total in (past_lens + new_lens).tolist()]
     num_blocks = sum(widths) + 2
     order = torch.randperm(num_blocks, generator=generator).numpy()
-    tables, used = [], 0
-    for width in widths:
-        blocks = order[used : used + width]
-        tables.append(np.concatenate([blocks, blocks[-1:].repeat(max(widths) - width)]))
+    tables, used = [], num_shared
+    for width in (width - num_shared for width in widths):
+        blocks = np.concatenate([order[:num_shared], order[used : used + width]])
+        tables.append(np.concatenate([blocks, blocks[-1:].repeat(max(widths) - len(blocks))]))
         used += width
     starts = np.concatenate([[0], new_lens.cumsum()])
-    places = [np.arange(past, past + new) for past, new in lens]
+    places = [np.arange(past, past + new) for past, new in zip(past_lens, new_lens)]
     slots = [table[place // block_size] * block_size + place % block_size for table, place in zip(tables, places)]
     metadata = AttentionMetadata.from_arrays(
         starts, past_lens + new_lens, np.concatenate(slots), np.array(tables), device
     )
     num_new = int(starts[-1])
+    pasts = [normal(past, 2 * num_kv_heads, head_dim) for past in past_lens.tolist()]
+    for past in pasts:
+        past[: num_shared * block_size] = pasts[0][: num_shared * block_size]
     return Step(
         metadata,
         normal(num_new, num_kv_heads * group, head_dim),
         normal(num_new, 2 * num_kv_heads, head_dim),
-        [normal(past, 2 * num_kv_heads, head_dim) for past in past_lens.tolist()],
+        pasts,
         block_size,
         num_blocks,
     )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from folovllm import ModelConfig
 from folovllm.attention import BACKENDS, AttentionMetadata, choose_backend, load_backend
 from folovllm.attention.flash import FlashAttention
+from folovllm.attention.gather import GatherAttention
 from folovllm.llm import LLM
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils.transfer import copy_to_device
@@ -29,13 +30,15 @@ BLOCK_SIZES, HEAD_DIMS, DTYPES = (1, 3, 16, 256), (32, 64, 96, 128), tuple(ROUND
 def steps(draw):
     longest = draw(st.sampled_from([8, 64, 400]))
     sequences = st.tuples(st.integers(0, longest), st.one_of(st.just(1), st.integers(1, longest)))
+    block_size = draw(st.sampled_from(BLOCK_SIZES))
     return make_step(
         draw(st.integers(0, 10**6)),
         draw(st.lists(sequences, min_size=1, max_size=6)),
         num_kv_heads=draw(st.integers(1, 3)),
         group=draw(st.integers(1, 8)),
         head_dim=draw(st.sampled_from(HEAD_DIMS)),
-        block_size=draw(st.sampled_from(BLOCK_SIZES)),
+        block_size=block_size,
+        num_shared=draw(st.integers(0, longest)) // block_size,
         dtype=draw(st.sampled_from(DTYPES)),
     )
 
@@ -53,6 +56,29 @@ class TestNumbers:
     def test_long_texts(self, name, lens, dtype):
         step = make_step(0, lens, group=8, head_dim=128, block_size=16, dtype=dtype)
         assert (step.run(load_backend(name)).double() - step.expected()).abs().max() <= ROUNDING[dtype]
+
+    @given(step=steps())
+    def test_a_prefix_that_all_share_is_computed_once(self, step):
+        """However little it saves; where it is long enough is a matter of speed."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("folovllm.attention.gather.SHARED_TOKENS", 1)
+            error = (step.run(GatherAttention).double() - step.expected()).abs().max()
+        assert error <= ROUNDING[step.q.dtype], f"{error:.1e}"
+
+    def test_what_is_gathered_does_not_grow_with_those_who_share(self):
+        step = make_step(0, [(5, 1)] * 40, block_size=16, num_shared=8)
+        backend = GatherAttention(torch.zeros(GatherAttention.kv_cache_shape(1, 2, step.num_blocks, 16, 32)))
+        backend.begin(step.metadata)
+        heads = backend._num_heads_at_once
+        assert (len(backend._shared_blocks), len(backend._own_blocks)) == (heads * 8, heads * 40)
+
+    def test_a_block_that_a_sequence_writes_is_not_taken_for_shared(self):
+        """As when all sequences have the same table, which no engine does, but the try-out of its largest batch."""
+        step = make_step(0, [(31, 1)] * 200, block_size=16)
+        step.metadata.block_table[:] = step.metadata.block_table[0]
+        backend = GatherAttention(torch.zeros(GatherAttention.kv_cache_shape(1, 2, step.num_blocks, 16, 32)))
+        backend.begin(step.metadata)
+        assert backend._num_shared_tokens == 16
 
     @pytest.mark.parametrize("name", HERE)
     def test_large_scores(self, name):
