@@ -102,11 +102,13 @@ class GatherAttention(AttentionBackend):
         self._num_shared_tokens = num_shared * self.block_size
         # If a block is longer than any sequence, only its beginning is read.
         self._width = self.block_size if num_shared else min(self.block_size, longest)
-        num_keys = (table.shape[1] - num_shared) * self._width
+        num_keys = (table.shape[1] - num_shared) * self._width  # of each sequence's own blocks
         num_heads = self._heads_at_once(max(len(table) * num_keys, self._num_shared_tokens))
         self._num_heads_at_once, starts = num_heads, self._head_starts[:num_heads]
-        self._shared_blocks = (starts + table[0, :num_shared]).flatten()
-        self._own_blocks = (starts + table[:, num_shared:].flatten()).flatten()
+        if num_shared:
+            self._shared_blocks = (starts + table[0, :num_shared]).flatten()
+            table = table[:, num_shared:]
+        self._own_blocks = (starts + table.flatten()).flatten()
         # [num_layers, 2, num_kv_heads / num_heads, num_heads * num_blocks, width, head_dim]
         self._readable = self.kv_cache.unflatten(2, (-1, num_heads)).flatten(3, 4)[:, :, :, :, : self._width]
         places = torch.arange(self._num_shared_tokens, self._num_shared_tokens + num_keys, device=lens.device)
@@ -118,7 +120,8 @@ class GatherAttention(AttentionBackend):
         """How many blocks all rows of a table begin with, if computing them together saves enough; else 0."""
         if table.device.type != "cpu":  # to know it, the CPU would have to wait for the device
             return 0
-        num_shared = int((table == table[0]).all(dim=0).cumprod(dim=0).sum())
+        rows = table.numpy()
+        num_shared = int(np.logical_and.accumulate((rows == rows[0]).all(axis=0)).sum())
         return num_shared if num_shared * self.block_size * (len(table) - 1) >= SHARED_TOKENS else 0
 
     def _heads_at_once(self, num_keys: int) -> int:
