@@ -56,6 +56,9 @@ SAMPLING_OPTIONS = (
 DEFAULT_MAX_TOKENS = 256
 """Tokens of an answer where neither the user nor the checkpoint says how many."""
 
+TRACED_LOGPROBS = 4
+"""Tokens whose probabilities are on the page of a run, beside the one that was drawn."""
+
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -103,6 +106,12 @@ def make_parser() -> argparse.ArgumentParser:
         "generate", help="continue a text", description="Continues a text.", usage=f"{prog} generate [options] PROMPT"
     )
     generate.add_argument("prompt", metavar="PROMPT", help="the text, or - to read it from standard input")
+    generate.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=_new_file,
+        help="write a page on which the run can be played step by step, for any browser; the file must be new",
+    )
     _add_engine_options(generate)
     about = (
         "Answers one line at a time; an empty line or the end of the input ends it. Ctrl-C stops an answer, and what "
@@ -219,6 +228,22 @@ def _field_docstrings(kind: type) -> dict[str, str]:
     }
 
 
+def _new_file(path: str) -> Path:
+    """The path of a file that can be made, for argparse: a mistake is found before the model has run for nothing."""
+    try:
+        with open(path, "x"):
+            pass
+        os.remove(path)
+    except FileExistsError:
+        raise argparse.ArgumentTypeError(f"{path!r} exists already: choose another name, or delete it") from None
+    except FileNotFoundError:
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be written: there is no such folder") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be written: {reason}") from None
+    return Path(path)
+
+
 def _text_file(path: str) -> str:
     """The text of a file, for argparse."""
     try:
@@ -280,10 +305,12 @@ def _run(args: argparse.Namespace) -> None:
         if recommended.max_tokens == SamplingParams().max_tokens:  # the checkpoint recommends nothing
             sampling.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
         params = replace(recommended, **sampling)
-        if args.command == "generate":
+        if args.command == "chat":
+            _chat(llm, params, args)
+        elif args.trace is None:
             _show(llm.stream(prompt, params))
         else:
-            _chat(llm, params, args)
+            _show_and_trace(llm, prompt, params, args.trace)
 
 
 def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -339,6 +366,20 @@ def _show(pieces: Iterator[str], stop_on_interrupt: bool = False) -> str:
             raise
     print(flush=True)
     return text
+
+
+def _show_and_trace(llm: LLM, prompt: str, params: SamplingParams, file: Path) -> None:
+    """Prints a text as it comes, and writes a page of the run, also of one that Ctrl-C has stopped."""
+    from folovllm.book.players import play_trace, record
+
+    with record(llm) as trace:
+        try:
+            _show(llm.stream(prompt, replace(params, logprobs=TRACED_LOGPROBS)))
+        finally:
+            if trace.steps:
+                page = play_trace(trace).to_page("A run of FoloVLLM, step by step")
+                with file.open("x", encoding="utf-8", newline="\n") as stream:
+                    stream.write(page)
 
 
 def _chat(llm: LLM, params: SamplingParams, args: argparse.Namespace) -> None:

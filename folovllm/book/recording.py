@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.engine.llm_engine import LLMEngine
@@ -16,6 +17,8 @@ from folovllm.engine.stats import StepStats
 from folovllm.outputs import RequestOutput, RunnerOutput
 from folovllm.request import Sequence
 from folovllm.sampling_params import SamplingParams
+
+Name = TypeVar("Name", str, int)
 
 
 @dataclass
@@ -69,7 +72,7 @@ def split_work(scheduled: SchedulerOutput) -> tuple[dict[str, int], list[str]]:
     return prefill, decode
 
 
-def take_places(places: dict[str, int], in_step: list[str], running: list[str]) -> None:
+def take_places(places: dict[Name, int], in_step: list[Name], running: list[Name]) -> None:
     """Removes who is gone from the places of a batch, and gives those who are new the first free ones."""
     for name in set(places) - {*in_step, *running}:
         del places[name]

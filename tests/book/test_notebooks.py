@@ -219,9 +219,14 @@ def no_terminal_codes(chapter: Chapter) -> Iterator[str]:
                 yield f"{cell} stores terminal codes or a progress bar: print plain text, switch the bar off"
 
 
+def is_player(cell: Cell, html: str) -> bool:
+    """Whether an output is one of the book's players, which tests/book/test_players.py looks at."""
+    return called(cell.last_expression()).startswith("play_") and html.startswith('<div class="folo-player"')
+
+
 @rule
 def no_widgets_and_no_scripts(chapter: Chapter) -> Iterator[str]:
-    """A stored widget makes the page ask another host for require.js."""
+    """A stored widget makes the page ask another host for require.js; of scripts only the players' own are known."""
     for cell in chapter.code:
         for output in cell.outputs:
             mimes = set(output.get("data", {}))
@@ -230,7 +235,8 @@ def no_widgets_and_no_scripts(chapter: Chapter) -> Iterator[str]:
                 yield f"{cell} stores {mime}: show it as one of {', '.join(sorted(known))}"
             if mimes and "text/plain" not in mimes:
                 yield f"{cell} stores no text/plain beside {', '.join(mimes)}, so nbval has nothing to compare"
-            if "<script" in joined(output.get("data", {}).get("text/html", "")):
+            html = joined(output.get("data", {}).get("text/html", ""))
+            if "<script" in html and not is_player(cell, html):
                 yield f"{cell} stores a script: show it without"
 
 
@@ -569,12 +575,27 @@ def a_hidden_answer_says_so(chapter: Chapter) -> Iterator[str]:
 def figures_are_images(chapter: Chapter) -> Iterator[str]:
     """PNGs that a cell made: what is drawn in HTML or pasted into the text has no numbers that a test can read."""
     for cell in chapter.code:
-        html = " ".join(joined(output.get("data", {}).get("text/html", "")) for output in cell.outputs)
+        htmls = [joined(output.get("data", {}).get("text/html", "")) for output in cell.outputs]
+        html = " ".join(html for html in htmls if not is_player(cell, html))
         if found := re.search(r"<(svg|img|canvas|object|iframe)\b", html):
             yield f"{cell} draws in HTML (<{found.group(1)}>): a figure is made by a plot_… function"
     for cell in chapter.prose:
         if re.search(r"!\[|<(?:svg|img)\b", cell.source) or "attachments" in cell.data:
             yield f"{cell} holds an image: let a cell make it"
+
+
+@rule
+def players_are_introduced_and_discussed(chapter: Chapter) -> Iterator[str]:
+    """Before a picture that moves: what to look for. After it: what there was to notice."""
+    for cell in chapter.code:
+        if not called(cell.last_expression()).startswith("play_"):
+            continue
+        before = [other for other in chapter.cells[max(cell.index - 2, 0) : cell.index] if not other.is_code]
+        after = chapter.cells[cell.index + 1 : cell.index + 2]
+        if not before or not after or after[0].is_code:
+            yield f"{cell} plays something: say before it what to look for, and right after it what to notice"
+        if not any(is_player(cell, joined(o.get("data", {}).get("text/html", ""))) for o in cell.outputs):
+            yield f"{cell} shows no player: run tests/book/refresh.py notebooks/{chapter.path.name}"
 
 
 @rule
@@ -931,6 +952,8 @@ def many(id: str, text: str, times: int, between: str = "") -> Callable[[dict[st
 
 BLANK = {"image/png": png("white"), "text/plain": ALT}
 
+PLAYED = result("1", text_html='<div class="folo-player"><script>x</script></div>')
+
 SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("the file is neutral", "another kernel", lambda nb: nb["metadata"]["kernelspec"].update(name="my-venv")),
     ("the file is neutral", "an exact version", lambda nb: nb["metadata"]["language_info"].update(version="3.11.7")),
@@ -976,6 +999,7 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("no terminal codes", "colours", put("a3", outputs=[printed("\x1b[31mone\x1b[0m")])),
     ("no terminal codes", "a progress bar", put("a3", outputs=[printed("10%|█ \r100%")])),
     ("no widgets and no scripts", "a widget", put("a4", outputs=[result("1", **{"application_vnd.jupyter": "{}"})])),
+    ("no widgets and no scripts", "a player that nothing played", put("a4", outputs=[PLAYED])),
     ("no widgets and no scripts", "a script", put("a4", outputs=[result("1", text_html="<script>x</script>")])),
     (
         "no widgets and no scripts",
@@ -1067,6 +1091,12 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("a hidden answer says so", "a solution's words", put("a4", metadata={"tags": ["hide-output"]})),
     ("figures are images", "one in HTML", put("a4", outputs=[result("1", text_html="<svg></svg>")])),
     ("figures are images", "one in the text", replaced("a2", "words", "![words](../book/glossary.md)")),
+    ("players are introduced and discussed", "nothing is shown", put("a4", source="play_trace(trace)")),
+    (
+        "players are introduced and discussed",
+        "no word after it",
+        lambda nb: [put("a4", source="play_trace(x)", outputs=[PLAYED])(nb), removed("a5")(nb)],
+    ),
     (
         "a quarter are listings",
         "four of thirteen",

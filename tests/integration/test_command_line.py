@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +84,49 @@ class TestGenerate:
         llm.answers = [["caf", "é"]]
         assert main(["generate", "a"]) == 0
         assert out.buffer.getvalue() == b"caf\\xe9\n"
+
+
+class TestTrace:
+    COMMAND = ("generate", "Once upon a time", *COMMON, "--max-tokens", "6")
+
+    def test_it_writes_a_page_of_the_run(self, tmp_path, capsys):
+        file = tmp_path / "run.html"
+        assert main([*self.COMMAND, "--trace", str(file)]) == 0
+        assert capsys.readouterr() == (answer("Once upon a time", 6) + "\n", "")
+        page = file.read_text(encoding="utf-8")
+        assert page.startswith("<!DOCTYPE html>") and "1 request along 6 steps" in page and "://" not in page
+        (data,) = re.findall(r'<script type="application/json">(.*?)</script>', page)
+        (run,) = json.loads(data)["runs"]
+        assert len(run["steps"]) == 6 and all("bars" in step for step in run["steps"])
+
+    def test_what_has_run_before_ctrl_c_is_on_it(self, tmp_path, monkeypatch, capsys):
+        stream = LLM.stream
+
+        def interrupted(self: LLM, *args: Any) -> Iterator[str]:
+            pieces = stream(self, *args)
+            yield next(pieces)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(LLM, "stream", interrupted)
+        file = tmp_path / "run.html"
+        assert main([*self.COMMAND, "--trace", str(file)]) == 130
+        assert "1 request along 1 step" in file.read_text(encoding="utf-8")
+
+    def test_a_file_that_cannot_be_made_is_found_at_once(self, tmp_path, llm, capsys):
+        (tmp_path / "taken.html").write_text("mine")
+        wrong = {
+            "taken.html": "exists already: choose another name, or delete it",
+            "none/run.html": "cannot be written: there is no such folder",
+            "taken.html/run.html": "cannot be written: Not a directory",
+            "x" * 300: "cannot be written: File name too long",
+        }
+        for name, reason in wrong.items():
+            with pytest.raises(SystemExit) as ended:
+                main(["generate", "a", "--trace", str(tmp_path / name)])
+            error = capsys.readouterr().err
+            assert ended.value.code == 2 and error.count("\n") == 1 and f"{name}' {reason}" in error
+        assert (tmp_path / "taken.html").read_text() == "mine" and not llm.prompts
+        assert [path.name for path in tmp_path.iterdir()] == ["taken.html"]
 
 
 class TestOptions:

@@ -23,12 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Annotation, Text
 
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#999999"
-PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW)
-
-DARK_PAPER = "#121212"
-"""The ground of the site's dark page."""
+from folovllm.book.palette import BLUE, DARK_PAPER, GREY, PALETTE
 
 NEUTRALS = {
     "#ffffff": DARK_PAPER,

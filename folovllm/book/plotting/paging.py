@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from folovllm.book.palette import REQUEST_COLORS
 from folovllm.book.plotting.style import BLUE, GREEN, GREY, LIGHT, ORANGE, new_figure, token_label
-from folovllm.book.plotting.timeline import COLORS
 from folovllm.book.recording import name_of
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.engine.llm_engine import LLMEngine
@@ -78,7 +78,7 @@ def _tell(title: str, pages: Pages) -> str:
 def _draw_pages(ax: Axes, pages: Pages) -> None:
     """Sequences on the left, the cache on the right, an arrow for each entry of a table."""
     size, right = pages.block_size, pages.block_size + 2.6
-    colors = dict(zip(pages.tables, COLORS))
+    colors = dict(zip(pages.tables, REQUEST_COLORS))
     contents: dict[int, list[str]] = {}
     ax.text(0, -0.85, "in the text's order", fontsize=10)
     ax.text(right, -0.85, "in the cache", fontsize=10)
@@ -156,7 +156,7 @@ def _kind(seq: SequenceState, num_new: int) -> str:
 def plot_flat_pass(flat: FlatPass) -> Axes:
     """A pass as the model gets it: tokens in their sequences' colours, positions above them, slots below."""
     names = list(flat.kinds)
-    colors = dict(zip(names, COLORS))
+    colors = dict(zip(names, REQUEST_COLORS))
     with new_figure(3.3) as ax:
         for i, (word, name) in enumerate(zip(flat.words, flat.owners)):
             ax.add_patch(Rectangle((i, 0), 1, 1.5, facecolor=colors[name], edgecolor="white", lw=1.5))

@@ -1,7 +1,7 @@
 """The style that all figures share.
 
-Type that is legible at the width of a phone, and the colours of Okabe and Ito (2008), which readers with any kind of
-colour vision can tell apart. `BookFigure` draws the same figure for a dark page.
+Type that is legible at the width of a phone, and the colours of `folovllm.book.palette`. `BookFigure` draws the same
+figure for a dark page.
 """
 
 from __future__ import annotations
@@ -14,19 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
-from folovllm.book.plotting.book_figure import (
-    BLUE,
-    GREEN,
-    GREY,
-    HEAT,
-    ORANGE,
-    PALETTE,
-    PURPLE,
-    RED,
-    SKY,
-    YELLOW,
-    BookFigure,
-)
+from folovllm.book.palette import BLUE, GREEN, GREY, ORANGE, PALETTE, PURPLE, RED, SKY, YELLOW
+from folovllm.book.plotting.book_figure import HEAT, BookFigure
 
 __all__ = [
     "BLUE",

@@ -6,15 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Patch
 
-from folovllm.book.plotting.style import DARK_RED, GREY, LIGHT, ORANGE, PALETTE, new_figure
+from folovllm.book.palette import REQUEST_COLORS
+from folovllm.book.plotting.style import DARK_RED, GREY, LIGHT, ORANGE, new_figure
 from folovllm.book.recording import StepRecord, steps_to_first_token
-
-LIGHTER = tuple(color for color in PALETTE if color != ORANGE)
-COLORS = (*LIGHTER, *(to_hex([0.6 * part for part in to_rgb(color)]) for color in LIGHTER))
-"""The colours of requests, in the order in which they came, and darker ones; orange says that a prompt is read."""
 
 
 def colors_of(records: Sequence[StepRecord]) -> dict[str, str]:
@@ -22,7 +18,7 @@ def colors_of(records: Sequence[StepRecord]) -> dict[str, str]:
     names = dict.fromkeys(
         name for record in records for name in (*record.prefill, *record.decode, *record.places, *record.waiting)
     )
-    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    return {name: REQUEST_COLORS[i % len(REQUEST_COLORS)] for i, name in enumerate(names)}
 
 
 def stretches(steps: Sequence[int]) -> list[tuple[int, int]]:
