@@ -198,11 +198,12 @@ class RequestOutput:
 class RunnerOutput:
     """What a runner returns for one step (vLLM: ``v1/outputs.py``, ``ModelRunnerOutput``)."""
 
-    token_ids: list[int]
-    """One token for each entry of the step's ``sampled``."""
-    logprobs: list[dict[int, Logprob] | None]
-    """For each token the log probabilities that were asked for, or None."""
+    sampled_token_ids: list[list[int]]
+    """For each entry of the step's ``sampled`` its new tokens: one, or more where guesses were right. The scheduler
+    drops those behind the end of an answer."""
+    logprobs: list[list[dict[int, Logprob]] | None]
+    """For each entry the log probabilities of its tokens, or None if they were not asked for."""
     errors: dict[int, str] = field(default_factory=dict)
-    """Entries that got no token: index in ``token_ids`` -> the reason, one sentence."""
+    """Entries that got no token: index in ``sampled`` -> the reason, one sentence."""
     prompt_logprobs: dict[str, tuple[int, list[dict[int, Logprob] | None]]] = field(default_factory=dict)
     """``seq_id`` -> position in the prompt of the first token reported, and the log probabilities from there on."""

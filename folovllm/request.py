@@ -119,7 +119,8 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     """The KV blocks of its tokens, in order (its block table)."""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    """Per output token what ``SamplingParams.logprobs`` asked for; empty when it asked for nothing."""
+    """Per output token what ``SamplingParams.logprobs`` asked for, the token itself where best_of must rank the answer;
+    empty when nothing was asked for."""
     stop_reason: int | str | None = None
     """The stop token or stop text that ended it."""
     num_computed_tokens: int = 0
@@ -158,6 +159,15 @@ class Sequence:
     def add_token_id(self, token_id: int, logprob: float | None = None) -> None:
         """Appends a generated token, and its log probability to the sum if it is known."""
         self.data.add_token_id(token_id, logprob)
+
+    def truncate_output(self, num_tokens: int) -> None:
+        """Drops all but the first ``num_tokens`` tokens of the output, and what is known of their probabilities."""
+        del self.data.output_token_ids[num_tokens:], self.logprobs[num_tokens:]
+        if self.data.cumulative_logprob is not None:
+            # Added up again: with floats, a + b - b is not always a.
+            self.data.cumulative_logprob = 0.0
+            for token_id, logprobs in zip(self.data.output_token_ids, self.logprobs):
+                self.data.cumulative_logprob += logprobs[token_id].logprob
 
     def is_finished(self) -> bool:
         """Whether nothing more will be generated."""

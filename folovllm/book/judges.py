@@ -140,7 +140,7 @@ class PretendedRunner:
                 block, slot = self._find(seq, position)
                 block[slot] = token_id
         return RunnerOutput(
-            [self._say(seq) for seq, _ in scheduler_output.sampled], [None] * len(scheduler_output.sampled)
+            [[self._say(seq)] for seq, _ in scheduler_output.sampled], [None] * len(scheduler_output.sampled)
         )
 
     def _find(self, seq: Sequence, position: int) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ from typing import cast
 
 from folovllm.config import SchedulerConfig
 from folovllm.core.kv_cache import KVCacheManager
+from folovllm.logprobs import Logprob
 from folovllm.outputs import RunnerOutput
 from folovllm.request import Request, Sequence, SequenceStatus
 
@@ -200,13 +201,21 @@ class Scheduler:
                 seq.stop_reason = runner_output.errors[i]
                 self.finish(seq, SequenceStatus.FINISHED_ABORTED)
                 continue
-            token_id, logprobs = runner_output.token_ids[i], runner_output.logprobs[i]
-            seq.add_token_id(token_id, None if logprobs is None else logprobs[token_id].logprob)
-            if logprobs is not None and seq.sampling_params.logprobs is not None:
-                seq.logprobs.append(logprobs)
-            status = check_stop(seq, self.requests[seq.request_id].eos_token_id, self.max_model_len)
-            if status is not None:
+            self._add_tokens(seq, runner_output.sampled_token_ids[i], runner_output.logprobs[i])
+
+    def _add_tokens(self, seq: Sequence, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> None:
+        """Appends a step's tokens up to the one that ends the answer; the others are removed from ``token_ids``."""
+        eos_token_id = self.requests[seq.request_id].eos_token_id
+        for place, token_id in enumerate(token_ids):
+            if logprobs is None:
+                seq.add_token_id(token_id)
+            else:
+                seq.add_token_id(token_id, logprobs[place][token_id].logprob)
+                seq.logprobs.append(logprobs[place])
+            if (status := check_stop(seq, eos_token_id, self.max_model_len)) is not None:
+                del token_ids[place + 1 :]
                 self.finish(seq, status)
+                break
 
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
         """Takes a running sequence's blocks: swaps them out if the mode says so and there is room, else frees them."""

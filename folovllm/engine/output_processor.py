@@ -133,12 +133,25 @@ class OutputProcessor:
         for i, (seq, _) in enumerate(scheduler_output.sampled):
             if i in runner_output.errors or not seq.sampling_params.detokenize:
                 continue
-            ended = seq.status is SequenceStatus.FINISHED_STOPPED
-            stop = self._detokenizer(seq).add(seq.get_last_token_id(), ended)
-            if stop is not None:
-                seq.stop_reason = stop
+            if self._add_tokens(seq, runner_output.sampled_token_ids[i]):
                 stopped.append(seq)
         return stopped
+
+    def _add_tokens(self, seq: Sequence, token_ids: list[int]) -> bool:
+        """Turns a sequence's newest tokens into text; returns whether it contains a stop string.
+
+        The tokens behind the one that completes it are removed, from the sequence and from ``token_ids``.
+        """
+        detokenizer, ended = self._detokenizer(seq), seq.status is SequenceStatus.FINISHED_STOPPED
+        for num_added, token_id in enumerate(token_ids, 1):
+            num_left = len(token_ids) - num_added
+            stop = detokenizer.add(token_id, ended and not num_left)
+            if stop is not None:
+                seq.stop_reason = stop
+                seq.truncate_output(seq.get_output_len() - num_left)
+                del token_ids[num_added:]
+                return True
+        return False
 
     def _detokenizer(self, seq: Sequence) -> Detokenizer:
         detokenizers = self.states[seq.request_id].detokenizers

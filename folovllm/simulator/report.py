@@ -281,8 +281,8 @@ class Recorder:
         self._share(scheduler_output, start, end)
         for seq in scheduler_output.preempted:
             self._waiting_since[seq.request_id] = len(self.steps)
-        for seq, _ in scheduler_output.sampled:
-            self.records[seq.request_id].token_times.append(end)
+        for (seq, _), token_ids in zip(scheduler_output.sampled, runner_output.sampled_token_ids):
+            self.records[seq.request_id].token_times += [end] * len(token_ids)
         self.steps.append(StepRecord(self.replica, start, end, cost, stats))
 
     def _share(self, scheduler_output: SchedulerOutput, start: float, end: float) -> None:

@@ -58,7 +58,7 @@ class TokenRunner:
         """A token for each entry of ``sampled``: a function of the answer's name and the token's place."""
         vocab_size = self.roofline.shape.vocab_size
         sampled = scheduler_output.sampled
-        token_ids = [(crc32(seq.seq_id.encode()) + 40_503 * seq.get_len()) % vocab_size for seq, _ in sampled]
+        token_ids = [[(crc32(seq.seq_id.encode()) + 40_503 * seq.get_len()) % vocab_size] for seq, _ in sampled]
         return RunnerOutput(token_ids, [None] * len(token_ids))
 
 

@@ -232,7 +232,11 @@ class ModelRunner:
         if not sampled:
             return RunnerOutput([], [])
         output = self.sampler.sample(logits, self._sampling_metadata([seq for seq, _ in sampled]))
-        return RunnerOutput(output.token_ids, output.logprobs, output.errors)
+        return RunnerOutput(
+            [[] if row in output.errors else [token_id] for row, token_id in enumerate(output.token_ids)],
+            [None if logprobs is None else [logprobs] for logprobs in output.logprobs],
+            output.errors,
+        )
 
     def _sampling_metadata(self, seqs: list[Sequence]) -> SamplingMetadata:
         """What the sampler knows about these sequences: the same object for as long as they are the same."""

@@ -304,7 +304,7 @@ def schedule_time(num_running: int, num_waiting: int, num_tokens: int) -> float:
         output = scheduler.schedule()
         seconds.append(time.perf_counter() - start)
         count = len(output.sampled)
-        scheduler.update_from_output(output, RunnerOutput([1] * count, [None] * count))
+        scheduler.update_from_output(output, RunnerOutput([[1] for _ in range(count)], [None] * count))
     return statistics.median(seconds[1:]) * 1e6
 
 

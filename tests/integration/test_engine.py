@@ -181,7 +181,7 @@ class TestInvariants:
 
         def run(scheduler_output):
             count = len(scheduler_output.sampled)
-            return RunnerOutput([rng.randrange(VOCAB_SIZE) for _ in range(count)], [None] * count)
+            return RunnerOutput([[rng.randrange(VOCAB_SIZE)] for _ in range(count)], [None] * count)
 
         engine.runner.run = run
         steps = []

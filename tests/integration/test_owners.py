@@ -383,7 +383,7 @@ class TestHooks:
         assert len(seen) == 12
         scheduler_output, runner_output, stats = seen[0]
         assert [seq.get_output_len() for seq in scheduler_output.seqs] == [12]  # a hook sees the engine's own objects
-        assert len(runner_output.token_ids) == 1 and stats.num_prefill_tokens > 1
+        assert len(runner_output.sampled_token_ids) == 1 and stats.num_prefill_tokens > 1
         assert list(stats.seconds) == ["schedule", "run", "update"]
 
     def test_a_hook_may_do_what_can_be_done_between_two_steps(self, llm, alone):

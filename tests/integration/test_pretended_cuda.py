@@ -158,8 +158,8 @@ def run(runner: ModelRunner, step: SchedulerOutput, counts: Counter[str]) -> Cou
     """What a step counts."""
     counts.clear()
     output = runner.run(step)
-    assert len(output.token_ids) == len(output.logprobs) == len(step.sampled)
-    assert all(0 <= token < SHAPE.vocab_size for token in output.token_ids) and not output.errors
+    assert len(output.sampled_token_ids) == len(output.logprobs) == len(step.sampled)
+    assert all(0 <= token < SHAPE.vocab_size for (token,) in output.sampled_token_ids) and not output.errors
     for (seq, _), logprobs in zip(step.sampled, output.logprobs):
         assert (logprobs is None) == (seq.sampling_params.logprobs is None)
     return Counter(counts)

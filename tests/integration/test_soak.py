@@ -50,7 +50,8 @@ def make_llm() -> LLM:
         for i, (seq, _) in enumerate(scheduler_output.sampled):
             if seq.sampling_params.top_k == 7:  # stands for a row that only a step finds out to be bad
                 found.errors[i] = "no token left"
-            found.token_ids.append(next_token(seq.get_token_ids(), seq.sampling_params.seed + seq.index))
+            token_id = next_token(seq.get_token_ids(), seq.sampling_params.seed + seq.index)
+            found.sampled_token_ids.append([token_id])
             found.logprobs.append(None)
         return found
 

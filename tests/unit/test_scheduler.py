@@ -7,6 +7,7 @@ import pytest
 from folovllm import Request, SamplingParams, SchedulerConfig, SequenceStatus
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
+from folovllm.logprobs import Logprob
 from folovllm.outputs import RunnerOutput
 
 
@@ -29,7 +30,7 @@ def step(scheduler):
     """Schedules, computes and gives a token to each sequence that is ready: ``{request: tokens computed}``."""
     output = scheduler.schedule()
     num_sampled = len(output.sampled)
-    scheduler.update_from_output(output, RunnerOutput([1] * num_sampled, [None] * num_sampled))
+    scheduler.update_from_output(output, RunnerOutput([[1] for _ in range(num_sampled)], [None] * num_sampled))
     return {seq.request_id: num_new for seq, num_new in zip(output.seqs, output.num_new_tokens)}
 
 
@@ -164,7 +165,7 @@ class TestAnswers:
         assert [seq.seq_id for seq, _ in output.sampled] == ["0-0", "0-1", "0-2"]
         assert {row for _, row in output.sampled} == {5} and len(output.forks) == 2
         assert [seq.seq_id for seq in scheduler.waiting] == ["0-3"]
-        scheduler.update_from_output(output, RunnerOutput([1, 1, 1], [None] * 3))
+        scheduler.update_from_output(output, RunnerOutput([[1], [1], [1]], [None] * 3))
         assert all(seq.num_computed_tokens == 6 for seq in scheduler.running)
         step(scheduler)  # their second and last tokens
         output = scheduler.schedule()
@@ -209,13 +210,33 @@ class TestEnds:
         (seq,) = request.get_seqs()
         for token_id in token_ids:
             assert not seq.is_finished()
-            scheduler.update_from_output(scheduler.schedule(), RunnerOutput([token_id], [None]))
+            scheduler.update_from_output(scheduler.schedule(), RunnerOutput([[token_id]], [None]))
         assert (seq.status, seq.stop_reason) == (status, reason) and not scheduler.has_unfinished()
+
+    @pytest.mark.parametrize(
+        "params, kept, reason",
+        [
+            ({}, [3, 1], None),
+            ({"stop_token_ids": [3]}, [3], 3),
+            ({"ignore_eos": True, "max_tokens": 3}, [3, 1, 4], None),
+        ],
+    )
+    def test_what_a_step_gives_behind_the_end_is_dropped(self, params, kept, reason):
+        scheduler = make([])
+        request = Request("0", None, [7, 8], SamplingParams(**params), num_pending=1, eos_token_id=1)
+        scheduler.add_request(request)
+        (seq,) = request.get_seqs()
+        logprobs = [{token_id: Logprob(-0.5, 1)} for token_id in (3, 1, 4, 9)]
+        output = RunnerOutput([[3, 1, 4, 9]], [logprobs])
+        scheduler.update_from_output(scheduler.schedule(), output)
+        assert seq.data.output_token_ids == kept == output.sampled_token_ids[0]
+        assert seq.logprobs == logprobs[: len(kept)] and seq.data.cumulative_logprob == -0.5 * len(kept)
+        assert seq.stop_reason == reason and seq.is_finished() and not scheduler.has_unfinished()
 
     def test_a_row_without_a_token_ends_alone(self):
         scheduler = make([4, 4])
         output = scheduler.schedule()
         (bad, _), (good, _) = output.sampled
-        scheduler.update_from_output(output, RunnerOutput([0, 9], [None, None], errors={0: "no token left"}))
+        scheduler.update_from_output(output, RunnerOutput([[], [9]], [None, None], errors={0: "no token left"}))
         assert (bad.status, bad.stop_reason) == (SequenceStatus.FINISHED_ABORTED, "no token left")
         assert good.data.output_token_ids == [9] and bad.data.output_token_ids == []
