@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 from folovllm.outputs import CompletionOutput, RequestOutput
 from folovllm.request import Request, RequestStatus, Sequence, SequenceData, SequenceStatus
 from folovllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType
@@ -40,6 +40,7 @@ __all__ = [
     "Sequence",
     "SequenceData",
     "SequenceStatus",
+    "SpeculativeConfig",
     "__version__",
     "generate_request_id",
     "get_device",

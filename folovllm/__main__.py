@@ -170,6 +170,12 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
     """The device, the fields of the configs, and those of `SamplingParams`."""
     command.add_argument("--device", metavar="TEXT", help="cpu, cuda, cuda:1; left out: CUDA if there is one")
     taken = _add_config_options(command)
+    command.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        type=_json,
+        help='how tokens are guessed, such as \'{"method": "ngram", "num_speculative_tokens": 4}\'',
+    )
     about = f"What is left out is as the checkpoint recommends; --max-tokens is {DEFAULT_MAX_TOKENS} where it does not."
     group = command.add_argument_group("SamplingParams", about)
     for field in fields(SamplingParams):
@@ -287,7 +293,7 @@ def _quiet() -> Iterator[None]:
 def _run(args: argparse.Namespace) -> None:
     """Makes the engine that was asked for, and runs the command on it."""
     given = {name: value for name, value in vars(args).items() if value is not None}
-    names = [field.name for kind in CONFIGS for field in fields(kind)]
+    names = [*(field.name for kind in CONFIGS for field in fields(kind)), "speculative_config"]
     config = {name: given[name] for name in names if name in given}
     if args.command == "simulate":
         _simulate(args, config)

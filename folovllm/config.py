@@ -1,16 +1,16 @@
 """What the engine is told, before it sees a single request. Chapter 1 is about this module.
 
-Four dataclasses: `ModelConfig` (which checkpoint, in which numbers), `CacheConfig` (the memory for keys and
-values), `SchedulerConfig` (how much work one step may hold) and `EngineConfig` (the three together). Each checks its
-own fields when it is made, so a mistake is reported where it was typed. As in vLLM (``vllm/config/``, 0.33.0), with
-one dataclass per subject; torch is imported only when a `torch.dtype` is asked for.
+`ModelConfig` (which checkpoint, in which numbers), `CacheConfig` (the memory for keys and values), `SchedulerConfig`
+(how much work one step may hold), if wanted a `SpeculativeConfig` (how tokens are guessed), and `EngineConfig` (all of
+them together). Each checks its own fields when it is made, so a mistake is reported where it was typed. As in vLLM
+(``vllm/config/``, 0.33.0), with one dataclass per subject; torch is imported only when a `torch.dtype` is asked for.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from folovllm.utils.html import table
 from folovllm.validation import check_bool, check_choice, check_class, check_int, check_number, check_str, require
@@ -27,6 +27,9 @@ DTYPES = {
     "float32": "float32",
 }
 """What ``dtype`` may say, and the name of the `torch.dtype` it means (None: decided when the model is loaded)."""
+
+DEFAULT_PROMPT_LOOKUP = 5
+"""Tokens that are looked up where the config does not say, as in vLLM."""
 
 MAX_SEED = 2**32 - 1
 """The largest seed that NumPy takes."""
@@ -183,6 +186,63 @@ class SchedulerConfig:
 
 
 @dataclass
+class SpeculativeConfig:
+    """How several tokens at once are guessed, to be checked in one pass. Chapter 16."""
+
+    num_speculative_tokens: int
+    """Most guesses for a sequence in one step."""
+    method: Literal["ngram", "draft_model"] | None = None
+    """"ngram" looks the last tokens up in what the sequence has so far, "draft_model" asks a smaller model; None: the
+    model, if one is named."""
+    model: str | None = None
+    """Name or path of the draft model, which must have the same tokenizer."""
+    prompt_lookup_min: int | None = None
+    """Fewest tokens that must be found again; None: as many as ``prompt_lookup_max``."""
+    prompt_lookup_max: int | None = None
+    """Most tokens that are looked up; None: as many as ``prompt_lookup_min``, and 5 if that is None, too."""
+
+    def __post_init__(self) -> None:
+        self.num_speculative_tokens = check_int("num_speculative_tokens", self.num_speculative_tokens)
+        require(
+            self.num_speculative_tokens > 0,
+            f"num_speculative_tokens must be positive, got {self.num_speculative_tokens}",
+        )
+        if self.method is None and self.model is not None:
+            self.method = "draft_model"
+        check_choice("method", self.method, ("ngram", "draft_model"))
+        if self.method == "draft_model":
+            self.model = check_str("model", self.model)
+        require(self.method != "ngram" or self.model is None, f"method 'ngram' uses no model, got model={self.model!r}")
+        least = _optional_positive("prompt_lookup_min", self.prompt_lookup_min)
+        most = _optional_positive("prompt_lookup_max", self.prompt_lookup_max)
+        self.prompt_lookup_max = most or least or DEFAULT_PROMPT_LOOKUP
+        self.prompt_lookup_min = least or self.prompt_lookup_max
+        require(
+            self.prompt_lookup_min <= self.prompt_lookup_max,
+            f"prompt_lookup_min must be at most prompt_lookup_max, got {self.prompt_lookup_min} and "
+            f"{self.prompt_lookup_max}",
+        )
+
+    @classmethod
+    def of(cls, value: SpeculativeConfig | dict[str, Any] | None) -> SpeculativeConfig | None:
+        """A config, as it is or as a dict of its fields.
+
+        Raises:
+            ValueError: if it is neither, or if the dict has a key that is no field, or not those that it needs.
+        """
+        if value is None or isinstance(value, SpeculativeConfig):
+            return value
+        require(isinstance(value, dict), f"speculative_config must be a SpeculativeConfig or a dict, got {value!r}")
+        known = [f.name for f in fields(cls)]
+        unknown = [str(key) for key in value if key not in known]
+        require(not unknown, f"speculative_config has no field {', '.join(unknown)}: its fields are {', '.join(known)}")
+        require(
+            "num_speculative_tokens" in value, f"speculative_config must have num_speculative_tokens, got {value!r}"
+        )
+        return cls(**value)
+
+
+@dataclass
 class EngineConfig:
     """Everything the engine is told; only the model has no default."""
 
@@ -190,6 +250,8 @@ class EngineConfig:
     # A factory, not a default object: two engines must never share one.
     cache_config: CacheConfig = field(default_factory=CacheConfig)
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculative_config: SpeculativeConfig | None = None
+    """How tokens are guessed; a dict of its fields becomes one. None: they are not."""
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -199,6 +261,7 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             require(isinstance(value, kind), f"{name} must be a {kind.__name__}, got {value!r}")
+        self.speculative_config = SpeculativeConfig.of(self.speculative_config)
         self._agree_on_max_model_len()
 
     def _agree_on_max_model_len(self) -> None:
@@ -216,9 +279,11 @@ class EngineConfig:
 
     def _repr_html_(self) -> str:
         """The settings as tables, one for each part, as a notebook shows them."""
-        parts = (self.model_config, self.cache_config, self.scheduler_config)
+        parts: list[Any] = [self.model_config, self.cache_config, self.scheduler_config, self.speculative_config]
         return "".join(
-            table(type(part).__name__, ((f.name, repr(getattr(part, f.name))) for f in fields(part))) for part in parts
+            table(type(part).__name__, ((f.name, repr(getattr(part, f.name))) for f in fields(part)))
+            for part in parts
+            if part is not None
         )
 
     def resolve_max_model_len(self, model_max_len: int) -> int:

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 def make_engine_config(model: str, **kwargs: Any) -> EngineConfig:
-    """An `EngineConfig` from the fields of its three parts, by name.
+    """An `EngineConfig` from the fields of its three parts, by name, and ``speculative_config``.
 
     Raises:
         ValueError: if no part has such a field; the sentence names the nearest one.
     """
     parts = {kind: {f.name for f in fields(kind)} for kind in (ModelConfig, CacheConfig, SchedulerConfig)}
-    known = sorted(set().union(*parts.values()) - {"model"})
+    known = sorted(set().union(*parts.values(), {"speculative_config"}) - {"model"})
     for name in kwargs:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
@@ -47,6 +47,7 @@ def make_engine_config(model: str, **kwargs: Any) -> EngineConfig:
         ModelConfig(model, **made[ModelConfig]),
         CacheConfig(**made[CacheConfig]),
         SchedulerConfig(**made[SchedulerConfig]),
+        kwargs.get("speculative_config"),
     )
 
 
@@ -56,7 +57,8 @@ class LLM:
     Args:
         model: name or path of a checkpoint.
         device: "cpu", "cuda", "cuda:1"; None takes CUDA if there is one, else the CPU.
-        kwargs: any field of `ModelConfig`, `CacheConfig` and `SchedulerConfig`.
+        kwargs: any field of `ModelConfig`, `CacheConfig` and `SchedulerConfig`, and ``speculative_config``, a
+            `SpeculativeConfig` or a dict of its fields.
     """
 
     def __init__(self, model: str, *, device: str | None = None, **kwargs: Any) -> None:

@@ -5,9 +5,10 @@ The same names as in vLLM (``vllm/outputs.py``, 0.33.0).
 
 from __future__ import annotations
 
+import copy
 import html
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from folovllm.logprobs import Logprob
@@ -98,6 +99,43 @@ def best_sequences(request: Request) -> list[Sequence]:
 
 
 @dataclass
+class SpecDecodingStats:
+    """What guessing has given (vLLM: ``v1/spec_decode/metrics.py``, 0.33.0)."""
+
+    num_drafts: int = 0
+    """How often a sequence had guesses that a pass checked."""
+    num_draft_tokens: int = 0
+    """Guesses that were checked."""
+    num_accepted_tokens: int = 0
+    """How many of them became tokens."""
+    num_draft_tokens_per_pos: list[int] = field(default_factory=list)
+    """By their place: the first guess after a newest token, the second, …"""
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per checked draft in the mean, the one that comes anyway included: 1 + accepted / drafts."""
+        return 1 + self.num_accepted_tokens / max(self.num_drafts, 1)
+
+    @property
+    def acceptance_rates(self) -> list[float]:
+        """By their place, the share of the guesses that became tokens."""
+        return [a / b for a, b in zip(self.num_accepted_tokens_per_pos, self.num_draft_tokens_per_pos)]
+
+    def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        """Counts the guesses that a pass has checked for one sequence."""
+        longer = num_draft_tokens - len(self.num_draft_tokens_per_pos)
+        self.num_draft_tokens_per_pos += [0] * longer
+        self.num_accepted_tokens_per_pos += [0] * longer
+        self.num_drafts += 1
+        self.num_draft_tokens += num_draft_tokens
+        self.num_accepted_tokens += num_accepted_tokens
+        for place in range(num_draft_tokens):
+            self.num_draft_tokens_per_pos[place] += 1
+            self.num_accepted_tokens_per_pos[place] += place < num_accepted_tokens
+
+
+@dataclass
 class RequestMetrics:
     """Times and costs of a request. Times are seconds since the epoch."""
 
@@ -111,6 +149,21 @@ class RequestMetrics:
     num_shared_tokens: int = 0
     """Prompt tokens that later answers shared with the first one instead of computing them."""
     num_preemptions: int = 0
+    num_passes: int = 0
+    """How often a pass gave one of its answers tokens."""
+    num_generated_tokens: int = 0
+    """Tokens of all its answers."""
+    spec_decoding: SpecDecodingStats | None = None
+    """What guessing has given; None while no guess has been checked."""
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a pass gave an answer, in the mean: 1 without guessing."""
+        return self.num_generated_tokens / max(self.num_passes, 1)
+
+    def snapshot(self) -> RequestMetrics:
+        """A copy that stays as it is while the engine goes on counting."""
+        return replace(self, spec_decoding=copy.deepcopy(self.spec_decoding))
 
 
 @dataclass(repr=False)
@@ -207,3 +260,5 @@ class RunnerOutput:
     """Entries that got no token: index in ``sampled`` -> the reason, one sentence."""
     prompt_logprobs: dict[str, tuple[int, list[dict[int, Logprob] | None]]] = field(default_factory=dict)
     """``seq_id`` -> position in the prompt of the first token reported, and the log probabilities from there on."""
+    spec_token_ids: list[list[int]] = field(default_factory=list)
+    """For each entry guesses of the tokens that will follow its new ones; empty where nothing is guessed."""

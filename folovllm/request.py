@@ -17,6 +17,9 @@ from folovllm.logprobs import Logprob
 from folovllm.sampling_params import SamplingParams
 from folovllm.validation import check_token_ids, require
 
+NUM_RECENT_GUESSES = 32
+"""Checked guesses of a sequence that are remembered."""
+
 
 class SequenceStatus(Enum):
     """The states of a sequence."""
@@ -135,6 +138,14 @@ class Sequence:
     """How often it was preempted."""
     generator: random.Random | None = None
     """Its own random numbers; made when the first of them is needed."""
+    draft_generator: random.Random | None = None
+    """Those that a draft model guesses its tokens with."""
+    spec_token_ids: list[int] = field(default_factory=list)
+    """Guesses of its next tokens, to be checked in its next step; -1 where a draft model will make them then."""
+    recent_guesses: list[bool] = field(default_factory=list)
+    """Whether each of its last checked guesses was right, the newest last."""
+    next_guess: int = 0
+    """The length of its output from which on tokens are guessed again, after too few guesses were right."""
 
     def get_len(self) -> int:
         """Tokens in prompt and output together."""
@@ -190,6 +201,10 @@ class Sequence:
             logprobs=list(self.logprobs),
             num_preemptions=0,
             generator=None,
+            draft_generator=None,
+            spec_token_ids=[],
+            recent_guesses=[],
+            next_guess=0,
         )
 
 

@@ -280,7 +280,8 @@ def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
         runner.initialize_kv_cache(engine.cache.pool.num_blocks, engine.cache.swap_pool.num_blocks)
         return engine
     if issubclass(part, ModelRunner):
-        runner = part(engine.decoder, cast(ModelRunner, engine.runner).sampler, engine.config)
+        old = cast(ModelRunner, engine.runner)
+        runner = part(engine.decoder, old.sampler, engine.config, old.draft)
         runner.initialize_kv_cache(engine.cache.pool.num_blocks, engine.cache.swap_pool.num_blocks)
         engine.runner = runner
         return engine

@@ -103,13 +103,19 @@ class PretendedRunner:
         block_size: tokens per block.
         num_swap_blocks: blocks in CPU memory.
         script: what each request is to say, by its name; None: `next_token`.
+        num_guesses: tokens that it guesses after each step, many of them right.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, num_swap_blocks: int = 0, script: Mapping[str, list[int]] | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_swap_blocks: int = 0,
+        script: Mapping[str, list[int]] | None = None,
+        num_guesses: int = 0,
     ) -> None:
         self.num_blocks, self.block_size, self.num_swap_blocks = num_blocks, block_size, num_swap_blocks
-        self.script = script
+        self.script, self.num_guesses = script, num_guesses
 
     def count_blocks(self) -> tuple[int, int]:
         """The numbers of blocks that it was made with."""
@@ -136,12 +142,13 @@ class PretendedRunner:
                 target[block_id] = content
         for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
             first = seq.num_computed_tokens
-            for position, token_id in enumerate(seq.data.get_token_ids(first, first + num_new), start=first):
+            token_ids = seq.data.get_token_ids(first, first + num_new) + scheduler_output.get_guesses(seq)
+            for position, token_id in enumerate(token_ids, start=first):
                 block, slot = self._find(seq, position)
                 block[slot] = token_id
-        return RunnerOutput(
-            [[self._say(seq)] for seq, _ in scheduler_output.sampled], [None] * len(scheduler_output.sampled)
-        )
+        given = [self._check(seq, scheduler_output.get_guesses(seq)) for seq, _ in scheduler_output.sampled]
+        guesses = [self._guess(seq, token_ids) for (seq, _), token_ids in zip(scheduler_output.sampled, given)]
+        return RunnerOutput(given, [None] * len(given), spec_token_ids=guesses)
 
     def _find(self, seq: Sequence, position: int) -> tuple[list[int], int]:
         index, slot = divmod(position, self.block_size)
@@ -152,14 +159,30 @@ class PretendedRunner:
         )
         return self.kv_cache[seq.block_ids[index]], slot
 
-    def _say(self, seq: Sequence) -> int:
+    def _check(self, seq: Sequence, guesses: list[int]) -> list[int]:
+        """The guesses that are right, and the token after them."""
+        said = [self._say(seq, 0)]
+        while len(said) <= len(guesses) and said[-1] == guesses[len(said) - 1]:
+            said.append(self._say(seq, len(said)))
+        return said
+
+    def _say(self, seq: Sequence, num_guesses: int) -> int:
+        """The token after so many guesses."""
         if self.script is not None:
-            return self.script[seq.request_id][seq.get_output_len()]
+            return self.script[seq.request_id][seq.get_output_len() + num_guesses]
         read = []
-        for position in range(seq.get_len()):
+        for position in range(seq.get_len() + num_guesses):
             block, slot = self._find(seq, position)
             read.append(block[slot])
         return next_token(read, cast(int, seq.sampling_params.seed) + seq.index)
+
+    def _guess(self, seq: Sequence, token_ids: list[int]) -> list[int]:
+        """What the sequence will say next; every few tokens a wrong one."""
+        text, seed = seq.get_token_ids() + token_ids, cast(int, seq.sampling_params.seed) + seq.index
+        for _ in range(self.num_guesses):
+            token_id = next_token(text, seed)
+            text.append(3 if token_id % 4 == 0 else token_id)
+        return text[len(text) - self.num_guesses :]
 
 
 @cache
@@ -185,7 +208,11 @@ def make_engine(
     config = make_engine_config(str(EMBEDDED_MODEL), **{"max_model_len": MAX_MODEL_LEN, **settings})
     cache_config = config.cache_config
     runner = PretendedRunner(
-        cast(int, cache_config.num_blocks), cache_config.block_size, int(cache_config.swap_space), script
+        cast(int, cache_config.num_blocks),
+        cache_config.block_size,
+        int(cache_config.swap_space),
+        script,
+        0 if config.speculative_config is None else config.speculative_config.num_speculative_tokens,
     )
     return engine_cls(config, model=ServedModel(runner, VOCAB_SIZE, 512, _tokenizer()))
 
@@ -276,7 +303,10 @@ def check_outputs(
     """
     for a in arrivals:
         expect(a.name in outputs and outputs[a.name].finished, f"{a.name} never got an end")
-        total, cut = 0, False
+        m = outputs[a.name].metrics
+        assert m is not None  # an engine's outputs have metrics
+        guessing = m.spec_decoding
+        total, cut = 0 if guessing is None else guessing.num_draft_tokens - guessing.num_accepted_tokens, False
         for answer in outputs[a.name].outputs:
             num, right = len(answer.token_ids), expected(a, answer.index)
             wrong = next((i for i, pair in enumerate(zip(answer.token_ids, right)) if pair[0] != pair[1]), None)
@@ -292,8 +322,6 @@ def check_outputs(
                 f"{a.name} asked for {a.params.max_tokens} tokens, got {num}, and ended by {answer.finish_reason!r}",
             )
             total, cut = total + len(a.prompt) + num - 1, cut or aborted
-        m = outputs[a.name].metrics
-        assert m is not None  # an engine's outputs have metrics
         done = m.num_computed_tokens + m.num_cached_tokens + m.num_shared_tokens
         expect(
             cut or done == total or (done > total and m.num_preemptions > 0),
@@ -352,7 +380,11 @@ class Watch:
         self.num_steps, self._calls = self.num_steps + 1, 0
         self._grew = bool(scheduler_output.admitted)
         self._waited = {seq.seq_id for seq in self.engine.scheduler.waiting}
-        return self._run(scheduler_output)
+        output = self._run(scheduler_output)
+        for (seq, _), new_token_ids in zip(scheduler_output.sampled, output.sampled_token_ids):
+            if scheduler_output.get_guesses(seq):  # of which the right ones are computed
+                self._know(seq, seq.get_token_ids() + new_token_ids[:-1])
+        return output
 
     def _check_size(self, scheduled: SchedulerOutput) -> None:
         config, running = self.engine.config.scheduler_config, self.engine.scheduler.running
@@ -376,7 +408,7 @@ class Watch:
                     f"in {where} {name_of(seq)} is among the {status.name.lower()}, and its status is {seq.status}",
                 )
         for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
-            left, name = seq.get_len() - seq.num_computed_tokens, name_of(seq)
+            left, name = seq.get_len() - seq.num_computed_tokens + len(scheduled.get_guesses(seq)), name_of(seq)
             expect(id(seq) in ids, f"{where} computes {name}, which is not among the running")
             expect(0 < num_new <= left, f"{where} computes {num_new} tokens of {name}, which has {left} left")
             expect(
@@ -429,7 +461,7 @@ class Watch:
 
     def _check_cached(self, scheduled: SchedulerOutput) -> None:
         """Tokens that are not computed must have been computed before, for somebody with the same salt."""
-        cached, size = {id(seq): num for seq, num in scheduled.admitted}, self.engine.cache.block_size
+        cached = {id(seq): num for seq, num in scheduled.admitted}
         for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
             token_ids, num_cached = seq.get_token_ids(), cached.get(id(seq), 0)
             self.num_cached += num_cached
@@ -438,8 +470,13 @@ class Watch:
                 f"{self._where()} takes {num_cached} tokens of {name_of(seq)} from the cache, and nobody with the salt "
                 f"{seq.cache_salt!r} has had this beginning",
             )
-            for end in range(size, seq.num_computed_tokens + num_new + 1, size):
-                self._known.add((seq.cache_salt, tuple(token_ids[:end])))
+            self._know(seq, token_ids[: seq.num_computed_tokens + num_new])
+
+    def _know(self, seq: Sequence, token_ids: list[int]) -> None:
+        """Notes that somebody with the sequence's salt has computed these tokens, from the first."""
+        size = self.engine.cache.block_size
+        for end in range(size, len(token_ids) + 1, size):
+            self._known.add((seq.cache_salt, tuple(token_ids[:end])))
 
     def _check_writes(self, scheduled: SchedulerOutput) -> None:
         """No step writes a block twice, and whoever else has it in a table only reads it."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from folovllm.core.guesses import count_accepted
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.stats import StepStats
@@ -64,11 +65,12 @@ def split_work(scheduled: SchedulerOutput) -> tuple[dict[str, int], list[str]]:
     """The tokens of each sequence that read its prompt, or what it had lost; and the sequences that decoded."""
     prefill, decode = {}, []
     for seq, num_new in zip(scheduled.seqs, scheduled.num_new_tokens):
+        num_known = num_new - len(scheduled.get_guesses(seq))
         # The step is over, so its own token is counted, and the one that it drew is not.
-        if num_new == 1 and seq.num_computed_tokens > seq.get_prompt_len():
+        if num_known == 1 and seq.num_computed_tokens > seq.get_prompt_len():
             decode.append(name_of(seq))
         else:
-            prefill[name_of(seq)] = num_new
+            prefill[name_of(seq)] = num_known
     return prefill, decode
 
 
@@ -124,6 +126,30 @@ def record_steps(engine: LLMEngine) -> list[StepRecord]:
         for seq in in_step:
             if seq.is_finished():
                 del places[name_of(seq)]
+
+    engine.step_hooks.append(hook)
+    return records
+
+
+@dataclass
+class CheckedGuesses:
+    """What a pass gave one sequence that had guesses, or none."""
+
+    name: str
+    guesses: list[int]
+    tokens: list[int]
+    """The accepted guesses and the model's own token after them, up to the end of the answer."""
+    num_accepted: int
+
+
+def record_guesses(engine: LLMEngine) -> list[CheckedGuesses]:
+    """A list to which every later step of the engine adds what it gave each sequence."""
+    records: list[CheckedGuesses] = []
+
+    def hook(scheduled: SchedulerOutput, output: RunnerOutput, _: StepStats) -> None:
+        for (seq, _row), tokens in zip(scheduled.sampled, output.sampled_token_ids):
+            guesses = scheduled.get_guesses(seq)
+            records.append(CheckedGuesses(name_of(seq), guesses, tokens, count_accepted(guesses, tokens)))
 
     engine.step_hooks.append(hook)
     return records

@@ -147,7 +147,7 @@ class KVCacheManager:
 
         Args:
             seq: the sequence.
-            num_tokens: tokens that must have a slot.
+            num_tokens: tokens that must have a slot, guesses behind its own ones included.
             full_sequence_must_fit: whether there must be enough free blocks for all of its tokens, not only these.
 
         Returns:
@@ -167,8 +167,17 @@ class KVCacheManager:
             pool.release(old)
         for _ in range(num_new):
             table.append(pool.allocate())
-        self.cache_blocks(seq, num_tokens)
+        self.cache_blocks(seq, min(num_tokens, seq.get_len()))  # guesses are not its tokens yet
         return True
+
+    def count_slots_left(self, seq: Sequence, num_tokens: int) -> int:
+        """How many more tokens than ``num_tokens`` can have slots, in its blocks and all that are free."""
+        return (len(seq.block_ids) + self.pool.num_free) * self.block_size - num_tokens
+
+    def release_unused(self, seq: Sequence) -> None:
+        """Frees the blocks behind the last computed token, which were allocated for guesses that were wrong."""
+        for _ in range(len(seq.block_ids) - self.num_blocks_for(seq.num_computed_tokens)):
+            self.pool.release(seq.block_ids.pop())
 
     def get_computed_blocks(self, seq: Sequence) -> int:
         """Fills an empty table with the cached blocks of the sequence's longest known prefix.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from folovllm.config import SchedulerConfig
+from folovllm.core.guesses import drop_refused, take_guesses
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.logprobs import Logprob
 from folovllm.outputs import RunnerOutput
@@ -26,9 +27,15 @@ class SchedulerOutput:
 
     seqs: list[Sequence] = field(default_factory=list)
     num_new_tokens: list[int] = field(default_factory=list)
-    """For each sequence, how many tokens after ``num_computed_tokens`` are computed in this step."""
+    """For each sequence, how many tokens after ``num_computed_tokens`` are computed in this step, guesses included."""
+    num_computed_tokens: list[int] = field(default_factory=list)
+    """For each sequence, how many of its tokens had been computed before this step."""
+    scheduled_spec_token_ids: dict[str, list[int]] = field(default_factory=dict)
+    """``seq_id`` -> guesses, computed as if they followed the newest token; those that a draft model will make are -1
+    until it has."""
     sampled: list[tuple[Sequence, int]] = field(default_factory=list)
-    """The sequences that get a token, each with the row of the flat batch whose logits it is drawn from."""
+    """The sequences that get tokens, each with the row of the flat batch whose logits the first is drawn from. The rows
+    of its guesses follow."""
     forks: list[tuple[Sequence, Sequence]] = field(default_factory=list)
     """``(parent, child)``: answers that start in this step, forked from the one that has just computed the prompt."""
     admitted: list[tuple[Sequence, int]] = field(default_factory=list)
@@ -45,6 +52,15 @@ class SchedulerOutput:
         """Adds a sequence to the step."""
         self.seqs.append(seq)
         self.num_new_tokens.append(num_new_tokens)
+        self.num_computed_tokens.append(seq.num_computed_tokens)
+
+    def get_guesses(self, seq: Sequence) -> list[int]:
+        """The guesses that this step checks for a sequence."""
+        return self.scheduled_spec_token_ids.get(seq.seq_id, [])
+
+    def get_sampled_rows(self) -> list[int]:
+        """All rows of the flat batch that a token is drawn from, in the order of ``sampled``."""
+        return [row + place for seq, row in self.sampled for place in range(len(self.get_guesses(seq)) + 1)]
 
 
 class Scheduler:
@@ -86,13 +102,14 @@ class Scheduler:
         return bool(self.running or self.waiting or self.swapped)
 
     def schedule(self) -> SchedulerOutput:
-        """Decides the next step: running sequences first, then waiting ones are admitted, all within one budget."""
+        """Decides the next step: running sequences first, then waiting ones, then guesses, all within one budget."""
         output = SchedulerOutput()
         if self.config.policy == "priority":
             self.running.sort(key=self._rank)  # the victim of a preemption is taken from the end
         budget = self._continue_running(output)
         if not output.preempted:
             self._admit(output, budget)
+        add_guesses(output, self.cache, self.max_num_batched_tokens, self.max_model_len)
         self._choose_sampled(output)
         output.copies, self.cache.copies = self.cache.copies, []
         return output
@@ -177,7 +194,7 @@ class Scheduler:
             end += num_new
             if seq.num_computed_tokens + num_new < seq.get_len():
                 continue
-            output.sampled.append((seq, end - 1))
+            output.sampled.append((seq, end - 1 - len(output.get_guesses(seq))))
             request = self.requests[seq.request_id]
             if not request.num_pending or seq.get_output_len():
                 continue
@@ -201,26 +218,19 @@ class Scheduler:
                 seq.stop_reason = runner_output.errors[i]
                 self.finish(seq, SequenceStatus.FINISHED_ABORTED)
                 continue
-            self._add_tokens(seq, runner_output.sampled_token_ids[i], runner_output.logprobs[i])
-
-    def _add_tokens(self, seq: Sequence, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> None:
-        """Appends a step's tokens up to the one that ends the answer; the others are removed from ``token_ids``."""
-        eos_token_id = self.requests[seq.request_id].eos_token_id
-        for place, token_id in enumerate(token_ids):
-            if logprobs is None:
-                seq.add_token_id(token_id)
-            else:
-                seq.add_token_id(token_id, logprobs[place][token_id].logprob)
-                seq.logprobs.append(logprobs[place])
-            if (status := check_stop(seq, eos_token_id, self.max_model_len)) is not None:
-                del token_ids[place + 1 :]
+            token_ids, logprobs = runner_output.sampled_token_ids[i], runner_output.logprobs[i]
+            drop_refused(seq, self.cache, scheduler_output.get_guesses(seq), token_ids)
+            status = add_tokens(seq, self.requests[seq.request_id], token_ids, logprobs, self.max_model_len)
+            self.cache.cache_blocks(seq, min(seq.num_computed_tokens, seq.get_len()))  # which guesses have filled
+            if status is not None:
                 self.finish(seq, status)
-                break
+            elif runner_output.spec_token_ids:
+                seq.spec_token_ids = runner_output.spec_token_ids[i]
 
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
         """Takes a running sequence's blocks: swaps them out if the mode says so and there is room, else frees them."""
         output.preempted.append(seq)
-        seq.num_preemptions += 1
+        seq.num_preemptions, seq.spec_token_ids = seq.num_preemptions + 1, []
         pairs = self.cache.swap_out(seq) if self.config.preemption_mode == "swap" else None
         if pairs is not None:
             output.swap_out += pairs
@@ -273,6 +283,45 @@ class Scheduler:
     def _forget_if_finished(self, request_id: str) -> None:
         if request_id in self.requests and self.requests[request_id].is_finished():
             del self.requests[request_id], self._ranks[request_id]
+
+
+def add_guesses(output: SchedulerOutput, cache: KVCacheManager, max_num_tokens: int, max_model_len: int) -> None:
+    """Adds guesses to the sequences of a step whose newest token is computed, while it has room for more tokens.
+
+    They come last, so that they keep nobody waiting and take nobody's blocks.
+    """
+    room = max_num_tokens - sum(output.num_new_tokens)
+    for i, seq in enumerate(output.seqs):
+        if seq.spec_token_ids and seq.num_computed_tokens + output.num_new_tokens[i] == seq.get_len():
+            guesses = take_guesses(seq, cache, room, max_model_len)
+            if guesses:
+                output.scheduled_spec_token_ids[seq.seq_id] = guesses
+                output.num_new_tokens[i] += len(guesses)
+                room -= len(guesses)
+
+
+def add_tokens(
+    seq: Sequence,
+    request: Request,
+    token_ids: list[int],
+    logprobs: list[dict[int, Logprob]] | None,
+    max_model_len: int,
+) -> SequenceStatus | None:
+    """Appends a step's tokens up to the one that ends the answer; those behind it are removed from ``token_ids``.
+
+    Returns:
+        the status that the sequence ends with, None if it goes on.
+    """
+    for place, token_id in enumerate(token_ids):
+        if logprobs is None:
+            seq.add_token_id(token_id)
+        else:
+            seq.add_token_id(token_id, logprobs[place][token_id].logprob)
+            seq.logprobs.append(logprobs[place])
+        if (status := check_stop(seq, request.eos_token_id, max_model_len)) is not None:
+            del token_ids[place + 1 :]
+            return status
+    return None
 
 
 def check_stop(seq: Sequence, eos_token_id: int | None, max_model_len: int) -> SequenceStatus | None:

@@ -194,7 +194,7 @@ class LLMEngine:
         except BaseException as error:
             self._abort_running(f"{type(error).__name__}: {error}")
             raise
-        finish_step_stats(stats, self.scheduler, self.cache.pool, times_us)
+        finish_step_stats(stats, scheduler_output, runner_output, self.scheduler, self.cache.pool, times_us)
         self.steps.append(stats)
         with self._lock.lend():  # a hook may add, abort and count, as between two steps
             for hook in self.step_hooks:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.engine.detokenizer import Detokenizer
-from folovllm.engine.stats import count_requests
+from folovllm.engine.stats import count_requests, count_tokens
 from folovllm.logprobs import Logprob
 from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput, RunnerOutput, best_sequences
 from folovllm.request import Request, RequestStatus, Sequence, SequenceStatus
@@ -135,6 +135,7 @@ class OutputProcessor:
                 continue
             if self._add_tokens(seq, runner_output.sampled_token_ids[i]):
                 stopped.append(seq)
+        count_tokens(scheduler_output, runner_output, lambda request_id: self.states[request_id].metrics)
         return stopped
 
     def _add_tokens(self, seq: Sequence, token_ids: list[int]) -> bool:
@@ -214,7 +215,7 @@ class OutputProcessor:
             request.prompt_token_ids,
             outputs,
             finished,
-            replace(state.metrics),  # a snapshot: the engine goes on counting in the original
+            state.metrics.snapshot(),
             state.prompt_logprobs,
         )
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, cast
 
 from folovllm.config import EngineConfig
 from folovllm.sampling_params import SamplingParams
@@ -50,13 +50,14 @@ def load_model(config: EngineConfig, device: str | torch.device | None = None) -
         device: "cpu", "cuda", "cuda:1"; None takes CUDA if there is one, else the CPU.
 
     Raises:
-        ModelLoadError: if the checkpoint cannot be loaded.
-        ValueError: if the budget of a step is too small.
+        ModelLoadError: if the checkpoint, or that of the draft model, cannot be loaded.
+        ValueError: if the budget of a step is too small, or the draft model has other tokens.
     """
     # Here, since torch takes seconds to import and a simulated engine does without.
     from folovllm.model.decoder import load_decoder
     from folovllm.model_loader import ModelLoader, read_generation_config
     from folovllm.sample.sampler import Sampler
+    from folovllm.worker.draft_model import DraftModel
     from folovllm.worker.model_runner import ModelRunner
 
     checkpoint = (loader := ModelLoader(config.model_config)).open(device)
@@ -64,7 +65,18 @@ def load_model(config: EngineConfig, device: str | torch.device | None = None) -
     tokenizer = loader.load_tokenizer(add_pad_token=False)
     eos_token_ids, default_params = read_generation_config(checkpoint, tokenizer)
     decoder = load_decoder(checkpoint)
-    runner = ModelRunner(decoder, Sampler(tokenizer, eos_token_ids), config)
+    sampler, draft, speculative = Sampler(tokenizer, eos_token_ids), None, config.speculative_config
+    if speculative is not None and speculative.method == "draft_model":
+        draft_config = replace(config.model_config, model=cast(str, speculative.model))
+        draft_decoder = load_decoder(ModelLoader(draft_config).open(device))
+        sizes = draft_decoder.config.vocab_size, decoder.config.vocab_size
+        require(
+            sizes[0] == sizes[1],
+            f"a draft model must have the model's tokens: {speculative.model} has {sizes[0]}, and "
+            f"{config.model_config.model} {sizes[1]}",
+        )
+        draft = DraftModel(draft_decoder, sampler, config)
+    runner = ModelRunner(decoder, sampler, config, draft)
     return ServedModel(
         runner, decoder.config.vocab_size, checkpoint.model_max_len, tokenizer, eos_token_ids, default_params, decoder
     )

@@ -60,6 +60,13 @@ class DecoderConfig:
     """Whether each query and key head is normalized before it is rotated (Qwen3)."""
     tie_word_embeddings: bool
 
+    @property
+    def num_multiplied(self) -> int:
+        """Weights that each token is multiplied by: those of all matrices, without norms, biases and the embedding."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        per_layer = self.hidden_size * (attention + 3 * self.intermediate_size)
+        return self.num_layers * per_layer + self.vocab_size * self.hidden_size
+
     @classmethod
     def from_hf(cls, hf_config: Any) -> DecoderConfig:
         """Reads transformers' config of a checkpoint.

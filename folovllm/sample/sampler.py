@@ -19,7 +19,7 @@ import itertools
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,9 @@ class SamplingMetadata:
     """What each row has generated so far. The lists are kept, not copied: append to them and sample again."""
     generators: list[random.Random] = field(default_factory=list)
     """Each row's own random numbers; made from ``params`` when left out."""
+    draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """Takes the place of `draw` for random rows: their probabilities, uniform numbers and row numbers (None: all) ->
+    tokens."""
     _batch: _Batch | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -661,7 +664,7 @@ class Sampler:
         """
         batch = metadata._batch
         assert batch is not None  # `_bring` has made it
-        tokens, largest = _pick(_constrain(logits, tensors), batch, tensors)
+        tokens, largest = _pick(_constrain(logits, tensors), batch, tensors, metadata.draw)
         report = _report(logits, tokens, batch, tensors) if batch.reported_rows else ()
         token_ids, largest_logits, *numbers = copy_to_host([tokens, largest, *report])
         errors = dict(_find_unusable_rows(largest_logits))
@@ -693,7 +696,12 @@ def _constrain(logits: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def _pick(scores: Tensor, batch: _Batch, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _pick(
+    scores: Tensor,
+    batch: _Batch,
+    tensors: Mapping[str, Tensor],
+    draw_instead: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
     """The likeliest token of greedy rows, a drawn one for the others, and the largest logit of each row."""
     largest = scores.amax(dim=-1)
     if not batch.random_rows:
@@ -701,7 +709,8 @@ def _pick(scores: Tensor, batch: _Batch, tensors: Mapping[str, Tensor]) -> tuple
     rows = tensors.get("random_rows")  # none where all are
     random_scores = scores if rows is None else scores.index_select(0, rows)
     probs = truncate(random_scores, batch.truncation).softmax(dim=-1)
-    drawn = draw(probs, tensors["uniforms"])
+    uniforms = tensors["uniforms"]
+    drawn = draw(probs, uniforms) if draw_instead is None else draw_instead(probs, uniforms, rows)
     return (drawn if rows is None else scores.argmax(dim=-1).index_copy_(0, rows, drawn)), largest
 
 

@@ -92,7 +92,7 @@ class CostRunner:
         self.last_cost = self.cost.step(
             scheduler_output.num_new_tokens,
             [seq.num_computed_tokens for seq in scheduler_output.seqs],
-            len(scheduler_output.sampled),
+            len(scheduler_output.get_sampled_rows()),
             num_swapped * self.block_size,
         )
         self.clock.advance(to_us(self.last_cost.total))
@@ -108,8 +108,13 @@ def make_engine(config: EngineConfig, roofline: Roofline, cost: Cost | None = No
         cost: says how long steps take; None: the roofline.
 
     Raises:
-        ValueError: what `LLMEngine` raises; if the card has no room for the model.
+        ValueError: what `LLMEngine` raises; if the card has no room for the model; if tokens are to be guessed.
     """
+    require(
+        config.speculative_config is None,
+        "a simulated model says nothing that could be guessed: leave speculative_config out, or charge an engine that "
+        "has a model",
+    )
     clock = VirtualClock()
     runner = CostRunner(TokenRunner(roofline, config), cost or roofline, clock, config.cache_config.block_size)
     shape = roofline.shape
@@ -143,10 +148,10 @@ def record_steps(engine: LLMEngine) -> list[TimedStep]:
     steps: list[TimedStep] = []
 
     def record(scheduler_output: SchedulerOutput, runner_output: RunnerOutput, stats: StepStats) -> None:
-        new_tokens = scheduler_output.num_new_tokens
-        # A hook sees the sequences after their step.
-        past_tokens = [seq.num_computed_tokens - new for seq, new in zip(scheduler_output.seqs, new_tokens)]
-        steps.append(TimedStep(new_tokens, past_tokens, len(scheduler_output.sampled), sum(stats.seconds.values())))
+        num_rows, seconds = len(scheduler_output.get_sampled_rows()), sum(stats.seconds.values())
+        steps.append(
+            TimedStep(scheduler_output.num_new_tokens, scheduler_output.num_computed_tokens, num_rows, seconds)
+        )
 
     engine.step_hooks.append(record)
     return steps

@@ -1,4 +1,4 @@
-"""Trains the embedded model: ``python -m folovllm.tales.train``.
+"""Trains the embedded model: ``python -m folovllm.tales.train``, with ``--draft`` the smaller one that guesses for it.
 
 The same seed on the same machine gives the same weights, also when the run is interrupted and started again: the
 documents of a step depend on the seed and the step alone, and the state saved every `SAVE_EVERY` steps
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from folovllm.tales import EMBEDDED_MODEL
+from folovllm.tales import EMBEDDED_DRAFT, EMBEDDED_MODEL
 from folovllm.tales.grammar import END_OF_TEXT, IM_END, Document, sample
 from folovllm.tales.tokenizer import train_tokenizer
 
@@ -35,25 +36,35 @@ RECALL_WEIGHT = 8.0
 best model is the same, and it is found in a fraction of the steps. That a fact must be looked up is learned suddenly
 and late; unweighted, 1,200 steps left some facts unlearned."""
 SAVE_EVERY = 100
+STATE_FILE = "training_state.safetensors"
 MIN_P = 0.01
 """Recommended for sampling: at temperature 1 alone, one token in 4,000 is one that the model finds impossible."""
 
 
-def model_config(vocab_size: int) -> Qwen3Config:
+def model_config(vocab_size: int, width: int = 128, num_layers: int = 4) -> Qwen3Config:
     """The embedded model's shape: Qwen3, four layers of width 128, about a million parameters."""
     return Qwen3Config(
         vocab_size=vocab_size,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
         head_dim=32,
-        intermediate_size=384,
+        intermediate_size=3 * width,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
         attention_bias=False,
     )
+
+
+def draft_config(vocab_size: int) -> Qwen3Config:
+    """The draft model's shape: a fifth of the embedded model's parameters.
+
+    Two layers are the least that copy a name: the first notes at each token which one came before it, so that the
+    second can find the token that followed the last time.
+    """
+    return model_config(vocab_size, width=64, num_layers=2)
 
 
 def generation_config(end_ids: list[int]) -> GenerationConfig:
@@ -146,22 +157,44 @@ def load_state(path: Path, model: Qwen3ForCausalLM, opts: list[torch.optim.Optim
     return step
 
 
-def train(directory: Path, seed: int = 0, num_steps: int = STEPS) -> None:
-    """Trains tokenizer and model into ``directory``, going on where an interrupted run stopped."""
+def make_tokenizer(directory: Path, seed: int, source: Path | None) -> Any:
+    """The tokenizer in ``directory``; if there is none yet, the one of ``source``, or a new one."""
     directory.mkdir(parents=True, exist_ok=True)
-    state_file = directory / "training_state.safetensors"
     if not (directory / "tokenizer.json").exists():
-        train_tokenizer(directory, seed=seed)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+        if source is None:
+            train_tokenizer(directory, seed=seed)
+        else:
+            for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
+                shutil.copy(source / name, directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def train(
+    directory: Path,
+    seed: int = 0,
+    num_steps: int = STEPS,
+    make_config: Callable[[int], Qwen3Config] = model_config,
+    tokenizer_of: Path | None = None,
+) -> None:
+    """Trains a model into ``directory``, going on where an interrupted run stopped.
+
+    Args:
+        directory: of the checkpoint.
+        seed: of weights, documents and tokenizer.
+        num_steps: how many.
+        make_config: the model's shape, of the size of the vocabulary.
+        tokenizer_of: another checkpoint, whose tokenizer is taken; None: one is trained.
+    """
+    tokenizer = make_tokenizer(directory, seed, tokenizer_of)
+    state_file = directory / STATE_FILE
     # The order in which sums are taken, and so the weights, depends on the number of threads: one gives the same
     # weights however busy the machine is, and at this size a second would save little.
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(model_config(len(tokenizer)))
+    model = Qwen3ForCausalLM(make_config(len(tokenizer)))
     opts = optimizers(model)
     rates = [group["lr"] for opt in opts for group in opt.param_groups]
     first = load_state(state_file, model, opts) if state_file.exists() else 0
-
     progress = tqdm(range(first, num_steps), initial=first, total=num_steps, unit="step")
     for step in progress:
         passes = list(batches(tokenizer, seed, step))
@@ -179,23 +212,31 @@ def train(directory: Path, seed: int = 0, num_steps: int = STEPS) -> None:
         progress.set_postfix_str(f"{nats / num_tokens:.4f} nats per token")
         if (step + 1) % SAVE_EVERY == 0:
             save_state(state_file, step + 1, model, opts)
+    save(directory, model, tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT]))
 
-    end_ids = tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT])
+
+def save(directory: Path, model: Qwen3ForCausalLM, end_ids: list[int]) -> None:
+    """Writes a trained model's files, in the place of the state of its training."""
     model.config.eos_token_id, model.config.pad_token_id = end_ids[0], end_ids[1]
     model.generation_config = generation_config(end_ids)
     model.save_pretrained(directory)
-    state_file.unlink(missing_ok=True)
+    (directory / STATE_FILE).unlink(missing_ok=True)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m folovllm.tales.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder of the checkpoint")
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--draft", action="store_true", help="the smaller model, with the tokenizer of the other")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
-    train(args.out, args.seed, args.steps)
-    print(json.dumps({"saved": str(args.out), "steps": args.steps, "seed": args.seed}))
+    out = args.out or (EMBEDDED_DRAFT if args.draft else EMBEDDED_MODEL)
+    if args.draft:
+        train(out, args.seed, args.steps, draft_config, EMBEDDED_MODEL)
+    else:
+        train(out, args.seed, args.steps)
+    print(json.dumps({"saved": str(out), "steps": args.steps, "seed": args.seed}))
 
 
 if __name__ == "__main__":

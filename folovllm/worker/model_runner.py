@@ -25,6 +25,7 @@ from folovllm.model.decoder import Decoder
 from folovllm.outputs import RunnerOutput
 from folovllm.request import Sequence
 from folovllm.sample.sampler import Sampler, SamplingMetadata, compute_prompt_logprobs, make_generator
+from folovllm.sample.speculative import Proposer, verify
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils import cdiv
 from folovllm.utils.transfer import copy_to_device
@@ -80,7 +81,44 @@ def _report_on(
     return found
 
 
-def _select(x: Tensor, rows: list[int]) -> Tensor:
+def _report_on_prompts(
+    decoder: Decoder, sampler: Sampler, hidden: Tensor, scheduler_output: SchedulerOutput
+) -> dict[str, tuple[int, list[dict[int, Logprob] | None]]]:
+    """Log probabilities of the prompt tokens that this step's hidden states predict, where asked for."""
+    found = {}
+    start = 0
+    for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
+        first, count = seq.num_computed_tokens, seq.sampling_params.prompt_logprobs
+        token_ids = seq.data.prompt_token_ids[first : first + num_new + 1]
+        # Once there is an output, the whole prompt has been reported.
+        if count is not None and len(token_ids) > 1 and seq.index == 0 and seq.get_output_len() == 0:
+            predicting = hidden[start : start + len(token_ids) - 1]
+            found[seq.seq_id] = first + 1, _report_on(decoder, sampler, seq, first, predicting)
+        start += num_new
+    return found
+
+
+class Drafter(Protocol):
+    """A smaller model that guesses tokens: `folovllm.worker.draft_model.DraftModel`."""
+
+    decoder: Decoder
+
+    def initialize_kv_cache(self, num_blocks: int, num_swap_blocks: int) -> None:
+        """Allocates a cache with as many blocks as the model's."""
+        ...
+
+    def guess(self, scheduler_output: SchedulerOutput) -> Tensor | None:
+        """Makes the guesses of a step; returns what they were drawn from."""
+        ...
+
+
+def token_bytes(decoder: Decoder) -> int:
+    """Bytes of the keys and values of one token."""
+    shape = decoder.config
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * decoder.dtype.itemsize
+
+
+def select_rows(x: Tensor, rows: list[int]) -> Tensor:
     """Some rows of ``x``, in this order; ``x`` itself if it is all of them, as in a decode step."""
     if rows == list(range(len(x))):
         return x
@@ -94,10 +132,14 @@ class ModelRunner:
         decoder: the model.
         sampler: chooses the tokens.
         config: with ``max_model_len`` and ``max_num_batched_tokens`` filled in.
+        draft: makes the guesses that a step checks; None: they are looked up, if the config asks for any.
     """
 
-    def __init__(self, decoder: Decoder, sampler: Sampler, config: EngineConfig) -> None:
-        self.decoder, self.sampler, self.config = decoder, sampler, config
+    def __init__(self, decoder: Decoder, sampler: Sampler, config: EngineConfig, draft: Drafter | None = None) -> None:
+        self.decoder, self.sampler, self.config, self.draft = decoder, sampler, config, draft
+        draft_cost = 0.0 if draft is None else draft.decoder.config.num_multiplied / decoder.config.num_multiplied
+        speculative = config.speculative_config
+        self.proposer = None if speculative is None else Proposer(speculative, draft_cost)
         self.block_size = config.cache_config.block_size
         self.backend_cls, self.backend_choice = choose_backend(
             config.model_config.attention_backend, decoder.device, decoder.dtype, decoder.config.head_dim,
@@ -122,9 +164,9 @@ class ModelRunner:
         Raises:
             ValueError: if there is no room for a single block.
         """
-        cache, scheduler, shape = self.config.cache_config, self.config.scheduler_config, self.decoder.config
-        token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.decoder.dtype.itemsize
-        block_bytes = cache.block_size * token_bytes
+        cache, scheduler = self.config.cache_config, self.config.scheduler_config
+        decoders = [self.decoder] if self.draft is None else [self.decoder, self.draft.decoder]
+        block_bytes = cache.block_size * sum(map(token_bytes, decoders))
         swap_bytes = cache.swap_space * 2**30 if scheduler.preemption_mode == "swap" else 0
         num_blocks = cache.num_blocks
         if num_blocks is None:
@@ -204,28 +246,41 @@ class ModelRunner:
         pinned = self.decoder.device.type == "cuda" and torch.cuda.is_available()
         self.swap_cache = torch.empty(swap_shape, dtype=self.decoder.dtype, device="cpu", pin_memory=pinned)
         self.step_graphs = self._record_steps(self.attention, reserved_block=num_blocks)
+        if self.draft is not None:
+            self.draft.initialize_kv_cache(num_blocks, num_swap_blocks)
 
     @torch.inference_mode()
     def run(self, scheduler_output: SchedulerOutput) -> RunnerOutput:
-        """Computes a step: one forward pass over all its tokens, then one token for each entry of ``sampled``."""
+        """Computes a step: one forward pass over all its tokens, then tokens for each entry of ``sampled``."""
+        self.prepare_blocks(scheduler_output)
+        draft_probs = None if self.draft is None else self.draft.guess(scheduler_output)
+        hidden, logits = self._forward(scheduler_output)
+        seqs = [seq for seq, _ in scheduler_output.sampled]
+        if scheduler_output.scheduled_spec_token_ids:
+            output = self._verify(logits, seqs, [scheduler_output.get_guesses(seq) for seq in seqs], draft_probs)
+        else:
+            output = self._sample(logits, scheduler_output.sampled)
+        output.prompt_logprobs = _report_on_prompts(self.decoder, self.sampler, hidden, scheduler_output)
+        if self.proposer is not None:
+            output.spec_token_ids = self.proposer.propose(seqs, output.sampled_token_ids)
+        return output
+
+    def prepare_blocks(self, scheduler_output: SchedulerOutput) -> None:
+        """What a step does to whole blocks before it computes."""
         move_blocks(self.kv_cache, self.swap_cache, self.backend_cls.block_dim, scheduler_output)
         if self.backend_cls.reads_whole_blocks:
             clear_begun_blocks(self.kv_cache, self.backend_cls.block_dim, self.block_size, scheduler_output)
-        hidden, logits = self._forward(scheduler_output)
-        output = self._sample(logits, scheduler_output.sampled)
-        output.prompt_logprobs = self._prompt_logprobs(hidden, scheduler_output)
-        return output
 
     def _forward(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor]:
         """The hidden state of every token of a step, and the logits of the rows that are sampled."""
         input_ids, positions, metadata = self.prepare(scheduler_output)
-        rows = [row for _, row in scheduler_output.sampled]
+        rows = scheduler_output.get_sampled_rows()
         if self.step_graphs is not None and metadata.max_query_len == 1:
             hidden, logits = self.step_graphs.run(input_ids, positions, metadata)
-            return hidden, _select(logits, rows)
+            return hidden, select_rows(logits, rows)
         self.attention.begin(metadata)
         hidden = self.decoder(input_ids, positions, self.attention)
-        return hidden, self.decoder.compute_logits(_select(hidden, rows))
+        return hidden, self.decoder.compute_logits(select_rows(hidden, rows))
 
     def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]]) -> RunnerOutput:
         """A token, with log probabilities if asked for, for each sequence whose last token was computed."""
@@ -237,6 +292,12 @@ class ModelRunner:
             [None if logprobs is None else [logprobs] for logprobs in output.logprobs],
             output.errors,
         )
+
+    def _verify(
+        self, logits: Tensor, seqs: list[Sequence], guesses: list[list[int]], draft_probs: Tensor | None
+    ) -> RunnerOutput:
+        """The tokens of each sequence: its guesses that are right, and one of the model's own."""
+        return verify(self.sampler, logits, self._sampling_metadata(seqs), guesses, draft_probs)
 
     def _sampling_metadata(self, seqs: list[Sequence]) -> SamplingMetadata:
         """What the sampler knows about these sequences: the same object for as long as they are the same."""
@@ -256,28 +317,16 @@ class ModelRunner:
         metadata.generators = generators
         return metadata
 
-    def _prompt_logprobs(
-        self, hidden: Tensor, scheduler_output: SchedulerOutput
-    ) -> dict[str, tuple[int, list[dict[int, Logprob] | None]]]:
-        """Log probabilities of the prompt tokens that this step's hidden states predict, where asked for."""
-        found = {}
-        start = 0
-        for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
-            first, count = seq.num_computed_tokens, seq.sampling_params.prompt_logprobs
-            token_ids = seq.data.prompt_token_ids[first : first + num_new + 1]
-            # Once there is an output, the whole prompt has been reported.
-            if count is not None and len(token_ids) > 1 and seq.index == 0 and seq.get_output_len() == 0:
-                predicting = hidden[start : start + len(token_ids) - 1]
-                found[seq.seq_id] = first + 1, _report_on(self.decoder, self.sampler, seq, first, predicting)
-            start += num_new
-        return found
-
     def prepare(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor, AttentionMetadata]:
         """The flat tensors of a step: input ids, positions (both ``[num_tokens]``), and attention's metadata."""
         input_ids: list[int] = []
         seqs = scheduler_output.seqs
         for seq, num_new in zip(seqs, scheduler_output.num_new_tokens):
-            input_ids += seq.data.get_token_ids(seq.num_computed_tokens, seq.num_computed_tokens + num_new)
+            first, num_tokens = seq.num_computed_tokens, seq.get_len()
+            end = first + num_new
+            input_ids += seq.data.get_token_ids(first, end)
+            if end > num_tokens:
+                input_ids += scheduler_output.get_guesses(seq)[max(first - num_tokens, 0) : end - num_tokens]
         computed = np.array([seq.num_computed_tokens for seq in seqs])
         num_new_tokens = np.array(scheduler_output.num_new_tokens)
         starts = np.concatenate([[0], num_new_tokens.cumsum()])

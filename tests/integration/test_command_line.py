@@ -139,7 +139,8 @@ class TestOptions:
         expected |= {"attention_backend": "sdpa", "enforce_eager": True}
         names = {field.name for kind in CONFIGS for field in dataclasses.fields(kind)}
         assert set(expected) == names - {"scheduler_cls", "kv_cache_manager_cls"}  # nobody can type a class
-        typed = []
+        asked = {"method": "ngram", "num_speculative_tokens": 4}
+        typed = ["--speculative-config", json.dumps(asked)]
         for name, value in expected.items():
             option = name.replace("_", "-")
             typed += [
@@ -147,7 +148,7 @@ class TestOptions:
                 *([] if value in (True, False) else [str(value)]),
             ]
         assert main(["generate", "a", "--device", "cuda:1", *typed]) == 0
-        assert llm.kwargs == {**expected, "device": "cuda:1"}
+        assert llm.kwargs == {**expected, "speculative_config": asked, "device": "cuda:1"}
 
     def test_those_of_sampling(self, llm):
         expected = {"temperature": 0.5, "top_p": 0.5, "top_k": 7, "min_p": 0.5, "seed": 7, "stop": ["a", "b"]}

@@ -79,6 +79,10 @@ def make_engine(checkpoint, **kwargs) -> LLMEngine:
     return LLMEngine(make_engine_config(str(checkpoint), **settings), DEVICE)
 
 
+GUESSES = [
+    {"method": "ngram", "num_speculative_tokens": num, "prompt_lookup_min": least, "prompt_lookup_max": most}
+    for num, least, most in ((1, 1, 1), (4, 1, 3), (16, 2, 2))
+]
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True, "max_tokens": MAX_TOKENS, "seed": 5}
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_tokens": MAX_TOKENS}
 
@@ -144,6 +148,7 @@ def engine_settings(draw):
         "batching": draw(st.sampled_from(["continuous", "continuous", "static"])),
         "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
         "swap_space": draw(st.sampled_from([0.0, 1e-4, 0.01])),
+        "speculative_config": draw(st.sampled_from([None, *GUESSES])),
     }
 
 

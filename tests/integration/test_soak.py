@@ -50,9 +50,15 @@ def make_llm() -> LLM:
         for i, (seq, _) in enumerate(scheduler_output.sampled):
             if seq.sampling_params.top_k == 7:  # stands for a row that only a step finds out to be bad
                 found.errors[i] = "no token left"
-            token_id = next_token(seq.get_token_ids(), seq.sampling_params.seed + seq.index)
-            found.sampled_token_ids.append([token_id])
+            guesses, text, seed = scheduler_output.get_guesses(seq), seq.get_token_ids(), seq.sampling_params.seed
+            for place in range(len(guesses) + 1):
+                text.append(next_token(text, seed + seq.index))
+                if place < len(guesses) and text[-1] != guesses[place]:
+                    break
+            found.sampled_token_ids.append(text[seq.get_len() :])
             found.logprobs.append(None)
+            next_one = next_token(text, seed + seq.index)
+            found.spec_token_ids.append([next_one, 5, 5] if next_one % 2 else [])
         return found
 
     llm.engine.runner.run = run

@@ -1,4 +1,4 @@
-"""Several tokens of one step: the same answers as with one token per step."""
+"""Guessing in the running engine: the same answers, and nothing is left of a guess that was wrong."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ import itertools
 import pytest
 
 from folovllm import LLM, SamplingParams
+from folovllm.book import judges
+from folovllm.config import SchedulerConfig
+from folovllm.core.kv_cache import KVCacheManager
+from folovllm.core.scheduler import Scheduler
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.logprobs import Logprob
 from folovllm.outputs import RunnerOutput
+from folovllm.request import Request
 from folovllm.tales import EMBEDDED_MODEL
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+ITSELF = {"method": "draft_model", "model": str(EMBEDDED_MODEL), "num_speculative_tokens": 4}
+
+
+def make_llm(**kwargs) -> LLM:
+    return LLM(str(EMBEDDED_MODEL), device="cpu", **{"dtype": "float32", "max_model_len": 256, **kwargs})
 
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(str(EMBEDDED_MODEL), device="cpu", dtype="float32", max_model_len=128)
+    return make_llm()
 
 
 def say(engine: LLMEngine, token_ids: list[int], num_per_step: int) -> None:
@@ -64,3 +76,214 @@ def test_stops_are_found_where_they_are_in_a_step(llm, monkeypatch, kind, params
     assert all(a == b for a, b in itertools.pairwise(found))
     llm.engine.check_integrity()
     assert llm.engine.cache.pool.num_free == llm.engine.cache.pool.num_blocks
+
+
+@pytest.mark.parametrize("num", [1, 3, 7])
+def test_a_pretended_model_with_many_right_guesses_in_all_settings(num):
+    """Its cache holds tokens, so a block that a wrong guess has poisoned says so."""
+    guessing = {"speculative_config": {"method": "ngram", "num_speculative_tokens": num}}
+    watched = judges.judge_engine(settings=[{**each, **guessing} for each in judges.SETTINGS])
+    plain = judges.judge_engine()
+    assert sum(w.num_steps for w in watched) < sum(w.num_steps for w in plain)
+
+
+def make_scheduler(prompt_len: int = 6, num_blocks: int = 8, caching: bool = True, **kwargs):
+    """A scheduler with one running request that has computed its prompt and got token 50; blocks of four."""
+    params = SamplingParams(**{"max_tokens": None, **kwargs.pop("params", {})})
+    config = SchedulerConfig(**{"max_num_batched_tokens": 64, "max_model_len": 64, **kwargs})
+    scheduler = Scheduler(config, KVCacheManager(num_blocks, 4, caching))
+    request = Request("0", None, list(range(2, 2 + prompt_len)), params, num_pending=1)
+    scheduler.add_request(request)
+    scheduler.update_from_output(scheduler.schedule(), RunnerOutput([[50]], [None]))
+    return scheduler, request.get_seqs()[0]
+
+
+def other_model(folder):
+    """A model with eight tokens."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=256,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+class TestRoom:
+    """Guesses get what is left, and nobody loses anything to them."""
+
+    @pytest.mark.parametrize(
+        "kwargs, num",
+        [
+            ({}, 5),
+            ({"max_num_batched_tokens": 8}, 5),
+            ({"max_num_batched_tokens": 7, "prompt_len": 4}, 5),
+            ({"max_num_batched_tokens": 6, "prompt_len": 4}, 5),
+            ({"max_num_batched_tokens": 5, "prompt_len": 4}, 4),
+            ({"params": {"max_tokens": 4}}, 2),
+            ({"params": {"max_tokens": 2}}, 0),
+            ({"max_model_len": 10}, 2),
+            ({"max_model_len": 8}, 0),
+            ({"num_blocks": 2}, 1),
+        ],
+    )
+    def test_as_many_as_may_come(self, kwargs, num):
+        scheduler, seq = make_scheduler(**kwargs)
+        seq.spec_token_ids = [60, 61, 62, 63, 64]
+        output = scheduler.schedule()
+        assert output.get_guesses(seq) == [60, 61, 62, 63, 64][:num] and output.num_new_tokens == [1 + num]
+        assert seq.spec_token_ids == [] and output.num_computed_tokens == [seq.get_len() - 1]
+        assert output.sampled == [(seq, 0)] and output.get_sampled_rows() == list(range(num + 1))
+        scheduler.cache.check_integrity([seq])
+
+    def test_running_and_waiting_sequences_come_first(self):
+        scheduler, seq = make_scheduler(num_blocks=5, max_num_batched_tokens=8)
+        scheduler.add_request(Request("1", None, [9] * 5, SamplingParams(), num_pending=1))
+        seq.spec_token_ids = [60, 61, 62, 63]
+        output = scheduler.schedule()
+        assert output.num_new_tokens == [3, 5]  # 8 tokens in all: two guesses are left
+        assert output.sampled[0] == (seq, 0) and output.sampled[1][1] == 7
+
+    def test_they_preempt_nobody(self):
+        scheduler, _ = make_scheduler(prompt_len=5, num_blocks=3)
+        scheduler.add_request(Request("1", None, [9, 9, 9], SamplingParams(), num_pending=1))
+        scheduler.update_from_output(scheduler.schedule(), RunnerOutput([[51], [70]], [None, None]))
+        for other in scheduler.running:
+            other.spec_token_ids = [60] * 4
+        output = scheduler.schedule()
+        assert not output.preempted and [seq.request_id for seq in output.seqs] == ["0", "1"]
+        assert scheduler.cache.pool.num_free == 0
+
+    def test_a_preempted_sequence_forgets_its_guesses(self):
+        scheduler, seq = make_scheduler()
+        seq.spec_token_ids = [60]
+        scheduler.running.clear()
+        scheduler._preempt(seq, scheduler.schedule())
+        assert seq.spec_token_ids == [] and seq.num_computed_tokens == 0
+
+
+class TestRefusedGuesses:
+    """A refused guess leaves nothing: as if it had never been made."""
+
+    def state(self, scheduler, seq):
+        pool = scheduler.cache.pool
+        return seq.num_computed_tokens, len(seq.block_ids), pool.num_free, sorted(pool._by_hash), seq.data
+
+    @pytest.mark.parametrize("num_accepted", range(6))
+    def test_the_state_is_that_of_single_tokens(self, num_accepted):
+        scheduler, seq = make_scheduler()
+        guesses = [60, 61, 62, 63, 64]
+        seq.spec_token_ids = list(guesses)
+        given = [*guesses[:num_accepted], 99]
+        scheduler.update_from_output(scheduler.schedule(), RunnerOutput([list(given)], [None]))
+        single, alone = make_scheduler()
+        for token_id in given:
+            single.update_from_output(single.schedule(), RunnerOutput([[token_id]], [None]))
+        assert self.state(scheduler, seq) == self.state(single, alone)
+        assert seq.recent_guesses == [i < num_accepted for i in range(5)]
+        scheduler.cache.check_integrity([seq])
+
+    def test_no_block_is_found_by_guesses(self):
+        scheduler, seq = make_scheduler()
+        seq.spec_token_ids = [60, 61, 62]
+        scheduler.schedule()  # 7 tokens, and guesses that would fill the second block
+        wanted = Request("1", None, [*range(2, 8), 50, 60, 61], SamplingParams(), num_pending=1).start_answer()
+        assert scheduler.cache.get_computed_blocks(wanted) == 4
+
+    def test_accepted_guesses_of_an_answer_that_ends_are_found(self):
+        """As they are without guessing: a conversation goes on from there."""
+        scheduler, seq = make_scheduler(params={"stop_token_ids": [61]})
+        seq.spec_token_ids = [60, 61, 62]
+        scheduler.update_from_output(scheduler.schedule(), RunnerOutput([[60, 61, 62, 9]], [None]))
+        assert seq.is_finished() and seq.data.output_token_ids == [50, 60, 61]
+        wanted = Request("1", None, [*range(2, 8), 50, 60, 61], SamplingParams(), num_pending=1).start_answer()
+        assert scheduler.cache.get_computed_blocks(wanted) == 8
+
+    def test_a_run_that_an_error_cuts_short_goes_on_from_its_last_token(self):
+        scheduler, seq = make_scheduler()
+        seq.spec_token_ids = [60, 61]
+        scheduler.update_from_output(scheduler.schedule(), RunnerOutput([[60, 61]], [None]))
+        assert seq.num_computed_tokens == seq.get_len() - 1
+        assert scheduler.schedule().num_new_tokens == [1]
+
+
+def ask(llm: LLM, prompts, **params):
+    asked = [SamplingParams(**{"temperature": 1.0, "max_tokens": 60, "seed": i, **params}) for i in range(len(prompts))]
+    return llm.generate(list(prompts), asked, use_tqdm=False)
+
+
+TALE = "Once upon a time"
+STARTS = [TALE, "One winter", "很久很久以前", "Once upon a time, in a village by the sea,"]
+ANSWERS = [
+    {},
+    {"temperature": 0.0},
+    {"n": 3},
+    {"n": 2, "best_of": 4},
+    {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2},
+    {"bad_words": [" the", "fox"]},
+    {"min_tokens": 40},
+    {"stop": ["the ", "。"]},
+    {"logprobs": 2, "prompt_logprobs": 1},
+    {"top_p": 0.9, "top_k": 20, "min_p": 0.01},
+    {"logit_bias": {5: 3.0}},
+]
+
+
+def comparable(outputs):
+    return [
+        [
+            (a.index, a.text, a.token_ids, a.finish_reason, a.stop_reason, a.logprobs and [list(x) for x in a.logprobs])
+            for a in output.outputs
+        ]
+        for output in outputs
+    ]
+
+
+@pytest.fixture(scope="module")
+def guessing():
+    return make_llm(speculative_config=NGRAM, enable_prefix_caching=True, block_size=4)
+
+
+@pytest.mark.parametrize("params", ANSWERS)
+def test_looked_up_guesses_change_no_answer(llm, guessing, params):
+    for temperature in {0.0, params.get("temperature", 1.0)}:
+        asked = {**params, "temperature": temperature}
+        if asked.get("n", 1) > 1 and temperature == 0:
+            continue
+        assert comparable(ask(guessing, STARTS, **asked)) == comparable(ask(llm, STARTS, **asked))
+    guessing.engine.check_integrity()
+    assert guessing.engine.cache.pool.num_free == guessing.engine.cache.pool.num_blocks
+
+
+SMALL = {"block_size": 4, "num_blocks": 45}
+CACHES = {
+    "as it is": {},
+    "prefixes": {"enable_prefix_caching": True, "block_size": 4},
+    "recompute": SMALL,
+    "swap": {**SMALL, "preemption_mode": "swap", "swap_space": 0.05, "enable_prefix_caching": True},
+    "chunks": {"enable_chunked_prefill": True, "max_num_batched_tokens": 29, "block_size": 3},
+    "static": {"batching": "static", "max_num_seqs": 2},
+}
+
+
+@pytest.mark.parametrize("kwargs", CACHES.values(), ids=CACHES)
+def test_a_model_that_drafts_for_itself_is_always_right(llm, kwargs):
+    """Whatever happens to the blocks, the draft model's cache has the same: with anything else it would guess wrong."""
+    both = make_llm(**kwargs, speculative_config=ITSELF)
+    both.engine.runner.proposer.min_accepted = 0  # or it gives up, since such a draft costs as much as the model
+    greedy = {"temperature": 0, "max_tokens": 40}
+    assert comparable(ask(both, STARTS, **greedy)) == comparable(ask(llm, STARTS, **greedy))
+    outputs = ask(both, [*STARTS, *STARTS[:2]], n=2, max_tokens=30, ignore_eos=True)
+    guessing = [output.metrics.spec_decoding for output in outputs if output.metrics.spec_decoding is not None]
+    assert sum(g.num_draft_tokens for g in guessing) > 100
+    assert all(g.num_accepted_tokens == g.num_draft_tokens for g in guessing)
+    if kwargs.get("num_blocks"):
+        assert sum(output.metrics.num_preemptions for output in outputs) > 0
+    both.engine.check_integrity()
+    assert both.engine.cache.pool.num_free == both.engine.cache.pool.num_blocks
+
+
+def test_a_draft_model_of_other_tokens_is_refused(llm, tmp_path):
+    with pytest.raises(ValueError, match=r"must have the model's tokens: .* has 8, and .* 1294"):
+        make_llm(speculative_config={**ITSELF, "model": str(other_model(tmp_path))})

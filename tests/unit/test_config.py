@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from unit_helpers import ANYTHING, error_of
 
-from folovllm import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 
 DTYPE_NAMES = {
     "half": torch.float16,
@@ -302,6 +302,72 @@ class TestEngineConfig:
         engine = EngineConfig(ModelConfig("m", max_model_len=513))
         message = error_of(engine.resolve_max_model_len, 512)
         assert "513" in message and "512" in message
+
+
+class TestSpeculativeConfig:
+    def test_fields_and_defaults(self):
+        assert is_dataclass(SpeculativeConfig)
+        assert defaults(SpeculativeConfig) == {
+            "num_speculative_tokens": MISSING,
+            "method": None,
+            "model": None,
+            "prompt_lookup_min": None,
+            "prompt_lookup_max": None,
+        }
+
+    @pytest.mark.parametrize(
+        "least, most, settled",
+        [(None, None, (5, 5)), (None, 3, (3, 3)), (2, None, (2, 2)), (2, 4, (2, 4)), (1, 1, (1, 1))],
+    )
+    def test_what_is_left_out_of_a_lookup_is_as_the_other(self, least, most, settled):
+        config = SpeculativeConfig(4, "ngram", prompt_lookup_min=least, prompt_lookup_max=most)
+        assert (config.prompt_lookup_min, config.prompt_lookup_max) == settled
+
+    def test_a_model_that_is_named_is_asked(self):
+        assert SpeculativeConfig(4, model="m").method == "draft_model"
+
+    @pytest.mark.parametrize(
+        "kwargs, words",
+        [
+            ({"num_speculative_tokens": 0, "method": "ngram"}, "num_speculative_tokens must be positive, got 0"),
+            ({"num_speculative_tokens": True, "method": "ngram"}, "num_speculative_tokens"),
+            ({"num_speculative_tokens": 4}, "method must be"),
+            ({"num_speculative_tokens": 4, "method": "eagle"}, "method must be"),
+            ({"num_speculative_tokens": 4, "method": "draft_model"}, "model must be"),
+            ({"num_speculative_tokens": 4, "method": "ngram", "model": "m"}, "uses no model, got model='m'"),
+            ({"num_speculative_tokens": 4, "method": "ngram", "prompt_lookup_min": 0}, "prompt_lookup_min must be"),
+            (
+                {"num_speculative_tokens": 4, "method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 2},
+                "prompt_lookup_min must be at most prompt_lookup_max, got 3 and 2",
+            ),
+        ],
+    )
+    def test_what_cannot_be(self, kwargs, words):
+        assert words in error_of(SpeculativeConfig, **kwargs)
+
+    def test_an_engine_takes_a_dict_of_its_fields(self):
+        asked = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+        config = EngineConfig(ModelConfig("m"), speculative_config=asked)
+        assert config.speculative_config == SpeculativeConfig(4, "ngram", None, 3, 3)
+        assert "prompt_lookup_max" in config._repr_html_()
+        assert EngineConfig(ModelConfig("m"), speculative_config=config.speculative_config).speculative_config == (
+            config.speculative_config
+        )
+        assert EngineConfig(ModelConfig("m")).speculative_config is None
+
+    @pytest.mark.parametrize(
+        "value, words",
+        [
+            (4, "speculative_config must be a SpeculativeConfig or a dict, got 4"),
+            ({"method": "ngram"}, "speculative_config must have num_speculative_tokens"),
+            (
+                {"num_speculative_tokens": 4, "methode": "ngram", 5: 1},
+                "has no field methode, 5: its fields are num_spec",
+            ),
+        ],
+    )
+    def test_an_engine_takes_nothing_else(self, value, words):
+        assert words in error_of(EngineConfig, model_config=ModelConfig("m"), speculative_config=value)
 
 
 INT, FLOAT, TEXT, BOOL, NONE = int, float, str, bool, type(None)

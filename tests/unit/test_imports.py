@@ -16,6 +16,7 @@ CONTRACT = {
     "ModelConfig",
     "CacheConfig",
     "SchedulerConfig",
+    "SpeculativeConfig",
     "EngineConfig",
     "SamplingParams",
     "SamplingType",
