@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 from folovllm.outputs import CompletionOutput, RequestOutput
 from folovllm.request import Request, RequestStatus, Sequence, SequenceData, SequenceStatus
-from folovllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType
+from folovllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType, StructuredOutputsParams
 from folovllm.utils import generate_request_id, get_device, get_gpu_memory_info, is_cuda_available, set_random_seed
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
     "SequenceData",
     "SequenceStatus",
     "SpeculativeConfig",
+    "StructuredOutputsParams",
     "__version__",
     "generate_request_id",
     "get_device",

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args, get_or
 from folovllm.chat import apply_chat_template
 from folovllm.config import DTYPES, CacheConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.encode import encode_text
-from folovllm.sampling_params import SamplingParams
+from folovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from folovllm.tales import default_model
 from folovllm.validation import check_unicode
 
@@ -181,6 +181,9 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
     for field in fields(SamplingParams):
         if field.name in SAMPLING_OPTIONS and field.name not in taken:
             _add_option(group, SamplingParams, field, show_default=False)
+    fitting = group.add_mutually_exclusive_group()
+    fitting.add_argument("--json-schema", metavar="FILE", type=_json_file, help="The answer is JSON of this schema.")
+    fitting.add_argument("--regex", metavar="TEXT", help="The answer matches this regular expression as a whole.")
 
 
 def _add_config_options(command: argparse.ArgumentParser) -> set[str]:
@@ -299,6 +302,8 @@ def _run(args: argparse.Namespace) -> None:
         _simulate(args, config)
         return
     sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
+    if "json_schema" in given or "regex" in given:
+        sampling["structured_outputs"] = StructuredOutputsParams(json=args.json_schema, regex=args.regex)
     SamplingParams(**{"max_tokens": None, **sampling})  # so that a mistake is found before the model is loaded
     prompt = _read_prompt(args.prompt) if args.command == "generate" else ""
     config = {"model": default_model(), **config}

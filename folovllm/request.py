@@ -8,10 +8,14 @@ A `Request` is what a user asked for. It owns one `Sequence` per answer, and a s
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from folovllm.logprobs import Logprob
 from folovllm.sampling_params import SamplingParams
@@ -57,6 +61,43 @@ class RequestStatus(Enum):
     def is_finished(self) -> bool:
         """Whether nothing more will be generated."""
         return self.value.startswith("finished")
+
+
+class StructuredOutputGrammar(ABC):
+    """Where one answer is in what it must be (vLLM: ``v1/structured_output/backend_types.py``)."""
+
+    vocab_size: int
+    """The token ids that its masks tell of: all below this."""
+
+    @abstractmethod
+    def accept_tokens(self, token_ids: SequenceOf[int]) -> bool:
+        """Goes on by these tokens; False if they do not fit, after which it is of no more use."""
+
+    @abstractmethod
+    def fill_bitmask(self, bitmask: Any, row: int) -> None:
+        """Sets the bits of the tokens that may come next, and of no others.
+
+        Args:
+            bitmask: int32 ``[num_rows, ceil(vocab_size / 32)]``, a NumPy array; token ``i`` is bit ``i % 32`` of word
+                ``i // 32``.
+            row: the row to set.
+
+        Raises:
+            ValueError: if it cannot tell; of one sentence.
+        """
+
+    @abstractmethod
+    def copy(self) -> StructuredOutputGrammar:
+        """Another one in the same place, which goes on by itself."""
+
+    def validate_tokens(self, token_ids: SequenceOf[int]) -> list[int]:
+        """As many of these tokens, from the first, as would be accepted."""
+        ahead = self.copy()
+        return list(itertools.takewhile(lambda token_id: ahead.accept_tokens([token_id]), token_ids))
+
+    def compute_ff_tokens(self) -> list[int]:
+        """Tokens that must follow, where there is but one way to go on; as many as it is easy to tell."""
+        return []
 
 
 @dataclass
@@ -146,6 +187,8 @@ class Sequence:
     """Whether each of its last checked guesses was right, the newest last."""
     next_guess: int = 0
     """The length of its output from which on tokens are guessed again, after too few guesses were right."""
+    grammar: StructuredOutputGrammar | None = None
+    """Where its output is in what ``structured_outputs`` ask for; None: it may be anything."""
 
     def get_len(self) -> int:
         """Tokens in prompt and output together."""
@@ -205,6 +248,7 @@ class Sequence:
             spec_token_ids=[],
             recent_guesses=[],
             next_guess=0,
+            grammar=self.grammar and self.grammar.copy(),
         )
 
 
@@ -234,6 +278,8 @@ class Request:
     """The end-of-sequence token; it ends an answer without a ``stop_reason``."""
     num_pending: int = 0
     """Answers without a sequence yet; the scheduler starts them when the batch has room."""
+    grammar: StructuredOutputGrammar | None = None
+    """What its answers must be, at its beginning; each answer goes on by a copy of it."""
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = SequenceData(self.prompt_token_ids).prompt_token_ids
@@ -255,6 +301,7 @@ class Request:
         if parent is None:
             data = SequenceData(self.prompt_token_ids)
             seq = Sequence(seq_id, self.request_id, data, self.sampling_params, cache_salt=self.cache_salt)
+            seq.grammar = self.grammar and self.grammar.copy()
         else:
             seq = parent.fork(seq_id)
         seq.index = index

@@ -8,12 +8,24 @@ which. Every field is checked when the object is made, and what depends on the v
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, cast
 
-from folovllm.validation import check_bool, check_int, check_number, check_texts, check_token_ids, require, show
+from folovllm.validation import (
+    check_bool,
+    check_int,
+    check_list,
+    check_number,
+    check_str,
+    check_texts,
+    check_token_ids,
+    check_unicode,
+    require,
+    show,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +35,9 @@ MAX_LOGIT_BIAS = 100.0
 
 MAX_NUM_SEQUENCES = 16_384
 """Largest ``n`` and ``best_of`` (vLLM: ``VLLM_MAX_N_SEQUENCES``), so that one request cannot starve all others."""
+
+MAX_STRUCTURE_CHARS = 2**20
+"""Characters of a JSON schema, a regular expression, all choices together, or a grammar."""
 
 
 class SamplingType(IntEnum):
@@ -41,6 +56,93 @@ class RequestOutputKind(Enum):
     """Only what is new since the last output."""
     FINAL_ONLY = 2
     """Nothing: the only output is the finished one."""
+
+
+@dataclass(frozen=True, repr=False)
+class StructuredOutputsParams:
+    """What an answer must be, from its first character to its last; exactly one field is set.
+
+    It cannot be changed once it is made, so requests may share it.
+
+    Raises:
+        ValueError: if no field is set or several are, or if the one that is cannot be what it should.
+    """
+
+    json: str | dict[str, Any] | type[Any] | None = None
+    """JSON that fits this schema: a dict, its text, or a class with ``model_json_schema``, as pydantic's have.
+
+    It becomes a text.
+    """
+    regex: str | None = None
+    """A text that this regular expression matches as a whole; in Rust's syntax, which has no look-around."""
+    choice: Sequence[str] | None = None
+    """One of these texts. It becomes a tuple."""
+    grammar: str | None = None
+    """A text of this grammar, in llguidance's dialect of Lark, which begins at the rule ``start``."""
+    json_object: bool | None = None
+    """True: any JSON object."""
+
+    def __post_init__(self) -> None:
+        if self.json_object is not None and not check_bool("structured_outputs.json_object", self.json_object):
+            object.__setattr__(self, "json_object", None)
+        names = [name for name, value in vars(self).items() if value is not None]
+        require(
+            len(names) == 1,
+            "structured_outputs must set exactly one of json, regex, choice, grammar and json_object, got "
+            + (" and ".join(names) or "none"),
+        )
+        if self.json is not None:
+            object.__setattr__(self, "json", _check_schema(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", tuple(_check_choices(self.choice)))
+        for name in ("json", "regex", "grammar"):
+            if (text := getattr(self, name)) is not None:
+                _check_structure(name, text)
+
+    def __repr__(self) -> str:
+        (field,) = ((name, value) for name, value in vars(self).items() if value is not None)
+        return f"StructuredOutputsParams({field[0]}={show(field[1])})"
+
+
+def _check_structure(name: str, text: Any) -> None:
+    """A text that a grammar can be made of."""
+    name = f"structured_outputs.{name}"
+    check_unicode(name, check_str(name, text))
+    require(
+        len(text) <= MAX_STRUCTURE_CHARS,
+        f"{name} must have at most {MAX_STRUCTURE_CHARS} characters, got {len(text)}",
+    )
+    require("\0" not in text, f"{name} must have no NUL character, got one at character {text.find(chr(0))}")
+
+
+def _check_schema(schema: Any) -> str:
+    """A JSON schema as text; whether it can be followed is only known when it is compiled."""
+    name = "structured_outputs.json"
+    if hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    require(isinstance(schema, (str, dict)), f"{name} must be a JSON schema as a dict or a text, got {show(schema)}")
+    try:
+        if isinstance(schema, dict):
+            return json.dumps(schema, allow_nan=False)
+        json.loads(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be JSON ({error}), got {show(schema)}") from None
+    return schema
+
+
+def _check_choices(choice: Any) -> list[str]:
+    """Texts, at least one of them, each once."""
+    name = "structured_outputs.choice"
+    texts = check_list(name, choice, "strings")
+    for i, text in enumerate(texts):
+        require(isinstance(text, str), f"{name}[{i}] must be a string, got {show(text)}")
+        check_unicode(f"{name}[{i}]", text)
+    require(len(texts) > 0, f"{name} must have at least one text, got []")
+    num_chars = sum(map(len, texts))
+    require(
+        num_chars <= MAX_STRUCTURE_CHARS, f"{name} must have at most {MAX_STRUCTURE_CHARS} characters, got {num_chars}"
+    )
+    return list(dict.fromkeys(texts))
 
 
 @dataclass(repr=False)
@@ -98,6 +200,8 @@ class SamplingParams:
     """The only tokens that may be chosen."""
     bad_words: list[str] | None = None
     """Words that must not appear in the output."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the answer must be: JSON of a schema, a text of a regular expression or a grammar, one of a few texts."""
     detokenize: bool = True
     """Whether tokens become text; without it stop strings cannot be found."""
     skip_special_tokens: bool = True
@@ -242,6 +346,10 @@ class SamplingParams:
             )
         if self.bad_words is not None:
             self.bad_words = check_texts("bad_words", self.bad_words)
+        require(
+            isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))),
+            f"structured_outputs must be a StructuredOutputsParams or None, got {show(self.structured_outputs)}",
+        )
 
     @property
     def sampling_type(self) -> SamplingType:

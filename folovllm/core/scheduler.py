@@ -213,6 +213,7 @@ class Scheduler:
             seq.num_computed_tokens += num_new
         for parent, child in scheduler_output.forks:
             child.num_computed_tokens = parent.num_computed_tokens
+        follow_grammars(scheduler_output, runner_output)
         for i, (seq, _) in enumerate(scheduler_output.sampled):
             if i in runner_output.errors:
                 seq.stop_reason = runner_output.errors[i]
@@ -322,6 +323,14 @@ def add_tokens(
             del token_ids[place + 1 :]
             return status
     return None
+
+
+def follow_grammars(scheduler_output: SchedulerOutput, runner_output: RunnerOutput) -> None:
+    """Moves grammars on by a step's tokens; those that do not fit, since a mask was wrong, become an error."""
+    for i, (seq, _) in enumerate(scheduler_output.sampled):
+        token_ids = runner_output.sampled_token_ids[i]
+        if seq.grammar is not None and not seq.grammar.accept_tokens(token_ids):
+            runner_output.errors[i] = f"tokens {token_ids} do not fit the structured_outputs of the request"
 
 
 def check_stop(seq: Sequence, eos_token_id: int | None, max_model_len: int) -> SequenceStatus | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, Protocol, cast
 
 from folovllm.config import EngineConfig
 from folovllm.engine.encode import encode_text
 from folovllm.engine.served_model import ServedModel
-from folovllm.request import Request
-from folovllm.sampling_params import SamplingParams, check_params, copy_params
+from folovllm.request import Request, StructuredOutputGrammar
+from folovllm.sampling_params import SamplingParams, StructuredOutputsParams, check_params, copy_params
 from folovllm.utils import cdiv
 from folovllm.validation import check_bool, check_int, check_number, check_str, check_token_ids, require, show
 
@@ -25,6 +26,18 @@ Prompt = str | SequenceOf[int] | Mapping[str, Any]
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt", "add_special_tokens")
 """What a prompt that is a dict may hold."""
+
+
+class StructuredOutputBackend(Protocol):
+    """Makes grammars for one model (vLLM: ``v1/structured_output/backend_types.py``)."""
+
+    def compile_grammar(self, structured_outputs: StructuredOutputsParams) -> StructuredOutputGrammar:
+        """What an answer must be, at its beginning.
+
+        Raises:
+            ValueError: if it cannot be followed; of one sentence.
+        """
+        ...
 
 
 class InputProcessor:
@@ -72,7 +85,26 @@ class InputProcessor:
             cache_salt=cache_salt,
             eos_token_id=self.eos_token_id,
             num_pending=cast(int, params.best_of),
+            grammar=self._compile_grammar(params),
         )
+
+    @cached_property
+    def structured_output_backend(self) -> StructuredOutputBackend:
+        """What compiles grammars; made when the first request asks for one.
+
+        Raises:
+            ValueError: if the tokens cannot be masked, for want of a tokenizer or of an end-of-sequence token.
+        """
+        # Here, since few requests need it, and it takes a tenth of a second to import.
+        from folovllm.sample.structured_output import GuidanceBackend
+
+        return GuidanceBackend(self.tokenizer, self.vocab_size, self.eos_token_ids)
+
+    def _compile_grammar(self, params: SamplingParams) -> StructuredOutputGrammar | None:
+        """What the answers must be, at its beginning; None if they may be anything."""
+        if params.structured_outputs is None:
+            return None
+        return self.structured_output_backend.compile_grammar(params.structured_outputs)
 
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """The text (None for token ids alone), the token ids, and the cache salt."""

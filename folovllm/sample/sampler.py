@@ -1,8 +1,8 @@
 """From logits to a token. Chapter 2 is about this module.
 
 One row of logits for each sequence, one `SamplingParams` for each row, greedy and random rows in one call. The
-stages come in vLLM's order (``vllm/v1/sample/sampler.py``, 0.33.0): allowed tokens, bad words, min_tokens, bias,
-penalties, then greedy rows take the largest logit, and the others go on: temperature, min-p, top-k, top-p, draw.
+stages come in vLLM's order (``vllm/v1/sample/sampler.py``, 0.33.0): grammar, allowed tokens, bad words, min_tokens,
+bias, penalties, then greedy rows take the largest logit, and the others go on: temperature, min-p, top-k, top-p, draw.
 Every stage is a function of its own: logits in, new logits out, in which what it removed is ``-inf``.
 
 The draw is ours: one uniform number per token, from the request's own generator, and the token at which the cumulative
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from folovllm.logprobs import NUM_CONTEXT_TOKENS, Logprob, decode_token
+from folovllm.request import StructuredOutputGrammar
 from folovllm.sampling_params import SamplingParams, SamplingType, tokenize_bad_word
 from folovllm.utils.transfer import copy_to_device, copy_to_host
 
@@ -72,6 +73,8 @@ class SamplingMetadata:
     draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     """Takes the place of `draw` for random rows: their probabilities, uniform numbers and row numbers (None: all) ->
     tokens."""
+    grammars: list[StructuredOutputGrammar | None] = field(default_factory=list)
+    """Where each row is in what it must be; None, and when left out: it may be anything."""
     _batch: _Batch | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +82,8 @@ class SamplingMetadata:
         self.prompt_token_ids = self.prompt_token_ids or [[] for _ in range(num_rows)]
         self.output_token_ids = self.output_token_ids or [[] for _ in range(num_rows)]
         self.generators = self.generators or [make_generator(params) for params in self.params]
-        for name in ("prompt_token_ids", "output_token_ids", "generators"):
+        self.grammars = self.grammars or [None] * num_rows
+        for name in ("prompt_token_ids", "output_token_ids", "generators", "grammars"):
             if (length := len(getattr(self, name))) != num_rows:
                 raise ValueError(f"{name} must have one entry per row ({num_rows}), got {length}")
 
@@ -133,6 +137,25 @@ def _places(token_ids: Sequence[Sequence[int]] | Tensor, logits: Tensor) -> Tens
     if isinstance(token_ids, Tensor):
         return token_ids
     return copy_to_device([_find_places(token_ids, logits.shape[-1])], logits.device)[0]
+
+
+def apply_grammar_bitmask(logits: Tensor, bitmask: np.ndarray | Tensor, rows: Tensor | None = None) -> Tensor:
+    """Keeps only the tokens whose bits are set. ``[num_rows, vocab_size]`` in and out.
+
+    Args:
+        logits: of all rows.
+        bitmask: int32 ``[num_masked_rows, num_words]``; token ``i`` is bit ``i % 32`` of word ``i // 32``, and a token
+            that it has no bit for is removed.
+        rows: which rows are masked; None: all.
+    """
+    if not isinstance(bitmask, Tensor):
+        (bitmask,) = copy_to_device([bitmask], logits.device)
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    bits = (bitmask.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)[:, : logits.shape[-1]]
+    removed = torch.nn.functional.pad(bits == 0, (0, logits.shape[-1] - bits.shape[-1]), value=True)
+    if rows is None:
+        return logits.masked_fill(removed, -torch.inf)
+    return logits.index_copy(0, rows, logits.index_select(0, rows).masked_fill_(removed, -torch.inf))
 
 
 def _find_allowed(allowed_token_ids: Sequence[Sequence[int] | None], vocab_size: int) -> list[np.ndarray]:
@@ -467,11 +490,17 @@ class _Batch:
         self.random_rows = [row for row, p in rows if p.sampling_type is SamplingType.RANDOM]
         self.watched_rows = [row for row, p in rows if p.bad_words or p.min_tokens]
         self.penalized_rows = [row for row, p in rows if _penalties(p) != (1, 0, 0)]
+        self.grammars = [grammar for grammar in metadata.grammars if grammar is not None]
+        structured_rows = [row for row, grammar in enumerate(metadata.grammars) if grammar is not None]
         self.reported_rows = [row for row, p in rows if p.logprobs is not None or p.best_of != p.n]
         self.groups = _group_by_limit([self.params[row].logprobs or 0 for row in self.reported_rows], self.vocab_size)
         self.truncation = Truncation.of([self.params[row] for row in self.random_rows], self.vocab_size)
         self.arrays = self.truncation.arrays(self.vocab_size) | self._find_constraints(metadata.prompt_token_ids)
-        for name, some in (("random_rows", self.random_rows), ("reported_rows", self.reported_rows)):
+        for name, some in (
+            ("random_rows", self.random_rows),
+            ("reported_rows", self.reported_rows),
+            ("structured_rows", structured_rows),
+        ):
             if 0 < len(some) < len(rows):
                 self.arrays[name] = np.array(some, np.int64)
         self.arrays |= {f"group {i}": found for i, found in enumerate(_rows_of_groups(self.groups))}
@@ -573,7 +602,7 @@ class Sampler:
         return probs
 
     def apply_constraints(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
-        """The stages for greedy and random rows alike: allowed tokens, bad words, min_tokens, bias, penalties.
+        """The stages for greedy and random rows alike: grammar, allowed tokens, bad words, min_tokens, bias, penalties.
 
         ``[num_rows, vocab_size]`` in and out, float32. A stage that no row asks for is skipped.
 
@@ -609,6 +638,11 @@ class Sampler:
         """What `_constrain` takes and what depends on the outputs so far."""
         params, outputs = batch.params, metadata.output_token_ids
         arrays: dict[str, np.ndarray] = {}
+        if batch.grammars:
+            # Here, since few requests need it, and it takes a tenth of a second to import.
+            from folovllm.sample.structured_output import fill_bitmasks
+
+            arrays["bitmask"] = fill_bitmasks(batch.grammars)
         if batch.watched_rows:
             banned: list[list[int]] = [[] for _ in params]
             for row in batch.watched_rows:
@@ -626,7 +660,9 @@ class Sampler:
         """The rows whose params cannot be followed, and why."""
         refused = {}
         for row, (prompt, output) in enumerate(zip(metadata.prompt_token_ids, metadata.output_token_ids)):
-            alone = SamplingMetadata([metadata.params[row]], [prompt], [output], [metadata.generators[row]])
+            alone = SamplingMetadata(
+                [metadata.params[row]], [prompt], [output], [metadata.generators[row]], [metadata.grammars[row]]
+            )
             try:
                 self._find_changing(alone, _Batch(alone, logits))
             except _RowError as error:
@@ -684,6 +720,8 @@ class Sampler:
 def _constrain(logits: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """The stages for greedy and random rows alike; one that no row asks for is skipped."""
     logits = logits.float()
+    if "bitmask" in tensors:
+        logits = apply_grammar_bitmask(logits, tensors["bitmask"], tensors.get("structured_rows"))
     if "allowed" in tensors:
         logits = apply_allowed_token_ids(logits, (tensors["restricted_rows"], tensors["allowed"]))
     if "banned" in tensors:
@@ -725,10 +763,10 @@ def _report(logits: Tensor, token_ids: Tensor, batch: _Batch, tensors: Mapping[s
 
 def _without(metadata: SamplingMetadata, rows: Iterable[int]) -> SamplingMetadata:
     """The same, but that these rows ask for nothing."""
-    params = list(metadata.params)
+    params, grammars = list(metadata.params), list(metadata.grammars)
     for row in rows:
-        params[row] = SamplingParams(temperature=0)
-    return replace(metadata, params=params)
+        params[row], grammars[row] = SamplingParams(temperature=0), None
+    return replace(metadata, params=params, grammars=grammars)
 
 
 def _check_shape(logits: Tensor, metadata: SamplingMetadata) -> None:
@@ -742,7 +780,7 @@ def _find_unusable_rows(largest_logits: Iterable[float]) -> Iterator[tuple[int, 
     """The rows that have no token left, or whose logits are not numbers, and why."""
     for row, largest in enumerate(largest_logits):
         if largest == -torch.inf:
-            yield (row, "has no token left: allowed_token_ids, bad_words and min_tokens remove all")
+            yield (row, "has no token left: structured_outputs, allowed_token_ids, bad_words and min_tokens remove all")
         elif not math.isfinite(largest):
             yield (row, f"has a logit of {largest}: the forward pass went wrong, or logit_bias did")
 

@@ -312,6 +312,7 @@ class ModelRunner:
                 [seq.data.prompt_token_ids for seq in seqs],
                 [seq.data.output_token_ids for seq in seqs],
                 generators,
+                [seq.grammar for seq in seqs],
             )
             self._sampled = seqs, metadata
         metadata.generators = generators

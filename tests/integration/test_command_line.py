@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from folovllm import SamplingParams
+from folovllm import SamplingParams, StructuredOutputsParams
 from folovllm.__main__ import CONFIGS, DEFAULT_MAX_TOKENS, SAMPLING_OPTIONS, main
 from folovllm.llm import LLM
 from folovllm.tales import EMBEDDED_MODEL
@@ -161,6 +161,13 @@ class TestOptions:
         assert main(["generate", "a", *typed]) == 0
         assert {name: getattr(llm.params[0], name) for name in expected} == expected
 
+    def test_what_the_answer_must_be(self, llm, tmp_path):
+        (tmp_path / "schema.json").write_text('{"type": "integer"}')
+        assert main(["generate", "a", "--json-schema", str(tmp_path / "schema.json")]) == 0
+        assert main(["generate", "a", "--regex", "[0-9]+"]) == 0
+        found = [params.structured_outputs for params in llm.params]
+        assert found == [StructuredOutputsParams(json={"type": "integer"}), StructuredOutputsParams(regex="[0-9]+")]
+
     def test_what_is_left_out_is_as_the_checkpoint_recommends(self, llm):
         llm.engine.default_params = SamplingParams(temperature=0.3, min_p=0.1)
         assert main(["generate", "a", "--min-p", "0.2"]) == 0
@@ -248,6 +255,11 @@ class TestWhatIsWrong:
             (["generate", "a", *COMMON, "--top-p", "2"], "top_p"),
             (["generate", "a", *COMMON, "--block-size", "0"], "block_size"),
             (["generate", "", *COMMON], "at least one token"),
+            (
+                ["generate", "a", *COMMON, "--regex", "(?=a)b"],
+                "regex cannot be followed: look-around",
+            ),
+            (["generate", "a", *COMMON, "--regex", ""], "structured_outputs.regex"),
             (["generate", "a", "--model", "no/such/folder"], "no/such/folder"),
             (["generate", "a", "--device", "moon"], "moon"),
             (["generate", "caf\udce9", *COMMON], "Unicode"),
@@ -272,6 +284,11 @@ class TestWhatIsWrong:
             (["chat", "--chat-template-kwargs", "{"], "must be JSON"),
             (["chat", "--chat-template-kwargs", "[" * 100_000], "must be JSON"),
             (["chat", "--tools", "no/such/file"], "'no/such/file' cannot be read"),
+            (["generate", "a", "--json-schema", "no/such/file"], "'no/such/file' cannot be read"),
+            (
+                ["generate", "a", "--json-schema", str(EMBEDDED_MODEL / "config.json"), "--regex", "a"],
+                "not allowed with",
+            ),
             (["chat", "--chat-template", str(EMBEDDED_MODEL)], "cannot be read"),
             (["chat", "--chat-template", str(EMBEDDED_MODEL / "model.safetensors")], "cannot be read"),
         ],

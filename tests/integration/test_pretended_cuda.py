@@ -15,7 +15,7 @@ from folovllm.attention import BACKENDS, load_backend
 from folovllm.config import CacheConfig, SchedulerConfig
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.model.decoder import Decoder, DecoderConfig
-from folovllm.request import Sequence, SequenceData
+from folovllm.request import Sequence, SequenceData, StructuredOutputGrammar
 from folovllm.sample import sampler as sampler_module
 from folovllm.sample.sampler import (
     TOP_P_FIRST_TRY,
@@ -261,6 +261,28 @@ class TestSampling:
                 assert found["waits"] == 2 and found["loose"] == 0
                 # The rows that are sampled, and how attention pads prompts, take a copy each.
                 assert found["packed"] <= (2 if shape[0][2] == 1 else 5)
+
+    def test_masks_travel_with_the_rest(self):
+        class Odd(StructuredOutputGrammar):
+            vocab_size = SHAPE.vocab_size
+
+            def accept_tokens(self, token_ids):
+                return True
+
+            def fill_bitmask(self, bitmask, row):
+                bitmask[row] = 0x2AAAAAAA
+
+            def copy(self):
+                return self
+
+        with pretended_cuda() as counts:
+            runner = make_runner()
+            for some in ([0], [0, 1, 2], [0, 1, 2, 3]):
+                step = make_step([(40, 39, 1)] * 4, [GREEDY, SamplingParams(**SOME, temperature=0.5)])
+                for row in some:
+                    step.seqs[row].grammar = Odd()
+                found = run(runner, step, counts)
+                assert (found["waits"], found["loose"]) == (1, 0) and found["packed"] <= 2
 
     def test_a_first_try_of_top_p_that_must_be_enough_is_not_asked_about(self):
         params = [SamplingParams(top_k=20, top_p=0.9), SamplingParams(), GREEDY]

@@ -20,6 +20,7 @@ CONTRACT = {
     "EngineConfig",
     "SamplingParams",
     "SamplingType",
+    "StructuredOutputsParams",
     "Request",
     "RequestStatus",
     "Sequence",
@@ -39,7 +40,7 @@ CONTRACT = {
     "get_gpu_memory_info",
 }
 LAZY = {"LLM", "LLMEngine", "ModelLoader", "get_model_and_tokenizer"}
-HEAVY = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "psutil", "tqdm"]
+HEAVY = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "psutil", "tqdm", "llguidance"]
 
 
 def loaded_by(code: str) -> list[str]:

@@ -1085,6 +1085,7 @@ class TestErrors:
 # --- rows that cannot be sampled -----------------------------------------------------------------------------------
 
 
+REMOVERS = "structured_outputs, allowed_token_ids, bad_words and min_tokens"
 BAD_PARAMS = [
     {"allowed_token_ids": [0], "min_tokens": 9},
     {"allowed_token_ids": [ord("a")], "bad_words": ["a"]},
@@ -1167,7 +1168,7 @@ class TestRowsThatCannotBeSampled:
     @pytest.mark.parametrize(
         "fields, reason",
         [
-            (BAD_PARAMS[0], "the request has no token left: allowed_token_ids, bad_words and min_tokens remove all"),
+            (BAD_PARAMS[0], f"the request has no token left: {REMOVERS} remove all"),
             (BAD_PARAMS[2], "the request names token id 128, but the vocabulary has 128 tokens"),
             (BAD_PARAMS[5], "bad_words must be spelled in at least one token, got '\\t'"),
         ],

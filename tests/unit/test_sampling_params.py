@@ -12,7 +12,15 @@ import torch
 from hypothesis import given
 from unit_helpers import ANYTHING, error_of
 
-from folovllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType, check_params, tokenize_bad_word
+from folovllm.sampling_params import (
+    MAX_STRUCTURE_CHARS,
+    RequestOutputKind,
+    SamplingParams,
+    SamplingType,
+    StructuredOutputsParams,
+    check_params,
+    tokenize_bad_word,
+)
 
 DEFAULTS = {
     "n": 1,
@@ -38,6 +46,7 @@ DEFAULTS = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": None,
+    "structured_outputs": None,
     "detokenize": True,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
@@ -145,6 +154,7 @@ class TestSamplingParams:
             ("allowed_token_ids", [0]),
             ("bad_words", []),
             ("bad_words", ["fox"]),
+            ("structured_outputs", StructuredOutputsParams(regex="a+")),
             ("seed", 0),
             ("seed", 2**63),
         ],
@@ -427,10 +437,80 @@ def test_any_value_at_all_is_held_in_the_fields_type_or_refused_by_the_fields_na
         assert isinstance(held, RequestOutputKind)
     elif field == "logit_bias":
         assert all(type(key) is int and type(bias) is float for key, bias in held.items())
+    elif field == "structured_outputs":
+        assert isinstance(held, StructuredOutputsParams)
     else:
         kind = str if field in ("stop", "bad_words") else int
         assert type(held) is list and all(isinstance(entry, kind) for entry in held)
     assert isinstance(repr(params), str)
+
+
+class TestStructuredOutputsParams:
+    """What an answer must be, in words; whether it can be followed, a tokenizer must know."""
+
+    @pytest.mark.parametrize("field", [field.name for field in fields(StructuredOutputsParams)])
+    @given(value=ANYTHING)
+    def test_any_value_at_all_is_held_as_text_or_refused_by_name(self, field, value):
+        try:
+            held = getattr(StructuredOutputsParams(**{field: value}), field)
+        except ValueError as error:
+            assert str(error).startswith("structured_outputs") and "\n" not in str(error)
+            return
+        kind = {"json_object": bool, "choice": tuple}.get(field, str)
+        assert type(held) is kind and held
+
+    @pytest.mark.parametrize(
+        "given_fields, said",
+        [
+            ({}, "exactly one of json, regex, choice, grammar and json_object, got none"),
+            ({"regex": "a", "json": "{}"}, "got json and regex"),
+            ({"json_object": False}, "got none"),
+            ({"regex": ""}, "structured_outputs.regex must be a non-empty string, got ''"),
+            ({"regex": "a\0"}, "structured_outputs.regex must have no NUL character, got one at character 1"),
+            ({"regex": "a" * (MAX_STRUCTURE_CHARS + 1)}, "at most 1048576 characters, got 1048577"),
+            ({"grammar": "\ud800"}, "structured_outputs.grammar must be Unicode text"),
+            ({"json": "{"}, "structured_outputs.json must be JSON (Expecting property name"),
+            ({"json": "[" * 100_000}, "structured_outputs.json must be JSON ("),
+            ({"json": {"enum": [float("nan")]}}, "structured_outputs.json must be JSON ("),
+            ({"json": {"enum": {1, 2}}}, "not JSON serializable"),
+            ({"json": [1]}, "structured_outputs.json must be a JSON schema as a dict or a text, got [1]"),
+            ({"choice": []}, "structured_outputs.choice must have at least one text, got []"),
+            ({"choice": "ab"}, "structured_outputs.choice must be a list of strings, got 'ab'"),
+            ({"choice": ["a", 1]}, "structured_outputs.choice[1] must be a string, got 1"),
+            ({"choice": ["a" * MAX_STRUCTURE_CHARS, "b"]}, "at most 1048576 characters, got 1048577"),
+        ],
+    )
+    def test_mistakes_are_one_sentence(self, given_fields, said):
+        message = error_of(StructuredOutputsParams, **given_fields)
+        assert message.startswith("structured_outputs") and said in message
+
+    def test_a_schema_in_whatever_holds_it(self):
+        class Card:
+            @classmethod
+            def model_json_schema(cls):
+                return {"type": "integer"}
+
+        expected = StructuredOutputsParams(json={"type": "integer"})
+        assert StructuredOutputsParams(json=Card) == StructuredOutputsParams(json='{"type": "integer"}') == expected
+        assert hash(StructuredOutputsParams(json=Card)) == hash(expected)
+
+    def test_it_cannot_be_changed(self):
+        schema, choice = {"enum": [1]}, ["a", "b", "a"]
+        held, chosen = StructuredOutputsParams(json=schema), StructuredOutputsParams(choice=choice)
+        schema["enum"].append(2)
+        choice.append("c")
+        assert (held.json, chosen.choice) == ('{"enum": [1]}', ("a", "b"))
+        with pytest.raises(AttributeError):
+            held.json = "{}"
+
+    def test_what_it_shows(self):
+        assert repr(StructuredOutputsParams(regex="a+")) == "StructuredOutputsParams(regex='a+')"
+        assert len(repr(StructuredOutputsParams(regex="a" * 10_000))) < 600
+
+    def test_another_kind_of_object_is_refused(self):
+        assert error_of(SamplingParams, structured_outputs={"regex": "a"}) == (
+            "structured_outputs must be a StructuredOutputsParams or None, got {'regex': 'a'}"
+        )
 
 
 class AsciiTokenizer:

@@ -1,0 +1,228 @@
+"""Only what fits: which tokens may come next, so that an answer is what was asked for. Chapter 18.
+
+A grammar says what an answer must be, and llguidance, a parser in Rust, says which tokens keep to it after those that
+are there already. Each sequence has a parser of its own. Its masks go to the sampler, and the tokens that come out of
+there move it on. As in vLLM (``v1/structured_output/backend_guidance.py``, 0.33.0).
+
+The package is imported when the first request asks for a structure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence, Sized
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, grammar_from
+from llguidance.hf import from_tokenizer
+from llguidance.numpy import (
+    allocate_token_bitmask,
+    fill_next_token_bitmask,
+    fill_next_token_bitmask_par,
+    fill_next_token_bitmask_par_with_draft_tokens,
+)
+
+from folovllm.request import StructuredOutputGrammar
+from folovllm.sampling_params import StructuredOutputsParams
+from folovllm.utils import cdiv
+from folovllm.validation import MAX_SHOWN, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+MAX_GRAMMARS = 128
+"""Compiled grammars that a backend keeps, the least recently used dropped first."""
+
+
+class GuidanceBackend:
+    """Compiles grammars for one model.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: token ids that the model has a logit for; those that the tokenizer does not know are never allowed.
+        eos_token_ids: every token that ends a text; they are allowed where the grammar may end, and nowhere else.
+
+    Raises:
+        ValueError: if the tokenizer is not a fast one, or if no token ends a text.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        self.vocab_size = max(vocab_size, len(cast(Sized, tokenizer or ())))
+        self.eos_token_ids = frozenset(token_id for token_id in eos_token_ids if token_id < self.vocab_size)
+        require(bool(self.eos_token_ids), "structured_outputs needs a token that ends a text, and this model has none")
+        try:
+            self._tokenizer = from_tokenizer(
+                cast("PreTrainedTokenizerFast", tokenizer), self.vocab_size, sorted(self.eos_token_ids)
+            )
+        except ValueError as error:
+            raise ValueError(
+                "structured_outputs needs a fast tokenizer whose tokens it can read, got a "
+                f"{type(tokenizer).__name__} ({_reason(error)})"
+            ) from None
+        is_end = np.zeros(32 * cdiv(self.vocab_size, 32), dtype=bool)
+        is_end[[*self.eos_token_ids]] = True
+        self.end_bitmask = np.packbits(is_end, bitorder="little").view(np.int32)
+        self._compile_once = lru_cache(MAX_GRAMMARS)(self._compile)
+
+    def compile_grammar(self, structured_outputs: StructuredOutputsParams) -> GuidanceGrammar:
+        """What an answer must be, at its beginning; compiled once for all requests that ask for the same.
+
+        Raises:
+            ValueError: if it cannot be followed; of one sentence.
+        """
+        return self._compile_once(structured_outputs).copy()
+
+    def _compile(self, structured_outputs: StructuredOutputsParams) -> GuidanceGrammar:
+        name, grammar = _to_guidance(structured_outputs)
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # here, in the caller's own time and not in a step
+        require(
+            not matcher.is_error(),
+            f"structured_outputs.{name} cannot be followed: {_reason(matcher.get_error())}",
+        )
+        return GuidanceGrammar(matcher, self)
+
+
+class GuidanceGrammar(StructuredOutputGrammar):
+    """Where one answer is in its grammar.
+
+    Args:
+        matcher: the parser.
+        backend: whose tokens it reads.
+    """
+
+    def __init__(self, matcher: LLMatcher, backend: GuidanceBackend) -> None:
+        self.matcher, self.backend, self.vocab_size = matcher, backend, backend.vocab_size
+        self._num_after_end = 0  # end tokens that the parser, which had stopped, was not told of
+
+    def copy(self) -> GuidanceGrammar:
+        """Another one in the same place, which goes on by itself."""
+        copied = GuidanceGrammar(self.matcher.deep_copy(), self.backend)
+        copied._num_after_end = self._num_after_end
+        return copied
+
+    def is_terminated(self) -> bool:
+        """Whether nothing may follow but tokens that end a text."""
+        return self.matcher.is_stopped()
+
+    def accept_tokens(self, token_ids: Sequence[int]) -> bool:
+        """Goes on by these tokens; False if they do not fit, after which it is of no more use."""
+        for token_id in token_ids:
+            if not self.matcher.is_stopped():
+                if not self.matcher.consume_token(token_id):
+                    return False
+            elif self.matcher.is_error() or token_id not in self.backend.eos_token_ids:
+                return False
+            else:
+                self._num_after_end += 1
+        return True
+
+    def validate_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        """As many of these tokens, from the first, as would be accepted; none where it has ended."""
+        num_valid = 0 if self.matcher.is_stopped() else self.matcher.validate_tokens(list(token_ids))
+        return list(token_ids[:num_valid])
+
+    def rollback(self, num_tokens: int) -> None:
+        """Goes back by so many of the tokens that it has accepted."""
+        num_after_end = min(num_tokens, self._num_after_end)
+        self._num_after_end -= num_after_end
+        self.matcher.rollback(num_tokens - num_after_end)
+
+    def compute_ff_tokens(self) -> list[int]:
+        """The tokens that must follow, if there is but one way to go on and to write it."""
+        return self.matcher.compute_ff_tokens()
+
+    def fill_bitmask(self, bitmask: np.ndarray, row: int) -> None:
+        """Sets the bits of the tokens that may come next, and of no others.
+
+        Raises:
+            ValueError: if its limits do not suffice to tell, or if no token leads on to an end.
+        """
+        fill_next_token_bitmask(self.matcher, bitmask, row)
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ValueError` once the parser has given up; its masks would allow an end, wherever it is."""
+        if self.matcher.is_error():
+            raise ValueError(
+                f"structured_outputs could not be followed any further: {_reason(self.matcher.get_error())}"
+            )
+
+
+def fill_bitmasks(
+    grammars: Sequence[StructuredOutputGrammar], guesses: Sequence[Sequence[int]] | None = None
+) -> np.ndarray:
+    """The masks of all rows of a step, int32 ``[num_rows, num_words]``, computed side by side.
+
+    Args:
+        grammars: one for each sequence, of one model; they are left where they are.
+        guesses: for each sequence, tokens that its grammar would accept. After a sequence's own row comes one more for
+            each of them, with what may follow it. None: no sequence has any.
+
+    Raises:
+        ValueError: if a grammar cannot tell; of one sentence.
+    """
+    guessed = [[] for _ in grammars] if guesses is None else [list(tokens) for tokens in guesses]
+    starts = np.cumsum([0, *(1 + len(tokens) for tokens in guessed)]).tolist()
+    bitmask = allocate_token_bitmask(starts[-1], grammars[0].vocab_size)
+    alone: list[tuple[LLMatcher, int]] = []
+    ahead: list[tuple[LLMatcher, int, list[int]]] = []
+    for grammar, row, tokens in zip(grammars, starts, guessed):
+        if not isinstance(grammar, GuidanceGrammar):
+            _fill_one_by_one(grammar, bitmask, row, tokens)
+        elif tokens:
+            ahead.append((grammar.matcher, row, tokens))
+            # The rows behind the end of a text are left as they are: nothing may follow but another end.
+            bitmask[row + 1 : row + 1 + len(tokens)] = grammar.backend.end_bitmask
+        else:
+            alone.append((grammar.matcher, row))
+    if alone:
+        fill_next_token_bitmask_par(_get_executor(), alone, bitmask)
+    if ahead:
+        fill_next_token_bitmask_par_with_draft_tokens(_get_executor(), ahead, bitmask)
+    for grammar in grammars:
+        if isinstance(grammar, GuidanceGrammar):
+            grammar.check()
+    return bitmask
+
+
+def _fill_one_by_one(grammar: StructuredOutputGrammar, bitmask: np.ndarray, row: int, guesses: list[int]) -> None:
+    """The masks of one sequence whose grammar is not llguidance's."""
+    grammar.fill_bitmask(bitmask, row)
+    ahead = grammar.copy()
+    for i, token_id in enumerate(guesses, 1):
+        ahead.accept_tokens([token_id])
+        ahead.fill_bitmask(bitmask, row + i)
+
+
+@cache
+def _get_executor() -> LLExecutor:
+    """The threads that compute masks, of one process."""
+    return LLExecutor()
+
+
+def _to_guidance(structured_outputs: StructuredOutputsParams) -> tuple[str, str]:
+    """The field that is set, and a grammar in llguidance's own format."""
+    asked = structured_outputs
+    if asked.regex is not None:
+        return "regex", LLMatcher.grammar_from_regex(asked.regex)
+    if asked.choice is not None:
+        return "choice", grammar_from("choice", json.dumps(asked.choice))
+    if asked.grammar is not None:
+        return "grammar", LLMatcher.grammar_from_lark(asked.grammar)
+    schema = cast(str, asked.json or '{"type": "object"}')
+    return "json" if asked.json else "json_object", LLMatcher.grammar_from_json_schema(schema)
+
+
+def _reason(error: object) -> str:
+    """What is wrong, without the drawing of where it is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    reason = next(iter(errors or lines), "no reason is given")
+    return reason if len(reason) <= MAX_SHOWN else f"{reason[:MAX_SHOWN]}..."
