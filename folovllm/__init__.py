@@ -10,9 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
-from folovllm.outputs import CompletionOutput, RequestOutput
+from folovllm.outputs import BeamSearchOutput, CompletionOutput, RequestOutput
 from folovllm.request import Request, RequestStatus, Sequence, SequenceData, SequenceStatus
-from folovllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType, StructuredOutputsParams
+from folovllm.sampling_params import (
+    BeamSearchParams,
+    RequestOutputKind,
+    SamplingParams,
+    SamplingType,
+    StructuredOutputsParams,
+)
 from folovllm.utils import generate_request_id, get_device, get_gpu_memory_info, is_cuda_available, set_random_seed
 
 if TYPE_CHECKING:
@@ -24,6 +30,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CacheConfig",
     "CompletionOutput",
     "EngineConfig",

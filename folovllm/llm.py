@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 
 from folovllm.chat import Message, apply_chat_template, split_conversations
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.engine.beam_search import BeamSearch, make_output, run_searches, start_search
 from folovllm.engine.input_processor import Prompt
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.output_processor import OutputSink
-from folovllm.outputs import RequestOutput
-from folovllm.sampling_params import RequestOutputKind, SamplingParams, copy_params
+from folovllm.outputs import BeamSearchOutput, RequestOutput
+from folovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, copy_params
 from folovllm.utils import generate_request_id
 from folovllm.validation import require, show
 
@@ -52,7 +53,7 @@ def make_engine_config(model: str, **kwargs: Any) -> EngineConfig:
 
 
 class LLM:
-    """A model that answers. Any number of threads may ask it.
+    """A model that answers. Any number of threads may ask it. A subclass may set ``beam_search_cls``.
 
     Args:
         model: name or path of a checkpoint.
@@ -60,6 +61,9 @@ class LLM:
         kwargs: any field of `ModelConfig`, `CacheConfig` and `SchedulerConfig`, and ``speculative_config``, a
             `SpeculativeConfig` or a dict of its fields.
     """
+
+    beam_search_cls: type[BeamSearch] = BeamSearch
+    """Which texts of a beam search go on."""
 
     def __init__(self, model: str, *, device: str | None = None, **kwargs: Any) -> None:
         self.engine = LLMEngine(make_engine_config(model, **kwargs), device)
@@ -122,6 +126,33 @@ class LLM:
         texts = [self.apply_chat_template(conversation, **template) for conversation in split_conversations(messages)]
         prompts = [{"prompt": text, "add_special_tokens": False} for text in texts]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | SequenceOf[Prompt], params: BeamSearchParams, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """Looks for the likeliest texts that begin with each prompt, for all prompts at once.
+
+        Each step is a request of one token per text that goes on. With ``enable_prefix_caching=True`` the texts share
+        the blocks of their common beginning; without it each step computes all of every text.
+
+        Args:
+            prompts: one, or a list of them, as for `generate`.
+            params: the same for all.
+            use_tqdm: whether to show a progress bar.
+
+        Returns:
+            for each prompt, in the order asked, ``beam_width`` texts, the best first; after an error fewer perhaps, and
+            the unfinished ones have "abort" as their ``finish_reason`` and the error as their ``stop_reason``.
+
+        Raises:
+            ValueError: if a prompt or the params cannot be served; nothing has been computed then.
+        """
+        searches = [start_search(self.engine, each, params, self.beam_search_cls) for each in _as_list(prompts)]
+        progress = tqdm(total=len(searches), unit="prompt", disable=not use_tqdm, dynamic_ncols=True)
+        with self._open_sink() as sink, progress:
+            for _ in run_searches(self.engine, sink, searches):
+                progress.update()
+        return [make_output(self.engine, search) for search in searches]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Answers one prompt, and yields the text as it comes, in complete characters.

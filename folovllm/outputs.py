@@ -248,6 +248,31 @@ class RequestOutput:
 
 
 @dataclass
+class BeamSearchSequence:
+    """One text of a beam search, in the making or ended (vLLM: ``entrypoints/generate/beam_search/utils.py``)."""
+
+    tokens: list[int]
+    """Prompt and output, with the token that ended it."""
+    logprobs: list[dict[int, Logprob]] = field(repr=False)
+    """For each token of the output the likeliest ones at its place, which it was chosen from."""
+    cum_logprob: float = 0.0
+    """Sum of the log probabilities of the output's tokens."""
+    text: str | None = None
+    """The text of prompt and output; None while the search runs."""
+    finish_reason: str | None = None
+    """"stop", "length", "abort", or None while the search runs."""
+    stop_reason: int | str | None = None
+    """The token that ended it, or why it was aborted; None for the end-of-sequence token."""
+
+
+@dataclass
+class BeamSearchOutput:
+    """What a beam search found for one prompt: as many texts as the beam was wide, the best one first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass
 class RunnerOutput:
     """What a runner returns for one step (vLLM: ``v1/outputs.py``, ``ModelRunnerOutput``)."""
 

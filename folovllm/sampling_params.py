@@ -40,6 +40,10 @@ MAX_STRUCTURE_CHARS = 2**20
 """Characters of a JSON schema, a regular expression, all choices together, or a grammar."""
 
 
+MAX_LENGTH_PENALTY = 10.0
+"""Largest exponent of a length in either direction, so that the power of any length is a finite number."""
+
+
 class SamplingType(IntEnum):
     """How a row of logits becomes a token: the likeliest, or one drawn at random."""
 
@@ -170,11 +174,11 @@ class SamplingParams:
     seed: int | None = None
     """Seed of the request's own random numbers; None (and -1): not repeatable by itself."""
     use_beam_search: bool = False
-    """Not supported; see the error's sentence for what to use."""
+    """Refused: a search asks for many requests, so it is `folovllm.llm.LLM.beam_search`."""
     length_penalty: float = 1.0
-    """Kept for beam search."""
+    """Of a beam search; see `BeamSearchParams`."""
     early_stopping: bool = False
-    """Kept for beam search."""
+    """Of a beam search, which always stops early here."""
     stop: str | list[str] | None = None
     """Texts that end the output; a str becomes a list of one, None an empty list."""
     stop_token_ids: list[int] | None = None
@@ -254,8 +258,8 @@ class SamplingParams:
     def _check_beam_search(self) -> None:
         if check_bool("use_beam_search", self.use_beam_search):
             raise NotImplementedError(
-                "Beam search is not supported, got use_beam_search=True; "
-                "use best_of with temperature > 0 to generate several answers and keep the likeliest"
+                "use_beam_search must be False, got True; "
+                "a beam search is LLM.beam_search(prompts, BeamSearchParams(beam_width=..., max_tokens=...))"
             )
         self.length_penalty = check_number("length_penalty", self.length_penalty)
         check_bool("early_stopping", self.early_stopping)
@@ -361,6 +365,47 @@ class SamplingParams:
             f"SamplingParams(n={self.n}, temperature={self.temperature}, top_p={self.top_p}, "
             f"top_k={self.top_k}, max_tokens={self.max_tokens})"
         )
+
+
+@dataclass
+class BeamSearchParams:
+    """What one beam search asks for (vLLM: ``BeamSearchParams``). Chapter 17."""
+
+    beam_width: int
+    """Texts that are kept after each step, and texts to return; at most half of the vocabulary."""
+    max_tokens: int
+    """Most tokens to generate for one text."""
+    ignore_eos: bool = False
+    """Whether to go on after the end-of-sequence token."""
+    temperature: float = 0.0
+    """Of the requests that the search is made of, as in vLLM. It changes nothing: log probabilities are those before
+    temperature, and a search draws no token."""
+    length_penalty: float = 1.0
+    """Exponent: a text's log probability is divided by its number of generated tokens to this power before texts that
+    have ended are compared. 0 compares sums, 1 means per token, more favours longer texts; in [-10, 10]."""
+    include_stop_str_in_output: bool = False
+    """Whether the text contains the end-of-sequence token that ended it, if special tokens are shown at all."""
+    skip_special_tokens: bool = True
+    """Whether special tokens are left out of the text."""
+
+    def __post_init__(self) -> None:
+        self.beam_width = check_int("beam_width", self.beam_width)
+        require(self.beam_width >= 1, f"beam_width must be at least 1, got {self.beam_width}")
+        require(
+            self.beam_width <= MAX_NUM_SEQUENCES,
+            f"beam_width must be at most {MAX_NUM_SEQUENCES}, got {self.beam_width}",
+        )
+        self.max_tokens = check_int("max_tokens", self.max_tokens)
+        require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
+        self.temperature = check_number("temperature", self.temperature)
+        require(self.temperature >= 0, f"temperature must be non-negative, got {self.temperature}")
+        self.length_penalty = check_number("length_penalty", self.length_penalty)
+        require(
+            abs(self.length_penalty) <= MAX_LENGTH_PENALTY,
+            f"length_penalty must be in [-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}], got {self.length_penalty}",
+        )
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            check_bool(name, getattr(self, name))
 
 
 def _check_logit_bias(logit_bias: Any) -> dict[int, float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from folovllm import LLM, SamplingParams
+from folovllm import LLM, BeamSearchParams, SamplingParams
 
 FOLDER = os.environ.get("FOLOVLLM_FOREIGN", "")
 pytestmark = pytest.mark.skipif(
@@ -153,3 +153,38 @@ def test_prefix_caching(model):
     assert found > sum(len(output.prompt_token_ids) for output in again) / 2
     for output in [*first, *again]:
         check_greedy(model, output)
+
+
+BEAM_CASES = [(ENGLISH[0], 8), (CODE[0], 8), (CHINESE_AND_OTHERS[1], 6), (CONVERSATIONS[0], 24)]
+"""Prompts and ``max_tokens``; the conversation's answers end by themselves."""
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_beam_search(model, tokenizer, width):
+    """All texts are those of transformers, in its order, unless two scores are so near that either may be first."""
+    llm = LLM(FOLDER, device="cpu", dtype="float32", enable_prefix_caching=True)
+    num_stopped = 0
+    for (prompt, max_tokens), penalty in itertools.product(BEAM_CASES, [0.0, 1.0, 2.0]):
+        if not isinstance(prompt, str):
+            prompt = llm.apply_chat_template(prompt)
+        encoded = tokenizer(prompt)["input_ids"]
+        params = BeamSearchParams(width, max_tokens, length_penalty=penalty)
+        (output,) = llm.beam_search({"prompt_token_ids": encoded}, params, use_tqdm=False)
+        found = model.generate(
+            torch.tensor([encoded]),
+            num_beams=width,
+            num_return_sequences=width,
+            early_stopping=True,
+            length_penalty=penalty,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        for sequence, tokens, score in zip(output.sequences, found.sequences.tolist(), found.sequences_scores.tolist()):
+            ours = sequence.cum_logprob / (len(sequence.tokens) - len(encoded)) ** penalty
+            assert ours == pytest.approx(score, abs=NEAR_TIE)
+            if sequence.tokens != tokens[: len(sequence.tokens)]:
+                warnings.warn(f"near tie after {prompt!r:.40}: width {width}, penalty {penalty}", stacklevel=1)
+            num_stopped += sequence.finish_reason == "stop"
+    assert num_stopped

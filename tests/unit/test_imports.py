@@ -29,6 +29,8 @@ CONTRACT = {
     "RequestOutput",
     "RequestOutputKind",
     "CompletionOutput",
+    "BeamSearchParams",
+    "BeamSearchOutput",
     "LLM",
     "LLMEngine",
     "ModelLoader",

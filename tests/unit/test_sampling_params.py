@@ -14,6 +14,7 @@ from unit_helpers import ANYTHING, error_of
 
 from folovllm.sampling_params import (
     MAX_STRUCTURE_CHARS,
+    BeamSearchParams,
     RequestOutputKind,
     SamplingParams,
     SamplingType,
@@ -240,8 +241,8 @@ class TestSamplingParams:
 
     def test_beam_search_is_refused_with_a_way_out(self):
         message = error_of(SamplingParams, use_beam_search=True, error=NotImplementedError)
-        assert message.startswith("Beam search is not supported")
-        assert "best_of" in message
+        assert message.startswith("use_beam_search must be False, got True")
+        assert "LLM.beam_search(prompts, BeamSearchParams(" in message
 
     @pytest.mark.parametrize(
         "stop, held", [(None, []), ("a", ["a"]), ("ab", ["ab"]), (["a", "b"], ["a", "b"]), ([], [])]
@@ -419,7 +420,7 @@ def test_any_value_at_all_is_held_in_the_fields_type_or_refused_by_the_fields_na
     try:
         params = SamplingParams(**{field: value})
     except NotImplementedError as error:
-        assert field == "use_beam_search" and value is True and str(error).startswith("Beam search is not supported")
+        assert field == "use_beam_search" and value is True and "LLM.beam_search" in str(error)
         return
     except ValueError as error:
         assert field in str(error)
@@ -593,3 +594,67 @@ class TestTokenizeBadWord:
 
     def test_white_space_as_it_is(self):
         assert tokenize_bad_word("\n", AsciiTokenizer()) == [[10]]
+
+
+BEAM_DEFAULTS = {
+    "ignore_eos": False,
+    "temperature": 0.0,
+    "length_penalty": 1.0,
+    "include_stop_str_in_output": False,
+    "skip_special_tokens": True,
+}
+
+
+class TestBeamSearchParams:
+    def test_fields_and_defaults(self):
+        params = BeamSearchParams(4, 16)
+        assert {f.name: getattr(params, f.name) for f in fields(params)} == {
+            "beam_width": 4,
+            "max_tokens": 16,
+            **BEAM_DEFAULTS,
+        }
+
+    @pytest.mark.parametrize(
+        "field, value",
+        [
+            ("beam_width", 1),
+            ("beam_width", MAX),
+            ("max_tokens", 1),
+            ("temperature", 0),
+            ("length_penalty", -10),
+            ("length_penalty", 10),
+        ],
+    )
+    def test_bounds_that_are_allowed(self, field, value):
+        assert getattr(BeamSearchParams(**{"beam_width": 2, "max_tokens": 3, field: value}), field) == value
+
+    @pytest.mark.parametrize(
+        "field, value",
+        [
+            ("beam_width", 0),
+            ("beam_width", MAX + 1),
+            ("beam_width", True),
+            ("beam_width", 2.0),
+            ("max_tokens", 0),
+            ("max_tokens", None),
+            ("temperature", -TINY),
+            ("length_penalty", -10.5),
+            ("length_penalty", 11),
+            ("length_penalty", math.nan),
+            ("ignore_eos", 1),
+        ],
+    )
+    def test_what_is_refused_is_named(self, field, value):
+        message = error_of(BeamSearchParams, **{"beam_width": 2, "max_tokens": 3, field: value})
+        assert message.startswith(field) and "got" in message
+
+
+@pytest.mark.parametrize("field", ["beam_width", "max_tokens", *BEAM_DEFAULTS])
+@given(value=ANYTHING)
+def test_any_value_of_a_beam_search_is_held_in_the_fields_type_or_refused_by_the_fields_name(field, value):
+    try:
+        held = getattr(BeamSearchParams(**{"beam_width": 2, "max_tokens": 3, field: value}), field)
+    except ValueError as error:
+        assert field in str(error) and "\n" not in str(error)
+    else:
+        assert type(held) is type(BEAM_DEFAULTS.get(field, 1))
