@@ -1,4 +1,4 @@
-"""The command line: ``python -m folovllm generate PROMPT``, ``chat``, and ``simulate``.
+"""The command line: ``python -m folovllm generate PROMPT``, ``chat``, ``simulate``, and ``quantize MODEL OUT``.
 
 Every field of the configs is an option under its own name, and so are those of `SamplingParams` that make sense for
 one streamed answer. What goes wrong is one line on standard error and the exit status: 1 for a mistake that was found
@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -30,8 +31,8 @@ from folovllm.chat import apply_chat_template
 from folovllm.config import DTYPES, CacheConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.encode import encode_text
 from folovllm.sampling_params import SamplingParams, StructuredOutputsParams
-from folovllm.tales import default_model
-from folovllm.validation import check_unicode
+from folovllm.tales import EMBEDDED_MODEL, default_model
+from folovllm.validation import check_unicode, require
 
 if TYPE_CHECKING:
     from folovllm.llm import LLM
@@ -58,6 +59,8 @@ DEFAULT_MAX_TOKENS = 256
 
 TRACED_LOGPROBS = 4
 """Tokens whose probabilities are on the page of a run, beside the one that was drawn."""
+CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 2**14
+"""Tokens of a piece of the calibration, and of all pieces."""
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -139,7 +142,41 @@ def make_parser() -> argparse.ArgumentParser:
     simulate = add("simulate", help="serve a workload on a GPU that is not there", description=about)
     _add_simulation_options(simulate)
     _add_config_options(simulate)
+    about = (
+        "Writes a checkpoint with weights of 4 bits into a new folder, in a format that vLLM reads as well, and prints "
+        "what it cost. It runs on the CPU, with one layer in memory at a time."
+    )
+    _add_quantization_options(add("quantize", help="make a checkpoint's weights smaller", description=about))
     return parser
+
+
+def _add_quantization_options(command: argparse.ArgumentParser) -> None:
+    """The two folders, and how the one becomes the other."""
+    command.add_argument("model", metavar="MODEL", help="the checkpoint: a folder, or a name on the hub")
+    command.add_argument("out", metavar="OUT", type=Path, help="the folder to be made")
+    command.add_argument("--bits", metavar="N", type=int, default=4, help="of a weight; 4 is all that there is yet.")
+    command.add_argument(
+        "--group-size",
+        metavar="N",
+        type=int,
+        default=128,
+        help="input columns of a weight that share a scale; -1: all of them. Default: 128.",
+    )
+    command.add_argument(
+        "--method",
+        choices=["gptq", "rtn"],
+        default="gptq",
+        help="gptq, or rtn, which rounds each number to the nearest. Default: gptq.",
+    )
+    command.add_argument(
+        "--format", choices=["gptq", "compressed-tensors"], default="gptq", help="of the files. Default: gptq."
+    )
+    command.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=_text_file,
+        help="a text like those that the model will read; the embedded model has its own.",
+    )
 
 
 def _add_simulation_options(command: argparse.ArgumentParser) -> None:
@@ -301,6 +338,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.command == "simulate":
         _simulate(args, config)
         return
+    if args.command == "quantize":
+        _quantize(args)
+        return
     sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
     if "json_schema" in given or "regex" in given:
         sampling["structured_outputs"] = StructuredOutputsParams(json=args.json_schema, regex=args.regex)
@@ -344,6 +384,44 @@ def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
     )
     print(f"{shape.name}, {args.weight_bits} bits, on {args.gpu}; {args.workload}; replicas: {args.replicas}")
     print(report)
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    """Writes a quantized checkpoint and prints the report."""
+    with _quiet():
+        from folovllm.model.quantized_files import quantize_checkpoint
+        from folovllm.model_loader import ModelLoader
+
+        loader = ModelLoader(ModelConfig(args.model, dtype="float32"))
+        checkpoint = loader.open("cpu")
+        texts = [args.calibration]
+        if args.calibration is None:
+            require(
+                checkpoint.folder.resolve() == EMBEDDED_MODEL.resolve(),
+                "--calibration FILE is required for a model other than the embedded one: a text like what it will "
+                "read, on which the errors of its weights are kept small",
+            )
+            from folovllm.tales.evaluate import calibration
+
+            texts = [document.text for document in calibration()]
+        length = min(CALIBRATION_LENGTH, checkpoint.max_model_len)
+        sequences = _cut_texts(loader.load_tokenizer(add_pad_token=False), texts, length)
+        report = quantize_checkpoint(
+            checkpoint, args.out, sequences, args.bits, args.group_size, args.method, args.format
+        )
+    print(report)
+
+
+def _cut_texts(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+    """Token ids of texts, the long ones cut to pieces; about `CALIBRATION_TOKENS` of them are kept, from all over."""
+    first = tokenizer("")["input_ids"]  # what the tokenizer begins every text with
+    room = length - len(first)
+    pieces = []
+    for text in texts:
+        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces += [first + token_ids[i : i + room] for i in range(0, len(token_ids), room)]
+    step = max(1, sum(map(len, pieces)) / CALIBRATION_TOKENS)
+    return [pieces[int(i * step)] for i in range(math.ceil(len(pieces) / step))]
 
 
 def _read_prompt(prompt: str) -> str:

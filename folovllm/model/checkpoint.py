@@ -291,12 +291,12 @@ def check_room(what: str, num_bytes: int, device: torch.device, advice: str) -> 
         )
 
 
-def iterate_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name and tensor of every weight, one file after the other, on the CPU."""
+def iterate_weights(checkpoint: Checkpoint, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The name and tensor of every weight whose name begins so, one file after the other, on the CPU."""
     for path in checkpoint.weight_files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
-                if name in checkpoint.headers:  # and not a buffer that follows from the config
+                if name in checkpoint.headers and name.startswith(prefix):  # no buffer that follows from the config
                     yield name, file.get_tensor(name)
 
 

@@ -49,6 +49,12 @@ def held_out(kind: str, num_documents: int) -> list[Document]:
     return [sample(rng, start=starts[i % len(starts)]) for i in range(num_documents)]
 
 
+def calibration(num_documents: int = 64) -> list[Document]:
+    """Documents to calibrate a quantized model on: neither those of training nor those that it is measured on."""
+    rng = random.Random("calibration")
+    return [sample(rng) for _ in range(num_documents)]
+
+
 @torch.inference_mode()
 def score(model: Any, tokenizer: Any, documents: list[Document]) -> tuple[float, int, int, int]:
     """Nats, tokens, places where the hero's name is repeated, and those where the model knew it."""
