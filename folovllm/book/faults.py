@@ -1,4 +1,4 @@
-"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 14.
+"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 15.
 
 A fault is called by what users would report. Its class is a subclass of the part that it stands for, and overrides as
 little as possible, so that it can be found by reading once it is known where to look. That the engine's own tests would
@@ -8,11 +8,13 @@ notice each of them is shown by ``tests/book/test_faults.py``.
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
 from folovllm.attention import AttentionBackend, AttentionMetadata
+from folovllm.book.few_bits import WeightReader, read_decoder
 from folovllm.book.in_place import InPlaceAttention, OnlineSoftmax
 from folovllm.core.kv_cache import BlockPool, KVCacheManager, hash_block
 from folovllm.core.scheduler import Scheduler, SchedulerOutput
@@ -201,6 +203,14 @@ class NeverRescales(InPlaceAttention):
     softmax_cls = KeepsOldWeights
 
 
+class ZerosAsStored(WeightReader):
+    """Takes zero points as they stand in the file, whoever wrote it."""
+
+    def read_zeros(self, qzeros: Tensor, num_out: int, version: int) -> Tensor:
+        """The zero points, uint8 ``[num_out, num_groups]``."""
+        return super().read_zeros(qzeros, num_out, version=2)
+
+
 class HalfCharacters(Detokenizer):
     """Decodes each token for itself."""
 
@@ -242,6 +252,7 @@ FAULTS: dict[str, type[Any]] = {
     "a token is lost at each border of two blocks": SlotOffByOneBlock,
     "a seed that does not hold": SharedGenerator,
     "only long texts ramble": NeverRescales,
+    "some quantized models talk nonsense": ZerosAsStored,
     "broken letters": HalfCharacters,
     "the text takes words back": StopNotHeldBack,
     "a stop string that does not stop": StopWithinOneToken,
@@ -264,10 +275,12 @@ def plant(engine: LLMEngine, fault: str) -> LLMEngine:
 
 
 def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
-    """Gives an idle engine another scheduler, cache manager, runner, attention backend or detokenizer, by its class.
+    """Gives an idle engine another scheduler, cache manager, runner, attention backend, detokenizer or weight reader.
+
+    By its class; a weight reader reads the engine's weights again, from its folder in GPTQ's format.
 
     Raises:
-        ValueError: if the class is none of the five, or the engine has unfinished requests.
+        ValueError: if the class is none of the six, or the engine has unfinished requests.
     """
     require(not engine.has_unfinished_requests(), "a part can only be replaced while no request is unfinished")
     scheduler_cls: type[Scheduler] = type(engine.scheduler)
@@ -279,6 +292,10 @@ def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
         runner.backend_cls = part
         runner.initialize_kv_cache(engine.cache.pool.num_blocks, engine.cache.swap_pool.num_blocks)
         return engine
+    if issubclass(part, WeightReader):
+        folder, num_positions = Path(engine.config.model_config.model), engine.max_model_len
+        engine.decoder = read_decoder(folder, part(), num_positions)
+        part = type(engine.runner)
     if issubclass(part, ModelRunner):
         old = cast(ModelRunner, engine.runner)
         runner = part(engine.decoder, old.sampler, engine.config, old.draft)
@@ -292,8 +309,8 @@ def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
     else:
         require(
             issubclass(part, Scheduler),
-            "a part must be a Scheduler, KVCacheManager, ModelRunner, AttentionBackend or Detokenizer, got "
-            f"{part.__name__}",
+            "a part must be a Scheduler, KVCacheManager, ModelRunner, AttentionBackend, Detokenizer or WeightReader, "
+            f"got {part.__name__}",
         )
         scheduler_cls = part
     engine.scheduler = scheduler_cls(engine.config.scheduler_config, engine.cache)

@@ -11,21 +11,25 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
+import tempfile
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from folovllm.attention import AttentionBackend
 from folovllm.book.exercises.verdict import NotYet, blame_part, expect
 from folovllm.book.faults import replace_part
+from folovllm.book.few_bits import WeightReader, read_decoder, write_default_model
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler, SchedulerOutput
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.served_model import ServedModel
 from folovllm.llm import make_engine_config
+from folovllm.model.packing import QuantizedWeight, column_groups, pack_gptq
 from folovllm.outputs import RequestOutput, RunnerOutput
 from folovllm.request import Sequence, SequenceStatus
 from folovllm.sampling_params import SamplingParams
@@ -705,6 +709,70 @@ def judge_attention(attempt: type, settings: SequenceOf[Mapping[str, Any]] = ATT
             raise NotYet(f"{str(error).rstrip('.')} ({shown}).") from error
         except Exception as error:
             raise NotYet(f"your code raised {type(error).__name__}: {error} ({shown}).") from error
+
+
+def judge_reader(attempt: type) -> None:
+    """Reads weights of both versions of GPTQ's format, then lets an engine answer with the embedded model's.
+
+    Args:
+        attempt: a subclass of `folovllm.book.few_bits.WeightReader`.
+
+    Raises:
+        NotYet: if a zero point or a token is another one.
+    """
+    expect_subclass(attempt, WeightReader)
+    for seed, (num_out, num_groups) in enumerate(((8, 1), (24, 3), (16, 2), (40, 1))):
+        weight = _random_weight(num_out, num_groups, seed)
+        for version in (2, 1):
+            tensors, case = pack_gptq(weight, version), f"{num_out} rows, {num_groups} groups, version {version}"
+            try:
+                zeros = attempt().read(tensors, version).zeros
+            except Exception as error:
+                raise NotYet(f"{case}: {blame_part(error)}.") from error
+            same = zeros.shape == weight.zeros.shape and bool((zeros == weight.zeros).all())
+            expect(
+                same,
+                f"{case}: the zero points of the first row are {weight.zeros[0].tolist()}, yours reads "
+                f"{zeros[0].tolist()}.",
+            )
+    for version in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            found = _tokens_read(Path(folder) / "model", attempt, version)
+        right = _tokens_read_by_us()
+        expect(found == right, f"in the engine, a model in version {version} says other tokens than by our own reader.")
+
+
+def _random_weight(num_out: int, num_groups: int, seed: int) -> QuantizedWeight:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return QuantizedWeight(
+        torch.randint(0, 16, (num_out, 16 * num_groups), generator=generator, dtype=torch.uint8),
+        torch.rand(num_out, num_groups, generator=generator),
+        torch.randint(1, 16, (num_out, num_groups), generator=generator, dtype=torch.uint8),
+        column_groups(16 * num_groups, num_groups),
+    )
+
+
+@cache
+def _tokens_read_by_us() -> list[int]:
+    with tempfile.TemporaryDirectory() as folder:
+        return _tokens_read(Path(folder) / "model", WeightReader, 1)
+
+
+def _tokens_read(folder: Path, reader: type[WeightReader], version: int) -> list[int]:
+    """What the embedded model says, rounded to 4 bits, written in one version, and read by a reader."""
+    import torch
+
+    write_default_model(folder, version)
+    decoder = read_decoder(folder, reader(), 64)
+    config = make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, num_blocks=8)
+    runner = ModelRunner(decoder, cast(ModelRunner, _embedded_engine().runner).sampler, config)
+    engine = LLMEngine(config, model=ServedModel(runner, VOCAB_SIZE, 512, _tokenizer(), decoder=decoder))
+    greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    with torch.inference_mode():
+        output = drive(engine, [Arrival("r", list(range(10, 22)), greedy)])["r"]
+    return output.outputs[0].token_ids
 
 
 def _engine_with_embedded_model(settings: Mapping[str, Any]) -> LLMEngine:

@@ -11,6 +11,7 @@ from folovllm import LLMEngine, SamplingParams, SequenceStatus
 from folovllm.attention import AttentionBackend
 from folovllm.book import faults, judges
 from folovllm.book.exercises.verdict import NotYet
+from folovllm.book.few_bits import WeightReader
 from folovllm.book.in_place import InPlaceAttention
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
@@ -23,6 +24,7 @@ PARTS = {
     ModelRunner: "other tokens",
     InPlaceAttention: "other tokens",
     Detokenizer: "yours shows|should see",
+    WeightReader: "zero points of the first row",
 }
 """The kinds of parts, and what the judges' sentences about them look like."""
 
@@ -33,6 +35,8 @@ def judge(part: type[Any]) -> None:
         judges.judge_detokenizer(part)
     elif issubclass(part, ModelRunner):
         judges.judge_runner(part)
+    elif issubclass(part, WeightReader):
+        judges.judge_reader(part)
     elif issubclass(part, AttentionBackend):
         judges.judge_attention(part)
     else:

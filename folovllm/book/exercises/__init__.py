@@ -13,6 +13,7 @@ from folovllm.book.exercises.batching import (
     check_shown_text,
     check_whole_characters,
 )
+from folovllm.book.exercises.bits import check_packing, check_scale, check_step, check_zeros
 from folovllm.book.exercises.chunking import (
     check_choose_budget,
     check_considerate,
@@ -61,6 +62,7 @@ __all__ = [
     "check_next_status",
     "check_num_blocks",
     "check_online_softmax",
+    "check_packing",
     "check_pad_batch",
     "check_passes",
     "check_prompt_order",
@@ -69,11 +71,13 @@ __all__ = [
     "check_rescaled",
     "check_ridge",
     "check_rope",
+    "check_scale",
     "check_shown_text",
     "check_slot_mapping",
     "check_softmax",
     "check_split",
     "check_steady_stream",
+    "check_step",
     "check_tokens_computed",
     "check_tokens_that_fit",
     "check_top_p",
@@ -81,4 +85,5 @@ __all__ = [
     "check_victim",
     "check_victims",
     "check_whole_characters",
+    "check_zeros",
 ]
