@@ -76,7 +76,9 @@ class TruthMeter:
     def __init__(self, tokenizer: Any, num_documents: int = 16) -> None:
         self.documents = [document.text for document in held_out("chat", num_documents)]
         self.sequences: list[list[int]] = []
-        rows, tokens, probs = [], [], []
+        rows: list[int] = []
+        tokens: list[int] = []
+        probs: list[float] = []
         self._answers: list[list[int]] = []
         start = 0
         for text in self.documents:

@@ -268,7 +268,7 @@ def _split(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
     """A fused weight's parts, by their numbers of rows; one size is that of each."""
     split_by = sizes if len(sizes) > 1 else sizes[0]
     parts = zip(*(tensor.split(split_by) for tensor in (weight.values, weight.scales, weight.zeros)), strict=True)
-    return [QuantizedWeight(*part, weight.g_idx) for part in parts]
+    return [QuantizedWeight(values, scales, zeros, weight.g_idx) for values, scales, zeros in parts]
 
 
 def attend_within(lengths: Sequence[int]) -> Attend:

@@ -70,11 +70,11 @@ class SamplingMetadata:
     """What each row has generated so far. The lists are kept, not copied: append to them and sample again."""
     generators: list[random.Random] = field(default_factory=list)
     """Each row's own random numbers; made from ``params`` when left out."""
+    grammars: list[StructuredOutputGrammar | None] = field(default_factory=list)
+    """Where each row is in what it must be; None, and when left out: it may be anything."""
     draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     """Takes the place of `draw` for random rows: their probabilities, uniform numbers and row numbers (None: all) ->
     tokens."""
-    grammars: list[StructuredOutputGrammar | None] = field(default_factory=list)
-    """Where each row is in what it must be; None, and when left out: it may be anything."""
     _batch: _Batch | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
