@@ -8,7 +8,19 @@ token of the sequence: no block is found by it, and where it was wrong, nothing 
 from __future__ import annotations
 
 from folovllm.core.kv_cache import KVCacheManager
-from folovllm.request import NUM_RECENT_GUESSES, Sequence
+from folovllm.request import NUM_RECENT_GUESSES, Sequence, StructuredOutputGrammar
+
+
+def fit_guesses(grammar: StructuredOutputGrammar | None, guesses: list[int]) -> list[int]:
+    """The guesses that a grammar would accept, or the tokens that must follow, if these are more.
+
+    Args:
+        grammar: where the sequence is in what it must be; None: it may be anything.
+        guesses: -1 for those that a draft model will make; these stay as they are.
+    """
+    if grammar is None or -1 in guesses:
+        return guesses
+    return max(grammar.validate_tokens(guesses), grammar.compute_ff_tokens(), key=len)
 
 
 def take_guesses(seq: Sequence, cache: KVCacheManager, budget: int, max_model_len: int) -> list[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from folovllm.config import SchedulerConfig
-from folovllm.core.guesses import drop_refused, take_guesses
+from folovllm.core.guesses import drop_refused, fit_guesses, take_guesses
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.logprobs import Logprob
 from folovllm.outputs import RunnerOutput
@@ -226,7 +226,7 @@ class Scheduler:
             if status is not None:
                 self.finish(seq, status)
             elif runner_output.spec_token_ids:
-                seq.spec_token_ids = runner_output.spec_token_ids[i]
+                seq.spec_token_ids = fit_guesses(seq.grammar, runner_output.spec_token_ids[i])
 
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
         """Takes a running sequence's blocks: swaps them out if the mode says so and there is room, else frees them."""

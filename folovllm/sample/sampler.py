@@ -72,6 +72,9 @@ class SamplingMetadata:
     """Each row's own random numbers; made from ``params`` when left out."""
     grammars: list[StructuredOutputGrammar | None] = field(default_factory=list)
     """Where each row is in what it must be; None, and when left out: it may be anything."""
+    guesses: list[list[int]] = field(default_factory=list)
+    """For each sequence its guesses, where its row is followed by one for each of them; none when left out. All of them
+    have the sequence's grammar, which is left where it is."""
     draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     """Takes the place of `draw` for random rows: their probabilities, uniform numbers and row numbers (None: all) ->
     tokens."""
@@ -490,8 +493,8 @@ class _Batch:
         self.random_rows = [row for row, p in rows if p.sampling_type is SamplingType.RANDOM]
         self.watched_rows = [row for row, p in rows if p.bad_words or p.min_tokens]
         self.penalized_rows = [row for row, p in rows if _penalties(p) != (1, 0, 0)]
-        self.grammars = [grammar for grammar in metadata.grammars if grammar is not None]
         structured_rows = [row for row, grammar in enumerate(metadata.grammars) if grammar is not None]
+        self.masks = _find_masks(metadata)
         self.reported_rows = [row for row, p in rows if p.logprobs is not None or p.best_of != p.n]
         self.groups = _group_by_limit([self.params[row].logprobs or 0 for row in self.reported_rows], self.vocab_size)
         self.truncation = Truncation.of([self.params[row] for row in self.random_rows], self.vocab_size)
@@ -527,6 +530,14 @@ class _Batch:
             arrays["prompts"] = _find_places(prompts, vocab_size)
             arrays |= zip(("repetition", "frequency", "presence"), map(_column, zip(*map(_penalties, params))))
         return arrays
+
+
+def _find_masks(metadata: SamplingMetadata) -> list[tuple[StructuredOutputGrammar, list[int]]]:
+    """The grammar of each sequence that has one, with its guesses, in the order of the rows."""
+    guesses = metadata.guesses or [[]] * len(metadata.params)
+    first_rows = np.cumsum([0, *(1 + len(tokens) for tokens in guesses)])
+    grammars = [metadata.grammars[row] for row in first_rows[:-1]]
+    return [(grammar, tokens) for grammar, tokens in zip(grammars, guesses) if grammar is not None]
 
 
 def _penalties(params: SamplingParams) -> tuple[float, float, float]:
@@ -638,11 +649,11 @@ class Sampler:
         """What `_constrain` takes and what depends on the outputs so far."""
         params, outputs = batch.params, metadata.output_token_ids
         arrays: dict[str, np.ndarray] = {}
-        if batch.grammars:
+        if batch.masks:
             # Here, since few requests need it, and it takes a tenth of a second to import.
             from folovllm.sample.structured_output import fill_bitmasks
 
-            arrays["bitmask"] = fill_bitmasks(batch.grammars)
+            arrays["bitmask"] = fill_bitmasks(*zip(*batch.masks))
         if batch.watched_rows:
             banned: list[list[int]] = [[] for _ in params]
             for row in batch.watched_rows:

@@ -122,6 +122,8 @@ def with_guesses(metadata: SamplingMetadata, guesses: list[list[int]]) -> Sampli
         [metadata.prompt_token_ids[row] for row, _ in rows],
         [metadata.output_token_ids[row] + guesses[row][:place] for row, place in rows],
         [metadata.generators[row] for row, _ in rows],
+        [metadata.grammars[row] for row, _ in rows],
+        guesses,
     )
 
 

@@ -17,6 +17,7 @@ from folovllm.outputs import RunnerOutput
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.tales.grammar import CARD_SLOTS
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 NUM_SCHEMAS, NUM_REGEXES = 500, 200
 TEMPERATURES = (0.0, 0.7, 1.0, 2.0)
 TIGHT = {
@@ -219,8 +220,10 @@ class TestTheSameTokens:
             {**TIGHT, "num_blocks": 24, "preemption_mode": "swap", "swap_space": 0.01},
             {"max_num_seqs": 2},
             {"batching": "static", "max_num_seqs": 5},
+            {"speculative_config": NGRAM},
+            {**TIGHT, "num_blocks": 24, "preemption_mode": "swap", "swap_space": 0.01, "speculative_config": NGRAM},
         ],
-        ids=["together", "preempted", "swapped", "two at a time", "static"],
+        ids=["together", "preempted", "swapped", "two at a time", "static", "guessed", "guessed and swapped"],
     )
     def test_whoever_else_is_there(self, alone, settings):
         llm = make_llm(**settings)
@@ -240,6 +243,51 @@ class TestTheSameTokens:
         answers = llm.generate("A", params, use_tqdm=False)[0].outputs
         assert all(re.fullmatch(KINDS[1].regex, answer.text) for answer in answers)
         assert len({answer.text for answer in answers}) > 3
+
+
+class TestGuesses:
+    def card(self, llm, **given_fields) -> tuple[str, int]:
+        """A card, and how many steps it took."""
+        spaced = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        asked = structured(json={**CARD, "x-guidance": spaced})
+        params = SamplingParams(**{"temperature": 0, "max_tokens": 60, **given_fields}, structured_outputs=asked)
+        answer = llm.generate("Write the card.", params, use_tqdm=False)[0].outputs[0]
+        jsonschema.validate(json.loads(answer.text), CARD)
+        return answer.text, len(llm.engine.stats())
+
+    def test_what_must_follow_is_had_for_nothing(self, llm):
+        llm.engine.steps.clear()
+        text, num_steps = self.card(llm)
+        guessed, num_guessed_steps = self.card(make_llm(speculative_config=NGRAM))
+        assert guessed == text and num_guessed_steps < 0.7 * num_steps
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+    def test_a_draft_model_knows_no_grammar(self, temperature):
+        """It guesses what it likes, and what does not fit is refused."""
+        drafted = make_llm(speculative_config={"model": str(EMBEDDED_MODEL), "num_speculative_tokens": 3})
+        params = [SamplingParams(temperature=temperature, seed=i, structured_outputs=KINDS[i % 3], n=2, max_tokens=48)
+                  for i in range(9)]  # fmt: skip
+        for i, output in enumerate(drafted.generate(["Write the card."] * 9, params, use_tqdm=False)):
+            for answer in output.outputs:
+                assert answer.finish_reason in ("stop", "length")
+                if answer.finish_reason == "stop":
+                    assert fits(KINDS[i % 3], answer.text)
+        drafted.engine.check_integrity()
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_random_schemas(self, seed):
+        llm = make_llm(**TIGHT, speculative_config=NGRAM)
+        schemas = [Schemas(1000 * seed + i).whole() for i in range(25)]
+        found = ask_all(llm, [structured(json=schema) for schema in schemas], seed)
+        for i, text in found:
+            jsonschema.validate(json.loads(text), schemas[i])
+        assert len(found) > 20
+
+
+def fits(asked: StructuredOutputsParams, text: str) -> bool:
+    if asked.json:
+        return not list(jsonschema.Draft202012Validator(json.loads(asked.json)).iter_errors(json.loads(text)))
+    return text in asked.choice if asked.choice else bool(re.fullmatch(asked.regex, text))
 
 
 class TestEnds:
