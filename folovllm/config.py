@@ -66,6 +66,9 @@ class ModelConfig:
     enforce_eager: bool | None = None
     """Whether every step calls its operations one by one; False records decode steps and replays them, on CUDA. None:
     eager on every device, since no GPU has been at hand to try recorded steps on."""
+    quantization: Literal["int8", "gptq", "compressed-tensors"] | None = None
+    """How weights are kept in fewer bits. None: as the checkpoint has them. "int8": rounded to 8 bits while they are
+    loaded. The others read a checkpoint of that kind, with 4 bits, and refuse any other."""
 
     def __post_init__(self) -> None:
         self.model = check_str("model", self.model)
@@ -79,6 +82,8 @@ class ModelConfig:
         check_choice("attention_backend", self.attention_backend, ("auto", "gather", "sdpa", "triton", "flash"))
         if self.enforce_eager is not None:
             check_bool("enforce_eager", self.enforce_eager)
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, ("int8", "gptq", "compressed-tensors"))
 
     def _dtype_name(self) -> str | None:
         """Name of the torch dtype that ``dtype`` means, without importing torch for it."""

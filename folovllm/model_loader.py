@@ -31,17 +31,23 @@ from folovllm.model.checkpoint import (
     ModelLoadError,
     check_room,
     check_shapes,
+    count_bytes,
+    count_numbers,
     find_folder,
     find_weight_files,
     is_buffer,
     missing_weights,
     one_line,
+    quantized,
     read_headers,
 )
 from folovllm.model.checkpoint import (
     read_safetensors_header as read_safetensors_header,
 )
+from folovllm.model.decoder import Decoder, check_weights, load_decoder
 from folovllm.model.hf_config import check_sizes, load_hf_config, read_config, read_json
+from folovllm.model.quantization import QuantizationConfig, read_quantization, settle_quantization
+from folovllm.model.quantized_layers import describe_products, has_int4_kernel, iterate_dequantized, settle_version
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils import get_device
 from folovllm.validation import check_bool, check_token_ids
@@ -72,6 +78,8 @@ class LoadReport:
     """Longest sequence in tokens that will be served."""
     model_max_len: int
     """Longest sequence in tokens that the checkpoint was made for."""
+    quantization: str | None = None
+    """How the weights are quantized, and how the products with them are computed."""
 
     def __str__(self) -> str:
         rows = {
@@ -83,6 +91,8 @@ class LoadReport:
             "bytes": f"{self.num_bytes:,} ({self.num_bytes / 2**20:.1f} MiB)",
             "max_model_len": f"{self.max_model_len:,} tokens (the model has {self.model_max_len:,})",
         }
+        if self.quantization is not None:
+            rows["quantization"] = self.quantization
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
 
     __repr__ = __str__  # what a notebook shows
@@ -115,6 +125,8 @@ class ModelLoader:
     def load_model(self, device: str | torch.device | None = None) -> PreTrainedModel:
         """The model in eval mode on ``device``, in the dtype that was asked for.
 
+        Weights that are quantized in the files are turned into floats.
+
         Settles ``model_config.max_model_len`` when it was None, and leaves a `LoadReport` in ``report``.
 
         Args:
@@ -123,28 +135,51 @@ class ModelLoader:
         Raises:
             ModelLoadError: if there is no such checkpoint, or it cannot be read, or does not fit the GPU.
             RuntimeError: if the device is not there.
-            ValueError: if ``max_model_len`` is above what the model was made for.
+            ValueError: if ``max_model_len`` is above what the model was made for, or ``quantization`` is "int8", in
+                which transformers' model cannot compute.
         """
         checkpoint = self.open(device)
         code = self.model_config.trust_remote_code
-        _check_model(checkpoint)
+        state_dict = None
+        if checkpoint.quantization is None:
+            _check_model(checkpoint)
+        else:
+            state_dict = _dequantize(checkpoint)
         with _transformers_progress_bar(checkpoint.num_bytes >= PROGRESS_BAR_BYTES):
-            model = _load_weights(checkpoint.folder, checkpoint.hf_config, checkpoint.dtype, code)
+            model = _load_weights(checkpoint.folder, checkpoint.hf_config, checkpoint.dtype, code, state_dict)
         if model.device != checkpoint.device:  # a walk over all modules, a millisecond for a small model
             model = model.to(checkpoint.device)  # type: ignore[arg-type]
         parameters = list(model.parameters())
+        num_parameters, num_bytes = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+        self._report(checkpoint, type(model).__name__, num_parameters, num_bytes, None)
+        return model
+
+    def load_decoder(self, checkpoint: Checkpoint) -> Decoder:
+        """The engine's own model of a checkpoint that was opened, as `folovllm.model.decoder.load_decoder` loads it.
+
+        Leaves a `LoadReport` in ``report``.
+        """
+        decoder = load_decoder(checkpoint)
+        config = checkpoint.quantization
+        how = None if config is None else f"{config}; {describe_products(decoder.linears)}"
+        architecture = checkpoint.hf_config.architectures[0]
+        self._report(checkpoint, architecture, decoder.num_parameters, decoder.num_bytes, how)
+        return decoder
+
+    def _report(self, checkpoint: Checkpoint, name: str, num_parameters: int, num_bytes: int, how: str | None) -> None:
+        """Leaves a `LoadReport` in ``report``, and logs it."""
         self.report = LoadReport(
             model=self.model_config.model,
-            model_class=type(model).__name__,
-            dtype=model.dtype,
-            device=model.device,
-            num_parameters=sum(p.numel() for p in parameters),
-            num_bytes=sum(p.nbytes for p in parameters),
+            model_class=name,
+            dtype=checkpoint.dtype,
+            device=checkpoint.device,
+            num_parameters=num_parameters,
+            num_bytes=num_bytes,
             max_model_len=checkpoint.max_model_len,
             model_max_len=checkpoint.model_max_len,
+            quantization=how,
         )
         logger.info("loaded\n%s", self.report)
-        return model
 
     def open(self, device: str | torch.device | None = None) -> Checkpoint:
         """Finds the checkpoint and checks all of it, before a weight is read.
@@ -154,19 +189,24 @@ class ModelLoader:
         target = get_device(device)
         folder = find_folder(self.model_config.model)
         raw = read_config(folder)
+        quantization = _read_quantization(folder, raw, self.model_config.quantization)
         files = find_weight_files(folder)
-        headers = read_headers(files)
-        num_elements = sum(math.prod(tensor["shape"]) for tensor in headers.values())
+        headers = read_headers(files, quantization)
+        num_elements = sum(count_numbers(name, tensor) for name, tensor in headers.items())
         check_sizes(folder, raw, num_elements, len(headers))
         hf_config = load_hf_config(folder, raw, self.model_config.trust_remote_code)
         _recommendations(folder, hf_config)
         model_max_len = get_model_max_len(hf_config)
         max_model_len = self.model_config.resolve_max_model_len(model_max_len)
-        dtype = self._pick_dtype(hf_config, target)
-        num_bytes = num_elements * dtype.itemsize
+        dtype = self._pick_dtype(hf_config, target, quantization)
+        num_bytes = sum(count_bytes(name, tensor, dtype, quantization) for name, tensor in headers.items())
         advice = "choose a 16-bit dtype or a smaller model" + ("" if target.type == "cpu" else ", or device='cpu'")
         check_room(f"the weights of {folder}", num_bytes, target, advice)
-        return Checkpoint(folder, hf_config, files, headers, num_bytes, dtype, target, max_model_len, model_max_len)
+        return settle_version(
+            Checkpoint(
+                folder, hf_config, files, headers, num_bytes, dtype, target, max_model_len, model_max_len, quantization
+            )
+        )
 
     def load_tokenizer(self, add_pad_token: bool = True) -> PreTrainedTokenizerBase:
         """The tokenizer, padding on the left, with a pad token.
@@ -227,12 +267,16 @@ class ModelLoader:
             )
         return model, tokenizer
 
-    def _pick_dtype(self, hf_config: Any, device: torch.device) -> torch.dtype:
-        """The dtype that was asked for; for "auto" float32 on a CPU, a 16-bit type on a GPU."""
+    def _pick_dtype(self, hf_config: Any, device: torch.device, quantization: QuantizationConfig | None) -> torch.dtype:
+        """The dtype that was asked for; for "auto" float32 on a CPU, a 16-bit type on a GPU.
+
+        With weights of 4 bits it is bfloat16 on a CPU, too, where its kernel for them wants that.
+        """
         if self.model_config.torch_dtype is not None:
             return self.model_config.torch_dtype
         if device.type == "cpu":
-            return torch.float32
+            is_int4 = quantization is not None and quantization.method != "int8"
+            return torch.bfloat16 if is_int4 and has_int4_kernel(torch.bfloat16, device) else torch.float32
         own = getattr(hf_config.get_text_config(), "dtype", None)
         return torch.bfloat16 if own == torch.bfloat16 and torch.cuda.is_bf16_supported() else torch.float16
 
@@ -299,6 +343,37 @@ def _recommendations(folder: Path, hf_config: Any) -> tuple[list[int], SamplingP
         raise ModelLoadError(f"{path} is wrong: {sentence}; correct the file, or remove the field from it") from None
 
 
+def _read_quantization(folder: Path, raw: dict[str, Any], asked: str | None) -> QuantizationConfig | None:
+    """How the weights are or shall be quantized; the fields that say so are taken out of ``raw``.
+
+    Raises:
+        ModelLoadError: if the checkpoint is quantized in a way that the engine does not have.
+        ValueError: if another way was asked for than the checkpoint's.
+    """
+    path, beside = folder / "config.json", folder / "quantize_config.json"  # where AutoGPTQ wrote it
+    if "quantization_config" not in raw and beside.is_file():
+        path, raw["quantization_config"] = beside, {"quant_method": "gptq", **read_json(beside)}
+    try:
+        found = read_quantization(raw)
+    except ValueError as error:
+        raise quantized(path, str(error)) from None
+    for name in ("quantization_config", "compression_config"):
+        raw.pop(name, None)  # or transformers would want to load it its own way
+    return settle_quantization(asked, found, str(folder))
+
+
+def _dequantize(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The weights of a quantized checkpoint in floats, checked like the engine's own."""
+    assert checkpoint.quantization is not None
+    if checkpoint.quantization.method == "int8":
+        raise ValueError("quantization='int8' is for the engine alone: transformers' model has no products of 8 bits")
+    shapes = Decoder(check_weights(checkpoint), 0, checkpoint.dtype, "meta").weight_shapes()
+    num_bytes = sum(math.prod(shape) for shape in shapes.values()) * checkpoint.dtype.itemsize
+    what = f"the weights of {checkpoint.folder} in floats"
+    check_room(what, num_bytes, torch.device("cpu"), "choose a 16-bit dtype or a smaller model")
+    return dict(iterate_dequantized(checkpoint, shapes))
+
+
 def _check_model(checkpoint: Checkpoint) -> None:
     """Builds the model of transformers without its numbers, and compares its shapes with those in the files."""
     config, path = checkpoint.hf_config, checkpoint.folder / "config.json"
@@ -321,11 +396,15 @@ def _check_model(checkpoint: Checkpoint) -> None:
     check_shapes(checkpoint, shapes, sum(shape.numel() for shape in shapes.values()))
 
 
-def _load_weights(folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the CPU, with every one of its weights from the checkpoint."""
+def _load_weights(
+    folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote_code: bool, state_dict: dict | None = None
+) -> PreTrainedModel:
+    """The model on the CPU, with every one of its weights from the checkpoint, or from ``state_dict``."""
+    source: Any = AutoModelForCausalLM if state_dict is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
+        model, info = source.from_pretrained(
+            folder if state_dict is None else None,
+            state_dict=state_dict,
             config=hf_config,
             dtype=dtype,
             use_safetensors=True,

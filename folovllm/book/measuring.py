@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from folovllm.attention import AttentionMetadata
 from folovllm.attention.gather import GatherAttention
 from folovllm.model.decoder import DecoderConfig, DecoderLayer
+from folovllm.model.layers import Linear, LinearMethod
 from folovllm.simulator.cost import ModelShape
 from folovllm.utils import cdiv
 
@@ -61,12 +63,11 @@ class TimedLayer:
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
         config = _decoder_config(shape)
-        self.layer = DecoderLayer(config, 0, torch.float32, torch.device("cpu"))
-        for part in (self.layer.qkv_proj, self.layer.o_proj, self.layer.gate_up_proj, self.layer.down_proj):
-            part.weight.normal_(std=0.02)
-        for norm in (self.layer.input_layernorm, self.layer.post_attention_layernorm, self.layer.qk_norm):
-            if norm is not None:
-                norm.weight.fill_(1)
+        self.layer = DecoderLayer(config, 0, LinearMethod(torch.float32, torch.device("cpu")))
+        for linear in self.layer.linears:
+            cast(Linear, linear).weight.normal_(std=0.02)
+        for norm in self.layer.norms:
+            norm.weight.fill_(1)
         self.layer.process_weights_after_loading()
 
     @property

@@ -52,8 +52,8 @@ class LLMEngine:
         clock: Clock | None = None,
         model: ServedModel | None = None,
     ) -> None:
-        self.config, self.clock = config, clock or WallClock()
-        model = model or load_model(config, device)
+        self.config, self.clock, model = config, clock or WallClock(), model or load_model(config, device)
+        self.load_report = model.load_report
         self.max_model_len = settle_lengths(config, model.max_model_len)
         self.runner, self.decoder, self.tokenizer = model.runner, cast(Any, model.decoder), cast(Any, model.tokenizer)
         self.eos_token_ids, self.default_params = model.eos_token_ids, model.default_params

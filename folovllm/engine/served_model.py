@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from folovllm.model.decoder import Decoder
+    from folovllm.model_loader import LoadReport
     from folovllm.worker.model_runner import Runner
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
@@ -40,6 +41,8 @@ class ServedModel:
     """What a request without params gets."""
     decoder: Decoder | None = None
     """The network that the runner runs, if there is one."""
+    load_report: LoadReport | None = None
+    """What was loaded, if it was loaded here."""
 
 
 def load_model(config: EngineConfig, device: str | torch.device | None = None) -> ServedModel:
@@ -54,7 +57,6 @@ def load_model(config: EngineConfig, device: str | torch.device | None = None) -
         ValueError: if the budget of a step is too small, or the draft model has other tokens.
     """
     # Here, since torch takes seconds to import and a simulated engine does without.
-    from folovllm.model.decoder import load_decoder
     from folovllm.model_loader import ModelLoader, read_generation_config
     from folovllm.sample.sampler import Sampler
     from folovllm.worker.draft_model import DraftModel
@@ -64,11 +66,12 @@ def load_model(config: EngineConfig, device: str | torch.device | None = None) -
     settle_lengths(config, checkpoint.model_max_len)
     tokenizer = loader.load_tokenizer(add_pad_token=False)
     eos_token_ids, default_params = read_generation_config(checkpoint, tokenizer)
-    decoder = load_decoder(checkpoint)
+    decoder = loader.load_decoder(checkpoint)
     sampler, draft, speculative = Sampler(tokenizer, eos_token_ids), None, config.speculative_config
     if speculative is not None and speculative.method == "draft_model":
-        draft_config = replace(config.model_config, model=cast(str, speculative.model))
-        draft_decoder = load_decoder(ModelLoader(draft_config).open(device))
+        draft_config = replace(config.model_config, model=cast(str, speculative.model), quantization=None)
+        draft_loader = ModelLoader(draft_config)
+        draft_decoder = draft_loader.load_decoder(draft_loader.open(device))
         sizes = draft_decoder.config.vocab_size, decoder.config.vocab_size
         require(
             sizes[0] == sizes[1],
@@ -78,7 +81,14 @@ def load_model(config: EngineConfig, device: str | torch.device | None = None) -
         draft = DraftModel(draft_decoder, sampler, config)
     runner = ModelRunner(decoder, sampler, config, draft)
     return ServedModel(
-        runner, decoder.config.vocab_size, checkpoint.model_max_len, tokenizer, eos_token_ids, default_params, decoder
+        runner,
+        decoder.config.vocab_size,
+        checkpoint.model_max_len,
+        tokenizer,
+        eos_token_ids,
+        default_params,
+        decoder,
+        loader.report,
     )
 
 

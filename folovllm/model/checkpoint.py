@@ -13,12 +13,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
+
+from folovllm.model.quantization import INTEGER_TENSORS, PACK_FACTOR, TENSORS, QuantizationConfig
 
 _PICKLE = "a pickle, which is refused because reading one can run any code"
 _OTHER_KINDS = (
@@ -58,13 +61,15 @@ class Checkpoint:
     headers: dict[str, dict[str, Any]]
     """Name of each tensor in them -> its ``dtype`` and ``shape``."""
     num_bytes: int
-    """Bytes of all its tensors in ``dtype``."""
+    """Bytes of all its tensors in memory, those that are floats there in ``dtype``."""
     dtype: torch.dtype
     device: torch.device
     max_model_len: int
     """Longest sequence in tokens that will be served."""
     model_max_len: int
     """Longest sequence in tokens that it was made for."""
+    quantization: QuantizationConfig | None = None
+    """How its weights are quantized; None: they are floats."""
 
 
 def find_folder(name: str) -> Path:
@@ -202,20 +207,44 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_headers(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def read_headers(files: Sequence[Path], quantization: QuantizationConfig | None = None) -> dict[str, dict[str, Any]]:
     """The headers of all weight files in one; buffers that are no weights are left out.
 
     Raises:
-        ModelLoadError: if a file is damaged, or a tensor says that the checkpoint is quantized.
+        ModelLoadError: if a file is damaged, or a tensor says that the checkpoint is quantized in another way, or none
+            that it is quantized at all.
     """
     headers: dict[str, dict[str, Any]] = {}
+    method = None if quantization is None else quantization.method
+    known = () if method is None else TENSORS[method]
     for path in files:
         for name, entry in read_safetensors_header(path).items():
-            if _QUANTIZED.search(name):
+            if _QUANTIZED.search(name) and name.rpartition(".")[2] not in known:
                 raise quantized(path, f"it has a tensor {name}")
             if not is_buffer(name):
                 headers[name] = entry
+    if known and not any(name.rpartition(".")[2] in known for name in headers):
+        raise ModelLoadError(
+            f"{files[0].parent / 'config.json'} says that the weights are quantized by {method!r}, but "
+            "the files hold none that is; take config and weights from the same checkpoint"
+        )
     return headers
+
+
+def count_numbers(name: str, entry: Mapping[str, Any]) -> int:
+    """How many numbers a tensor of a file stands for: an int32 of a quantized weight for several."""
+    is_packed = name.rpartition(".")[2] in INTEGER_TENSORS and entry["dtype"] == "I32"
+    return math.prod(entry["shape"]) * (PACK_FACTOR if is_packed else 1)
+
+
+def count_bytes(name: str, entry: Mapping[str, Any], dtype: torch.dtype, config: QuantizationConfig | None) -> int:
+    """How many bytes a tensor of a file takes in memory."""
+    num, last = math.prod(entry["shape"]), name.rpartition(".")[2]
+    if config is not None and last in INTEGER_TENSORS:
+        return num * torch.int32.itemsize
+    if config is not None and config.method == "int8" and name.endswith(("_proj.weight", "lm_head.weight")):
+        return num
+    return num * dtype.itemsize
 
 
 def is_buffer(name: str) -> bool:
@@ -224,10 +253,11 @@ def is_buffer(name: str) -> bool:
 
 
 def quantized(path: Path, why: str) -> ModelLoadError:
-    """The error for a checkpoint whose weights are not floating-point numbers of 16 bits or more."""
+    """The error for a checkpoint whose weights are quantized in a way that the engine does not have."""
     return ModelLoadError(
-        f"{path} belongs to a quantized checkpoint ({why}), and quantized weights cannot be run yet; "
-        "take the checkpoint in float32, bfloat16 or float16 from which it was made"
+        f"{path} belongs to a quantized checkpoint ({why}), which cannot be run: only GPTQ and compressed-tensors' "
+        "pack-quantized can, with 4 bits; take such a checkpoint, or the one in float32, bfloat16 or float16 from "
+        "which this one was made, with quantization='int8' if it is to be smaller"
     )
 
 
@@ -250,12 +280,12 @@ def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Sequence[int]], 
         if entry["shape"] != list(shape):
             raise ModelLoadError(
                 f"{name} has shape {entry['shape']}, but its config says {list(shape)} "
-                f"({_name_fields(checkpoint.hf_config, entry['shape'], shape)}{path}); "
+                f"({_name_fields(name, checkpoint.hf_config, entry['shape'], shape)}{path}); "
                 "take config and weights from the same checkpoint"
             )
-        if entry["dtype"] not in _FLOATS:
+        if entry["dtype"] not in INTEGER_TENSORS.get(name.rpartition(".")[2], _FLOATS):
             raise quantized(checkpoint.folder, f"{name} is stored as {entry['dtype']}")
-    stored = sum(math.prod(entry["shape"]) for entry in checkpoint.headers.values())
+    stored = sum(count_numbers(name, entry) for name, entry in checkpoint.headers.items())
     # Missing weights are reported later, with their names; this check protects the memory.
     if num_elements > 2 * stored:
         raise ModelLoadError(
@@ -264,11 +294,13 @@ def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Sequence[int]], 
         )
 
 
-def _name_fields(hf_config: Any, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """The fields of a config that may give the sizes in which two shapes differ."""
+def _name_fields(name: str, hf_config: Any, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """The fields of a config that may give the sizes in which the shapes of a tensor differ."""
+    if name.rpartition(".")[2] in chain(*TENSORS.values()):
+        return "quantization_config in "
     sizes = set(wanted) - set(found)
     fields = hf_config.get_text_config().to_dict().items()
-    names = [f"{name}={value}" for name, value in fields if type(value) is int and value in sizes]
+    names = [f"{field}={value}" for field, value in fields if type(value) is int and value in sizes]
     return f"{', '.join(names)} in " if names else ""
 
 

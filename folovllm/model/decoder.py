@@ -27,7 +27,8 @@ from folovllm.model.checkpoint import (
     iterate_weights,
     missing_weights,
 )
-from folovllm.model.layers import Linear, RMSNorm
+from folovllm.model.layers import Linear, LinearBase, LinearMethod, Place, RMSNorm
+from folovllm.model.quantized_layers import linear_method
 
 ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
 """The model classes of a checkpoint's config that this module can run, and the ``model_type`` of each."""
@@ -136,38 +137,38 @@ def rotary_frequencies(config: DecoderConfig) -> Tensor:
 class DecoderLayer:
     """One layer: attention, then the MLP, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, index: int, method: LinearMethod) -> None:
         self.index, eps = index, config.rms_norm_eps
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_size, self.kv_size = q_size, kv_size
-
-        def weight(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(weight(hidden), eps), RMSNorm(weight(hidden), eps)
-        qkv_size = q_size + 2 * kv_size
-        self.qkv_proj = Linear(weight(qkv_size, hidden), weight(qkv_size) if config.qkv_bias else None)
+        hidden, inner, at, empty = config.hidden_size, config.intermediate_size, f"model.layers.{index}", method.empty
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(empty(hidden), eps), RMSNorm(empty(hidden), eps)
+        qkv = {f"{at}.self_attn.{name}_proj": size for name, size in zip("qkv", [q_size, kv_size, kv_size])}
+        self.qkv_proj = method.create(qkv, hidden, config.qkv_bias)
         qk_shape = config.num_heads + config.num_kv_heads, config.head_dim
-        self.qk_norm = RMSNorm(weight(*qk_shape), eps) if config.qk_norm else None
-        self.o_proj = Linear(weight(hidden, q_size), weight(hidden) if config.output_bias else None)
-        self.gate_up_proj = Linear(weight(2 * inner, hidden))
-        self.down_proj = Linear(weight(hidden, inner))
+        self.qk_norm = RMSNorm(empty(*qk_shape), eps) if config.qk_norm else None
+        self.o_proj = method.create({f"{at}.self_attn.o_proj": hidden}, q_size, config.output_bias)
+        self.gate_up_proj = method.create({f"{at}.mlp.gate_proj": inner, f"{at}.mlp.up_proj": inner}, hidden)
+        self.down_proj = method.create({f"{at}.mlp.down_proj": hidden}, inner)
+
+    @property
+    def linears(self) -> tuple[LinearBase, ...]:
+        """Its products."""
+        return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
+
+    @property
+    def norms(self) -> list[RMSNorm]:
+        """Its norms."""
+        return [
+            norm for norm in (self.input_layernorm, self.qk_norm, self.post_attention_layernorm) if norm is not None
+        ]
 
     def process_weights_after_loading(self) -> None:
         """Prepares its weights for use."""
-        for part in (
-            self.input_layernorm,
-            self.qkv_proj,
-            self.qk_norm,
-            self.o_proj,
-            self.post_attention_layernorm,
-            self.gate_up_proj,
-            self.down_proj,
-        ):
-            if part is not None:
-                part.process_weights_after_loading()
+        for norm in self.norms:
+            norm.process_weights_after_loading()
+        for linear in self.linears:
+            linear.process_weights_after_loading()
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """``x`` and the result ``[num_tokens, hidden_size]``; ``cos``, ``sin`` ``[num_tokens, 1, head_dim]``."""
@@ -192,17 +193,23 @@ class Decoder:
         num_positions: the longest sequence in tokens; the rotary tables have a row for each position.
         dtype: of weights and activations.
         device: where they are.
+        method: what makes its products; None: products with weights of floats.
     """
 
     def __init__(
-        self, config: DecoderConfig, num_positions: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: DecoderConfig,
+        num_positions: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        method: LinearMethod | None = None,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = torch.empty(shape, dtype=dtype, device=device)
-        self.layers = [DecoderLayer(config, i, dtype, self.device) for i in range(config.num_layers)]
-        self.norm = RMSNorm(torch.empty(shape[1:], dtype=dtype, device=device), config.rms_norm_eps)
-        self.head = Linear(self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding))
+        method = method or LinearMethod(dtype, self.device)
+        self.embedding = method.empty(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, i, method) for i in range(config.num_layers)]
+        self.norm = RMSNorm(method.empty(config.hidden_size), config.rms_norm_eps)
+        self.head = method.create_head({"lm_head": config.vocab_size}, self.embedding, config.tie_word_embeddings)
         angles = torch.outer(torch.arange(num_positions).float(), rotary_frequencies(config))
         self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
@@ -245,9 +252,33 @@ class Decoder:
         for name, tensor in weights:
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
+            if name.endswith(".bias") and name not in places and not tensor.any():
+                continue  # some quantizers give every module a bias of zeros
             if name not in places:
                 raise ModelLoadError(f"the checkpoint has a weight {name}, which {type(self).__name__} does not know")
             places[name].copy_(tensor)
+
+    @property
+    def linears(self) -> list[LinearBase]:
+        """All its products, the head last."""
+        return [*(linear for layer in self.layers for linear in layer.linears), self.head]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights as they are held, once they are loaded."""
+        norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
+        shared = isinstance(self.head, Linear) and self.head.weight is self.embedding  # a tied head, not packed
+        return (
+            self.embedding.nbytes
+            + sum(norm.weight.nbytes for norm in norms)
+            + sum(linear.num_bytes for linear in self.linears[: -1 if shared else None])
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all weights, in however few bits they are held; tied ones are counted once."""
+        in_floats = Decoder(self.config, 0, self.dtype, "meta")
+        return sum(math.prod(shape) for shape in in_floats.weight_shapes().values())
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of a checkpoint's tensors, by their names in transformers."""
@@ -255,31 +286,24 @@ class Decoder:
         is_shared = re.compile(r"[qk]_norm\.weight$").search
         return {name: (*place.shape[1 if is_shared(name) else 0 :],) for name, place in self._places().items()}
 
-    def _places(self) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes: name -> a view of our weights."""
-        places = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
-        if not self.config.tie_word_embeddings:
-            places["lm_head.weight"] = self.head.weight
+    def _places(self) -> dict[str, Place]:
+        """Where each tensor of a checkpoint goes, by its name there."""
+        places: dict[str, Place] = {
+            "model.embed_tokens.weight": self.embedding,
+            "model.norm.weight": self.norm.weight,
+            **self.head.places(),
+        }
         for i, layer in enumerate(self.layers):
-            sizes = [layer.q_size, layer.kv_size, layer.kv_size]
-            found: dict[str, Tensor] = {
-                "input_layernorm.weight": layer.input_layernorm.weight,
-                "post_attention_layernorm.weight": layer.post_attention_layernorm.weight,
-                "self_attn.o_proj.weight": layer.o_proj.weight,
-                "mlp.down_proj.weight": layer.down_proj.weight,
+            norms = {
+                "input_layernorm": layer.input_layernorm.weight,
+                "post_attention_layernorm": layer.post_attention_layernorm.weight,
             }
-            found |= zip([f"self_attn.{p}_proj.weight" for p in "qkv"], layer.qkv_proj.weight.split(sizes), strict=True)
-            found |= zip(
-                ["mlp.gate_proj.weight", "mlp.up_proj.weight"], layer.gate_up_proj.weight.chunk(2), strict=True
-            )
-            if layer.qkv_proj.bias is not None:
-                found |= zip([f"self_attn.{p}_proj.bias" for p in "qkv"], layer.qkv_proj.bias.split(sizes), strict=True)
-            if layer.o_proj.bias is not None:
-                found["self_attn.o_proj.bias"] = layer.o_proj.bias
             if layer.qk_norm is not None:
                 q_norm, k_norm = layer.qk_norm.weight.split([layer.num_heads, layer.num_kv_heads])
-                found |= {"self_attn.q_norm.weight": q_norm, "self_attn.k_norm.weight": k_norm}
-            places |= {f"model.layers.{i}.{name}": place for name, place in found.items()}
+                norms |= {"self_attn.q_norm": q_norm, "self_attn.k_norm": k_norm}
+            places |= {f"model.layers.{i}.{name}.weight": weight for name, weight in norms.items()}
+            for linear in layer.linears:
+                places |= linear.places()
         return places
 
 
@@ -289,19 +313,29 @@ def load_decoder(checkpoint: Checkpoint) -> Decoder:
     Raises:
         ModelLoadError: if the engine has no such architecture, or config and weights do not belong together.
     """
-    config = DecoderConfig.from_hf(checkpoint.hf_config)
+    config = check_weights(checkpoint)
     num_positions, dtype, device = checkpoint.max_model_len, checkpoint.dtype, checkpoint.device
-    shapes = Decoder(config, 0, dtype, "meta").weight_shapes()  # nothing is allocated there
-    check_shapes(checkpoint, shapes, sum(math.prod(shape) for shape in shapes.values()))
-    if missing := sorted(shapes.keys() - checkpoint.headers.keys()):
-        raise missing_weights(checkpoint.folder, missing)
     check_room(
         f"the rotary tables of {checkpoint.folder} for {num_positions:,} positions",
         2 * num_positions * config.head_dim * dtype.itemsize,
         device,
         "or lower max_model_len",
     )
-    decoder = Decoder(config, num_positions, dtype, device)
+    decoder = Decoder(config, num_positions, dtype, device, linear_method(checkpoint, device))
     decoder.load_weights(iterate_weights(checkpoint))
     decoder.process_weights_after_loading()
     return decoder
+
+
+def check_weights(checkpoint: Checkpoint) -> DecoderConfig:
+    """The shape of an opened checkpoint's decoder, to which all its weights belong; none of them is read.
+
+    Raises:
+        ModelLoadError: if the engine has no such architecture, or config and weights do not belong together.
+    """
+    config, meta = DecoderConfig.from_hf(checkpoint.hf_config), torch.device("meta")  # nothing is allocated there
+    shapes = Decoder(config, 0, checkpoint.dtype, meta, linear_method(checkpoint, meta)).weight_shapes()
+    check_shapes(checkpoint, shapes, sum(math.prod(shape) for shape in shapes.values()))
+    if missing := sorted(shapes.keys() - checkpoint.headers.keys()):
+        raise missing_weights(checkpoint.folder, missing)
+    return config

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from folovllm.model.checkpoint import ModelLoadError, describe_other_kind, one_line, quantized
+from folovllm.model.checkpoint import ModelLoadError, describe_other_kind, one_line
 from folovllm.validation import check_int, check_number, require, show
 
 MAX_SIZE = 2**31 - 1
@@ -113,7 +113,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads ``config.json`` and checks every field that can be checked by itself.
 
     Raises:
-        ModelLoadError: if there is none, or it names no model, a quantized one, or a value that cannot be.
+        ModelLoadError: if there is none, or it names no model, or a value that cannot be.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -130,25 +130,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} names no architecture (architectures is {show(names)}); "
             'add its model class, as in "architectures": ["Qwen3ForCausalLM"]'
         )
-    _refuse_quantized(path, raw)
     for _, full_name, value, check in _fields(raw):
         try:
             check(full_name, value)
         except ValueError as error:
             raise ModelLoadError(f"{path} is wrong: {error}; take it from the checkpoint again") from None
     return raw
-
-
-def _refuse_quantized(path: Path, raw: dict[str, Any]) -> None:
-    """Says which method quantized the checkpoint, if one did."""
-    text_config = raw.get("text_config")
-    for config in (raw, text_config if isinstance(text_config, dict) else {}):
-        for name in ("quantization_config", "compression_config"):
-            found = config.get(name)
-            if found is None or found == {}:
-                continue
-            method = found.get("quant_method") if isinstance(found, dict) else found
-            raise quantized(path, f"its {name} says {show(method)}" if method else f"it has a {name}")
 
 
 def check_sizes(folder: Path, raw: dict[str, Any], num_elements: int, num_tensors: int) -> None:

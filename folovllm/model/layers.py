@@ -15,6 +15,8 @@ each call (of a ``torch.nn.Module``, of each operation) is a good part of a step
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +26,65 @@ PACK_FOR_ROWS = 16
 """Number of rows the packed order is chosen for; measured, the order is as good for 5 and for 661 rows."""
 
 
-class Linear:
-    """``x @ weight.T + bias``.
+class LinearBase:
+    """A product, ``x @ weight.T + bias``, however its weight is stored.
+
+    Args:
+        bias: ``[num_out]``, if there is one.
+        shards: the modules of the checkpoint whose outputs lie one after the other in it, and how many each has.
+    """
+
+    kernel = "floats"
+    """How it is computed."""
+
+    def __init__(self, bias: Tensor | None, shards: Mapping[str, int] | None) -> None:
+        self.bias, self.shards = bias, shards or {}
+
+    def places(self) -> dict[str, Place]:
+        """Where each tensor of a checkpoint goes, by its name there: here the views of the bias."""
+        return {} if self.bias is None else dict(self.split("bias", self.bias))
+
+    def split(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        """The views of a fused tensor that belong to the modules of the checkpoint, as ``module.name``."""
+        parts = whole.split(list(self.shards.values())) if self.shards else ()
+        return {f"{module}.{name}": part for module, part in zip(self.shards, parts)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that weight and bias take, once they are loaded."""
+        return 0 if self.bias is None else self.bias.nbytes
+
+    def process_weights_after_loading(self) -> None:
+        """Stores the weight as it is used."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[num_tokens, num_in]`` to ``[num_tokens, num_out]``."""
+        raise NotImplementedError
+
+
+class Linear(LinearBase):
+    """A product whose weight is floats.
 
     Args:
         weight: ``[num_out, num_in]``.
         bias: ``[num_out]``, if there is one.
+        shards: see `LinearBase`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, shards: Mapping[str, int] | None = None) -> None:
+        super().__init__(bias, shards)
+        self.weight = weight
         self._use_onednn = has_onednn(weight)
+
+    def places(self) -> dict[str, Place]:
+        """Where each tensor of a checkpoint goes: the views of weight and bias."""
+        return {**super().places(), **self.split("weight", self.weight)}
+
+    @property
+    def num_bytes(self) -> int:
+        """See `LinearBase`."""
+        return super().num_bytes + self.weight.nbytes
 
     def process_weights_after_loading(self) -> None:
         """Stores the weight in oneDNN's own order, if it has one; only oneDNN can read it afterwards."""
@@ -54,6 +104,47 @@ def has_onednn(weight: Tensor) -> bool:
         return False
     bfloat16 = weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype is torch.float32 or bool(bfloat16)
+
+
+class Place(Protocol):
+    """Where a tensor of a checkpoint goes: a tensor, or what keeps it in fewer bits."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the checkpoint's tensor."""
+
+    def copy_(self, tensor: Tensor, /) -> object:
+        """Takes the tensor's numbers."""
+
+
+class LinearMethod:
+    """Makes a model's products: here with weights of floats; `folovllm.model.quantized_layers` has others.
+
+    As vLLM's ``LinearMethodBase`` (``vllm/model_executor/layers/linear.py``, 0.33.0).
+
+    Args:
+        dtype: of weights and activations.
+        device: where they are.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+
+    def create(self, shards: Mapping[str, int], num_in: int, bias: bool = False) -> LinearBase:
+        """A product whose weights are not loaded yet; see `LinearBase`."""
+        return Linear(self.empty(sum(shards.values()), num_in), self.create_bias(shards, bias), shards)
+
+    def create_head(self, shards: Mapping[str, int], embedding: Tensor, tied: bool) -> LinearBase:
+        """The product that makes the logits, with the embedding's own weight if the two are tied."""
+        return Linear(embedding) if tied else self.create(shards, embedding.shape[1])
+
+    def create_bias(self, shards: Mapping[str, int], bias: bool) -> Tensor | None:
+        """Room for the bias of all outputs, if there is one."""
+        return self.empty(sum(shards.values())) if bias else None
+
+    def empty(self, *shape: int) -> Tensor:
+        """Room for floats."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
 class RMSNorm:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from folovllm.model.quantization import PACK_FACTOR
 from folovllm.validation import require
 
-PACK_FACTOR = 8
-"""Values of 4 bits in an int32."""
 SYMMETRIC_ZERO = 8
 """The zero of a symmetric weight, whose values stand for -8 to 7."""
 GPTQ_ZEROS_OFFSET = 0x1111_1111
@@ -56,8 +55,16 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight as floats, ``[num_out, num_in]``; computed in float32, rounded once."""
-        steps = self.values.to(torch.float32).sub_(self.zeros[:, self.g_idx])
-        return steps.mul_(self.scales.to(torch.float32)[:, self.g_idx]).to(dtype)
+        return dequantize(self.values, self.scales, self.zeros, self.g_idx, dtype)
+
+
+def dequantize(values: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`QuantizedWeight.dequantize` for its parts; ``g_idx`` None: groups of equal size, in order, which is faster."""
+    scales, zeros, steps = scales.to(torch.float32), zeros.to(torch.float32), values.to(torch.float32)
+    if g_idx is not None:
+        return steps.sub_(zeros.index_select(1, g_idx)).mul_(scales.index_select(1, g_idx)).to(dtype)
+    groups = steps.unflatten(-1, (zeros.shape[1], -1))
+    return groups.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def column_groups(num_in: int, num_groups: int) -> Tensor:
@@ -76,7 +83,8 @@ def pack_int4(values: Tensor) -> Tensor:
     """
     missing = -values.shape[-1] % PACK_FACTOR
     eights = torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, PACK_FACTOR)).to(torch.int32)
-    return (eights << _shifts(values.device)).sum(-1, dtype=torch.int32)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=values.device)
+    return (eights << shifts).sum(-1, dtype=torch.int32)
 
 
 def unpack_int4(packed: Tensor, num_values: int) -> Tensor:
@@ -90,13 +98,8 @@ def unpack_int4(packed: Tensor, num_values: int) -> Tensor:
         f"{num_values} values of 4 bits are {-(-num_values // PACK_FACTOR)} numbers of int32, "
         f"got {packed.shape[-1]} of {str(packed.dtype).removeprefix('torch.')}",
     )
-    values = (packed.unsqueeze(-1) >> _shifts(packed.device)).bitwise_and_(15).to(torch.uint8)
-    return values.flatten(-2)[..., :num_values]
-
-
-def _shifts(device: torch.device) -> Tensor:
-    """The place of each of eight values in their int32, in bits."""
-    return torch.arange(0, 32, 4, dtype=torch.int32, device=device)
+    pairs = packed.contiguous().view(torch.uint8)  # two values in each; the lowest byte of an int32 is its first
+    return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)[..., :num_values]
 
 
 def pack_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
@@ -180,10 +183,11 @@ def unpack_compressed(tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     scales = tensors["weight_scale"]
     num_out, num_in = tensors["weight_shape"].tolist()
     zeros, g_idx = tensors.get("weight_zero_point"), tensors.get("weight_g_idx")
+    values = unpack_int4(tensors["weight_packed"], num_in)  # first, since it refuses a width that no memory would hold
     if g_idx is None or bool((g_idx == -1).all()):
         g_idx = column_groups(num_in, scales.shape[1]).to(scales.device)
     return QuantizedWeight(
-        unpack_int4(tensors["weight_packed"], num_in),
+        values,
         scales,
         torch.full(scales.shape, SYMMETRIC_ZERO, dtype=torch.uint8, device=scales.device)
         if zeros is None

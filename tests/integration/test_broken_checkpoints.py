@@ -6,6 +6,7 @@ Every case goes through `ModelLoader.open`, `ModelLoader.load_model` and `load_d
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_checkpoints import config_of, quantize
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -29,6 +31,7 @@ from transformers import (
 from folovllm import ModelConfig, ModelLoader
 from folovllm.model.checkpoint import ModelLoadError
 from folovllm.model.decoder import load_decoder
+from folovllm.model.quantization import TENSORS
 from folovllm.model_loader import read_generation_config
 from folovllm.tales import EMBEDDED_MODEL
 
@@ -67,12 +70,21 @@ def save(folder: Path, name: str, **kwargs) -> Path:
     return folder
 
 
+QUANTIZED = {
+    "gptq": ("llama", {"method": "gptq", "group_size": 16, "desc_act": True}),
+    "gptq_v2": ("qwen3", {"method": "gptq", "group_size": -1, "version": 2}),
+    "compressed": ("qwen2", {"method": "compressed-tensors", "group_size": 16, "symmetric": False}),
+}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of each kind; Qwen2's in several files."""
     root = tmp_path_factory.mktemp("whole")
     sharded = {"qwen2": {"max_shard_size": "100KB"}}
-    return {name: save(root / name, name, **sharded.get(name, {})) for name in CONFIGS}
+    folders = {name: save(root / name, name, **sharded.get(name, {})) for name in CONFIGS}
+    made = {name: quantize(folders[source], root / name, **how) for name, (source, how) in QUANTIZED.items()}
+    return folders | made
 
 
 @pytest.fixture
@@ -312,6 +324,209 @@ class TestKinds:
         assert torch.equal(decode(copy).embedding, expected)
         load_model(copy)
         assert not caplog.text
+
+
+LOADING = (load_model, decode)
+"""The ways that compare the config with the weights; the third reads the files' headers alone."""
+
+
+class TestQuantized:
+    """Checkpoints in 4 bits, damaged in one place each."""
+
+    MODULE = "model.layers.1.mlp.up_proj"
+
+    @pytest.fixture
+    def fresh(self, whole, tmp_path):
+        """A copy of one to damage, as often as wanted."""
+
+        def make(name: str) -> Path:
+            return Path(shutil.copytree(whole[name], tmp_path / f"{name} {len(list(tmp_path.iterdir()))}"))
+
+        return make
+
+    def change(self, folder: Path, **changes) -> Path:
+        """Replaces tensors of a module; ... takes one out."""
+        weights = load_file(folder / "model.safetensors")
+        for name, change in changes.items():
+            tensor = weights.pop(f"{self.MODULE}.{name}", None)
+            if change is not ...:
+                weights[f"{self.MODULE}.{name}"] = change(tensor).contiguous()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    @pytest.mark.parametrize("name", QUANTIZED)
+    def test_whole_ones_are_loaded(self, whole, name):
+        assert [outcome(way, whole[name]) for way in WAYS] == [None] * 3
+
+    @pytest.mark.parametrize(
+        "name, tensor",
+        [
+            *(("gptq", tensor) for tensor in TENSORS["gptq"]),
+            *(("compressed", tensor) for tensor in TENSORS["compressed-tensors"] if tensor != "weight_g_idx"),
+        ],
+    )
+    def test_a_tensor_that_is_missing_or_cut_or_of_another_kind(self, fresh, name, tensor):
+        missing = f"1 of the model's weights ({self.MODULE}.{tensor}) are missing"
+        refusal(self.change(fresh(name), **{tensor: ...}), missing, ways=LOADING)
+        folder = self.change(fresh(name), **{tensor: lambda whole: whole[:-1]})
+        refusal(folder, f"{self.MODULE}.{tensor} has shape", "quantization_config", ways=LOADING)
+        folder = self.change(fresh(name), **{tensor: lambda whole: whole.to(torch.int16)})
+        refusal(folder, f"{self.MODULE}.{tensor} is stored as I16", ways=LOADING)
+
+    @pytest.mark.parametrize("group_size", [8, 32, 64, -1])
+    @pytest.mark.parametrize("name", ["gptq", "compressed"])
+    def test_another_group_size_than_in_the_files(self, fresh, name, group_size):
+        method, symmetric, desc_act = QUANTIZED[name][1]["method"], name == "gptq", name == "gptq"
+        folder = fresh(name)
+        edit(folder, quantization_config=config_of(method, group_size, symmetric, desc_act))
+        refusal(folder, "has shape", "quantization_config", ways=LOADING)
+
+    @pytest.mark.parametrize("group", [2, 2**31 - 1, -1, -(2**31)])
+    def test_a_group_that_there_is_not(self, fresh, group):
+        def change(g_idx):
+            g_idx[3] = group
+            return g_idx
+
+        folder = self.change(fresh("gptq"), g_idx=change)
+        refusal(folder, f"{self.MODULE} is wrong: g_idx must name groups from 0 to 1, got {group}", ways=LOADING)
+
+    @pytest.mark.parametrize("shape", [[48, 31], [48, 40], [49, 32], [-1, -1], [0, 0], [2**40, 2**40]])
+    def test_a_shape_that_its_numbers_do_not_have(self, fresh, shape):
+        folder = self.change(fresh("compressed"), weight_shape=lambda _: torch.tensor(shape))
+        refusal(folder, f"{self.MODULE} is wrong", ways=LOADING)
+
+    @pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+    def test_a_config_without_the_weights(self, copy, method):
+        edit(copy, quantization_config=config_of(method))
+        refusal(copy, f"quantized by {method!r}, but the files hold none")
+
+    def test_weights_without_the_config(self, fresh):
+        folder = fresh("gptq")
+        edit(folder, quantization_config=...)
+        refusal(folder, "quantized", "has a tensor model.layers.0.mlp.down_proj.g_idx")
+
+    def test_weights_of_another_method(self, fresh):
+        folder = fresh("gptq")
+        edit(folder, quantization_config=config_of("compressed-tensors"))
+        refusal(folder, "quantized", "has a tensor model.layers.0.mlp.down_proj.g_idx")
+
+    def test_shards_that_cannot_be_one_product(self, whole, tmp_path):
+        """The query's weight in 4 bits, the others' in floats."""
+        folder = quantize(whole["llama"], tmp_path / "mixed", "gptq", which=re.compile(".*q_proj").match)
+        refusal(folder, "self_attn.k_proj", "are one product", ways=LOADING)
+
+    @pytest.mark.parametrize(
+        "changes, part",
+        [
+            ({"bits": 3}, "bits must be 4, got 3"),
+            ({"bits": 8}, "bits must be 4, got 8"),
+            ({"bits": "4"}, "bits must be 4, got '4'"),
+            ({"checkpoint_format": "marlin"}, "checkpoint_format must be one of gptq, gptq_v2, got 'marlin'"),
+            ({"checkpoint_format": []}, "got []"),
+            ({"is_marlin_format": True}, "marlin"),
+            ({"group_size": 0}, "group_size must be positive, or -1 for whole columns, got 0"),
+            ({"group_size": None}, "group_size must be an integer, got None"),
+            ({"sym": "yes"}, "sym must be True or False"),
+            ({"desc_act": 1}, "desc_act must be True or False"),
+            ({"dynamic": {"+:.*up_proj": {"bits": 8}}}, "bits must be 4, got 8"),
+            ({"dynamic": {"-:(": {}}}, "dynamic has a pattern '('"),
+            ({"dynamic": [1]}, "dynamic must be an object"),
+            ({"dynamic": {"x": 3}}, "dynamic['x'] must be an object, got 3"),
+        ],
+    )
+    def test_what_gptq_says_and_is_not_run(self, fresh, changes, part):
+        folder = fresh("gptq")
+        edit(folder, quantization_config=config_of("gptq", **changes))
+        refusal(folder, "config.json", "'gptq'", part)
+
+    @pytest.mark.parametrize(
+        "changes, part",
+        [
+            ({"format": "float-quantized"}, "format must be 'pack-quantized', got 'float-quantized'"),
+            ({"format": "marlin-24"}, "'marlin-24'"),
+            ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme must be null"),
+            ({"transform_config": {"config_groups": {}}}, "transform_config must be null"),
+            ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config must be null or dense"),
+            ({"ignore": "lm_head"}, "ignore must be a list of names"),
+            ({"ignore": ["re:("]}, "ignore has a pattern '('"),
+            ({"ignore": [None]}, "ignore must be a list of names, got an entry None"),
+            ({"config_groups": {}}, "config_groups must name a group"),
+            ({"config_groups": {"a": 1}}, "config_groups.a must be an object"),
+        ],
+    )
+    def test_what_compressed_tensors_says_and_is_not_run(self, fresh, changes, part):
+        folder = fresh("compressed")
+        edit(folder, quantization_config=config_of("compressed-tensors", **changes))
+        refusal(folder, "config.json", "'compressed-tensors'", part)
+
+    @pytest.mark.parametrize(
+        "name, value, part",
+        [
+            ("num_bits", 8, "weights.num_bits must be 4, got 8"),
+            ("num_bits", 3, "weights.num_bits must be 4, got 3"),
+            ("type", "float", "weights.type must be 'int', got 'float'"),
+            ("strategy", "tensor", "weights.strategy must be 'group' or 'channel', got 'tensor'"),
+            ("strategy", [], "got []"),
+            ("group_size", "x", "weights.group_size must be an integer"),
+            ("dynamic", True, "weights.dynamic must be false"),
+            ("symmetric", None, "weights.symmetric must be True or False"),
+        ],
+    )
+    def test_what_a_group_of_weights_says_and_is_not_run(self, fresh, name, value, part):
+        folder, config = fresh("compressed"), config_of("compressed-tensors")
+        config["config_groups"]["group_0"]["weights"][name] = value
+        edit(folder, quantization_config=config)
+        refusal(folder, "config.json", f"config_groups.group_0.{part}" if part.startswith("weights") else part)
+
+    def test_activations_in_fewer_bits(self, fresh):
+        folder, config = fresh("compressed"), config_of("compressed-tensors")
+        config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+        edit(folder, quantization_config=config)
+        refusal(folder, "config_groups.group_0.input_activations must be null")
+
+    def test_what_was_asked_for_does_not_fit_the_checkpoint(self, whole):
+        def message(name, asked):
+            with pytest.raises(ValueError) as error:
+                ModelLoader(ModelConfig(str(whole[name]), quantization=asked)).open("cpu")
+            return str(error.value)
+
+        assert "must be None or 'gptq'" in message("gptq", "int8") and "must be None or 'gptq'" in message(
+            "gptq", "compressed-tensors"
+        )
+        assert "must be None or 'int8'" in message("llama", "gptq")
+
+    def test_transformers_model_has_no_8_bits(self, whole):
+        with pytest.raises(ValueError, match="for the engine alone"):
+            ModelLoader(ModelConfig(str(whole["llama"]), quantization="int8")).load_model("cpu")
+
+    @settings(max_examples=60)
+    @given(data=st.data())
+    def test_whatever_a_tensor_holds(self, whole, tmp_path_factory, data):
+        """One or two tensors of a quantized module changed at random: it runs, or one sentence says why not."""
+        name = data.draw(st.sampled_from(sorted(QUANTIZED)))
+        folder = Path(shutil.copytree(whole[name], tmp_path_factory.mktemp("any") / "copy"))
+        change = st.sampled_from(
+            [
+                ...,
+                lambda tensor: tensor[:-1],
+                lambda tensor: tensor.flatten(),
+                lambda tensor: tensor.unsqueeze(0),
+                lambda tensor: tensor.T if tensor.ndim == 2 else tensor,
+                lambda tensor: torch.cat([tensor, tensor]),
+                lambda tensor: tensor.new_zeros(0),
+                lambda tensor: tensor.to(torch.float32),
+                lambda tensor: tensor.to(torch.int64),
+                lambda tensor: torch.full_like(tensor, 2**15),
+                lambda tensor: torch.full_like(tensor, -1),
+                lambda tensor: torch.zeros_like(tensor),
+            ]
+        )
+        tensors = TENSORS[QUANTIZED[name][1]["method"]]
+        there = [tensor for tensor in tensors if tensor not in ("weight_g_idx",)]
+        self.change(folder, **data.draw(st.dictionaries(st.sampled_from(there), change, min_size=1, max_size=2)))
+        first, second = (outcome(way, folder) for way in LOADING)
+        assert (first is None) == (second is None)
+        shutil.rmtree(folder)
 
 
 class TestIndex:

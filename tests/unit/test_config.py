@@ -41,6 +41,7 @@ class TestModelConfig:
             "seed": 0,
             "attention_backend": "auto",
             "enforce_eager": None,
+            "quantization": None,
         }
 
     def test_model_is_required(self):

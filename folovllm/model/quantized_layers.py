@@ -1,0 +1,487 @@
+"""Products with weights of 4 and 8 bits. Chapter 15 is about this module.
+
+With few rows a product takes as long as reading its weight, so fewer bits are fewer microseconds. There are three ways
+to compute one:
+
+- *packed*: 4 bits, by torch's own kernel, on a CPU with AVX2 or AVX-512 and activations in bfloat16 (with others it
+  falls back to a loop of single numbers, which is never called from here);
+- *dynamic*: 8 bits, and the activations are rounded to 8 bits as well, with a scale for each row, so that whole
+  numbers are multiplied; on a CPU;
+- *plain*: the weight is turned into floats anew for each product. It runs everywhere and is what the others are
+  compared with. On CUDA it is the only way, since the kernels there have not been tried on a GPU yet; on an ARM CPU
+  4 bits take it too, since torch has no kernel for them there, and 8 bits are dynamic by QNNPACK.
+
+As in vLLM (``vllm/model_executor/layers/quantization/base_config.py`` and ``kernels/linear/mixed_precision``, 0.33.0).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from folovllm.model.checkpoint import Checkpoint, ModelLoadError, iterate_weights
+from folovllm.model.layers import Linear, LinearBase, LinearMethod, Place
+from folovllm.model.packing import (
+    SYMMETRIC_ZERO,
+    QuantizedWeight,
+    column_groups,
+    dequantize,
+    is_mislabelled,
+    pack_int4,
+    unpack_compressed,
+    unpack_gptq,
+    unpack_int4,
+)
+from folovllm.model.quantization import TENSORS, QuantizationConfig, Scheme
+from folovllm.utils import cdiv
+from folovllm.validation import require
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 4096
+"""Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
+ROWS_FOR_FLOATS = 128
+"""From so many rows on a weight of 4 bits is turned into floats for this one product, because that is faster than the
+kernel: on one core with AVX2, weight 3,072 x 1,024, milliseconds for 64 / 128 / 256 / 1,024 rows by the kernel 9.9 /
+19.8 / 40 / 159, in floats 10.7 / 15.4 / 24 / 91."""
+FLOATS = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+"""Those that this CPU multiplies fastest."""
+KERNEL_GROUP_SIZES = (256, 128, 64, 32)
+"""Input columns that share a scale in torch's kernel for 4 bits."""
+KERNEL_OUTPUTS = 16
+"""Its outputs must be a multiple of this."""
+
+
+def has_int4_kernel(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has a vectorized product with weights of 4 bits for these activations."""
+    vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return device.type == "cpu" and dtype is torch.bfloat16 and vectorized
+
+
+@functools.cache
+def int8_max() -> int:
+    """The largest weight of 8 bits; the smallest is its negative, so that zero is in the middle.
+
+    x86 before VNNI adds up two products in 16 bits, in which two of 255 * 127 have no room. Weights of 7 bits cost
+    less quality than activations of 7 bits (torch's ``reduce_range``): SmolLM2-135M loses 0.03 to 0.04 nats per token
+    with them, and 0.08 with these.
+    """
+    return 127 if torch.backends.quantized.engine == "qnnpack" or torch.cpu._is_vnni_supported() else 64
+
+
+def has_int8_kernel(device: torch.device) -> bool:
+    """Whether torch has products of whole numbers on this device."""
+    return device.type == "cpu" and torch.backends.quantized.engine != "none"
+
+
+class Int8Rows:
+    """Where some rows of a weight of floats go that is kept in 8 bits; each row has a scale of its own.
+
+    Args:
+        values: int8 ``[num_out, num_in]``, a view of the whole weight's.
+        scales: float32 ``[num_out]``, likewise.
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor) -> None:
+        self.values, self.scales = values, scales
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the weight."""
+        return self.values.shape
+
+    def copy_(self, weight: Tensor) -> None:
+        """Rounds a weight of floats to 8 bits."""
+        for start in range(0, len(weight), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            floats = weight[rows].to(self.scales.device, torch.float32)
+            scales = floats.abs().amax(-1) / int8_max()
+            scales = scales.where(scales > 0, 1)  # for a row of zeros
+            self.scales[rows] = scales
+            self.values[rows].copy_((floats / scales.unsqueeze(-1)).round_())
+
+
+class Int8Linear(LinearBase):
+    """A product whose weight has 8 bits, with a scale for each output.
+
+    Args:
+        method: what makes it.
+        shards: see `LinearBase`.
+        num_in: input columns.
+        bias: whether it has one.
+        tied: the embedding, if its weight is the head's as well; it is rounded when all weights are loaded.
+        is_head: its logits are float32, since no product follows for which they would have to be anything else.
+    """
+
+    kernel = "8 bits, plain"
+
+    def __init__(
+        self,
+        method: LinearMethod,
+        shards: Mapping[str, int],
+        num_in: int,
+        bias: bool = False,
+        tied: Tensor | None = None,
+        is_head: bool = False,
+    ) -> None:
+        num_out = sum(shards.values())
+        super().__init__(method.create_bias(shards, bias), {} if tied is not None else shards)
+        self.weight = torch.empty(num_out, num_in, dtype=torch.int8, device=method.device)
+        self.scales = torch.empty(num_out, device=method.device)
+        self.tied, self.is_head, self.out_dtype = tied, is_head, torch.float32 if is_head else method.dtype
+        self._packed: torch.ScriptObject | None = None
+
+    def places(self) -> dict[str, Place]:
+        """Where each tensor of a checkpoint goes; a weight is rounded on the way."""
+        values, scales = self.split("weight", self.weight), self.split("weight", self.scales)
+        return super().places() | {name: Int8Rows(values[name], scales[name]) for name in values}
+
+    @property
+    def num_bytes(self) -> int:
+        """See `LinearBase`."""
+        return super().num_bytes + self.scales.nbytes + self.weight.nbytes
+
+    def process_weights_after_loading(self) -> None:
+        """Stores the weight in the order of torch's kernel, where there is one."""
+        if self.tied is not None:
+            Int8Rows(self.weight, self.scales).copy_(self.tied)
+        if has_int8_kernel(self.weight.device):
+            self._packed = pack_int8(self.weight, self.scales)
+            self.kernel, self.weight = "8 bits, dynamic", self.weight.to("meta")  # its size is all that is left
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `LinearBase`."""
+        if self._packed is None:
+            out = F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+        elif len(x) == 1 and not self.is_head:
+            out = multiply_int8(x.float(), self._packed)
+        else:
+            out = multiply_int8_by_rows(x.float(), self._packed)
+        return (out if self.bias is None else out + self.bias).to(self.out_dtype)
+
+
+def pack_int8(weight: Tensor, scales: Tensor) -> torch.ScriptObject:
+    """A weight in the order of torch's kernel for 8 bits. This function and the next are all that knows of it."""
+    with warnings.catch_warnings():
+        # torch means to remove its quantized tensors; `torch.ops.onednn.qlinear_pointwise` does without them, and takes
+        # twice as long for one row today.
+        warnings.filterwarnings("ignore", ".*deprecated", UserWarning)
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        quantized = torch._make_per_channel_quantized_tensor(weight, scales.double(), zeros, 0)
+        return cast(torch.ScriptObject, torch.ops.quantized.linear_prepack(quantized, None))
+
+
+def multiply_int8(x: Tensor, packed: torch.ScriptObject) -> Tensor:
+    """``x @ weight.T`` in float32; ``x`` is rounded to 8 bits, with one scale for all of it."""
+    return cast(Tensor, torch.ops.quantized.linear_dynamic(x, packed))
+
+
+def multiply_int8_by_rows(x: Tensor, packed: torch.ScriptObject) -> Tensor:
+    """The same with a scale for each row, so that a row with large numbers costs the others no precision.
+
+    Some tokens, the first of a text above all, have a few activations that are a thousand times as large as all
+    others (Sun et al. 2024). With one scale for all rows, SmolLM2-135M loses 0.5 nats per token of a prompt of 256.
+    """
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+    # A row of zeros is 0 / 0, and comes out as zeros; one that is not a number comes out as that, and alone.
+    return multiply_int8((x / largest).nan_to_num_(), packed).mul_(largest)
+
+
+class PlainInt4:
+    """A weight of 4 bits that is turned into floats anew for each product."""
+
+    kernel = "4 bits, plain"
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        num_groups, self.num_in = weight.scales.shape[1], weight.values.shape[1]
+        plain = self.num_in % num_groups == 0 and torch.equal(weight.g_idx, column_groups(self.num_in, num_groups))
+        self.packed = pack_int4(weight.values)
+        self.scales, self.zeros, self.g_idx = weight.scales, weight.zeros, None if plain else weight.g_idx
+        self.num_bytes = sum(part.nbytes for part in (self.packed, self.scales, self.zeros))
+        self.num_bytes += 0 if self.g_idx is None else self.g_idx.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `LinearBase`."""
+        values = unpack_int4(self.packed, self.num_in)
+        return Linear(dequantize(values, self.scales, self.zeros, self.g_idx, x.dtype))(x)
+
+
+class PackedInt4:
+    """A weight of 4 bits in the order of torch's kernel for a CPU, which multiplies it by rows of bfloat16.
+
+    Args:
+        weight: `kernel_group_size` must have one for it.
+    """
+
+    kernel = "4 bits, packed"
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.group_size = kernel_group_size(weight)
+        order = weight.g_idx.argsort(stable=True)
+        in_order = bool((weight.g_idx.diff() >= 0).all())
+        self.order = None if in_order else order
+        values = weight.values if in_order else weight.values[:, order]
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(torch.int32), 1)
+        # The kernel computes (value - 8) * scale + zero, in groups that may be parts of ours.
+        scales = weight.scales.to(torch.bfloat16)
+        zeros = scales * (SYMMETRIC_ZERO - weight.zeros.to(torch.bfloat16))
+        repeats = values.shape[1] // scales.shape[1] // self.group_size
+        pairs = torch.stack([scales, zeros], dim=-1).transpose(0, 1)
+        self.scales_and_zeros = pairs.repeat_interleave(repeats, dim=0).contiguous()
+        self.num_bytes = self.packed.nbytes + self.scales_and_zeros.nbytes + (0 if in_order else order.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `LinearBase`."""
+        x = x.contiguous() if self.order is None else x[:, self.order]
+        if len(x) >= ROWS_FOR_FLOATS and knows_kernel_order():
+            return (x.to(FLOATS) @ self.dequantize(FLOATS)).to(x.dtype)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales_and_zeros)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the kernel has it, in floats: ``[num_in, num_out]``."""
+        steps = unpack_kernel_order(self.packed).to(dtype).sub_(SYMMETRIC_ZERO)
+        scales, zeros = self.scales_and_zeros.to(dtype).unsqueeze(1).unbind(-1)
+        return steps.unflatten(0, (-1, self.group_size)).mul_(scales).add_(zeros).flatten(0, 1)
+
+
+def unpack_kernel_order(packed: Tensor) -> Tensor:
+    """The values in the order of torch's kernel for 4 bits: uint8 ``[num_out, num_in / 2]`` to ``[num_in, num_out]``.
+
+    Blocks of outputs lie one after the other, 64 with AVX-512 and 32 with AVX2; in a block the columns, and of each
+    the values of the outputs, the first half of them in the lower bits of its bytes and the second in the upper ones.
+    Outputs that fill no block are the last, in pairs (torch's ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``, 2.13).
+    """
+    block = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
+    (num_out, num_in), parts = (packed.shape[0], 2 * packed.shape[1]), []
+    whole = num_out - num_out % block
+    if whole:
+        pairs = packed[:whole].view(-1, num_in, block // 2)
+        parts.append(torch.cat([pairs & 15, pairs >> 4], dim=-1).transpose(0, 1).flatten(1))
+    if whole < num_out:
+        pairs = packed[whole:].reshape(num_in, -1)
+        parts.append(torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1))
+    return torch.cat(parts, dim=-1)
+
+
+@functools.cache
+def knows_kernel_order() -> bool:
+    """Whether this torch packs as `unpack_kernel_order` unpacks; it promises no order."""
+    values = torch.arange(2 * 112).view(112, 2) // 3 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(torch.int32), 1)
+    return torch.equal(unpack_kernel_order(packed), values.T.to(torch.uint8))
+
+
+def kernel_group_size(weight: QuantizedWeight) -> int:
+    """The input columns that share a scale in torch's kernel; 0: it cannot have this weight."""
+    num_out, num_groups = weight.scales.shape
+    sizes = weight.g_idx.bincount(minlength=num_groups)
+    if num_out % KERNEL_OUTPUTS or bool((sizes != sizes[0]).any()):
+        return 0
+    return next((size for size in KERNEL_GROUP_SIZES if sizes[0] % size == 0), 0)
+
+
+class Int4Linear(LinearBase):
+    """A product whose weight comes in 4 bits.
+
+    Args:
+        method: what makes it.
+        shards: see `LinearBase`.
+        num_in: input columns.
+        scheme: how the weight is quantized.
+        bias: whether it has one.
+    """
+
+    def __init__(
+        self, method: QuantizedLinearMethod, shards: Mapping[str, int], num_in: int, scheme: Scheme, bias: bool
+    ) -> None:
+        super().__init__(method.create_bias(shards, bias), shards)
+        self.method, self.num_in = method, num_in
+        self.tensors = {
+            module: {
+                name: torch.empty(shape, dtype=dtype, device=method.device)
+                for name, (shape, dtype) in tensors_of_a_weight(method.config, scheme, size, num_in).items()
+                if name not in ("g_idx", "weight_g_idx") or scheme.desc_act or f"{module}.{name}" in method.stored
+            }
+            for module, size in shards.items()
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """See `LinearBase`."""
+        return super().num_bytes + sum(product.num_bytes for product in self.products)
+
+    def places(self) -> dict[str, Place]:
+        """Where each tensor of a checkpoint goes."""
+        places: dict[str, Place] = {
+            f"{module}.{name}": tensor for module, tensors in self.tensors.items() for name, tensor in tensors.items()
+        }
+        return places | super().places()
+
+    def process_weights_after_loading(self) -> None:
+        """Fuses the shards, where their columns are grouped alike, and stores them in the order of the kernel."""
+        weights = [
+            unpack_weight(self.method.config, module, tensors, (self.shards[module], self.num_in))
+            for module, tensors in self.tensors.items()
+        ]
+        self.tensors = {}
+        if all(torch.equal(weight.g_idx, weights[0].g_idx) for weight in weights):
+            values, scales, zeros = map(torch.cat, zip(*((w.values, w.scales, w.zeros) for w in weights)))
+            weights = [QuantizedWeight(values, scales, zeros, weights[0].g_idx)]
+        packs = has_int4_kernel(self.method.dtype, self.method.device) and all(map(kernel_group_size, weights))
+        self.products = [(PackedInt4 if packs else PlainInt4)(weight) for weight in weights]
+        self.kernel = self.products[0].kernel
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `LinearBase`."""
+        first, *others = self.products
+        out = torch.cat([first(x), *(product(x) for product in others)], dim=-1) if others else first(x)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def tensors_of_a_weight(
+    config: QuantizationConfig, scheme: Scheme, num_out: int, num_in: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The tensors of a weight of 4 bits in a checkpoint, as name -> shape and dtype; see `folovllm.model.packing`."""
+    num_groups, floats, ints = scheme.num_groups(num_in), torch.float32, torch.int32
+    if config.method == "gptq":
+        return {
+            "qweight": ((cdiv(num_in, 8), num_out), ints),
+            "qzeros": ((num_groups, cdiv(num_out, 8)), ints),
+            "scales": ((num_groups, num_out), floats),
+            "g_idx": ((num_in,), ints),
+        }
+    zeros = {} if scheme.symmetric else {"weight_zero_point": ((cdiv(num_out, 8), num_groups), ints)}
+    return zeros | {
+        "weight_packed": ((num_out, cdiv(num_in, 8)), ints),
+        "weight_scale": ((num_out, num_groups), floats),
+        "weight_shape": ((2,), torch.int64),
+        "weight_g_idx": ((num_in,), ints),
+    }
+
+
+def unpack_weight(
+    config: QuantizationConfig, module: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
+) -> QuantizedWeight:
+    """The weight of a checkpoint's module.
+
+    Raises:
+        ModelLoadError: if its tensors do not belong together; the message names the module.
+    """
+    try:
+        weight = unpack_gptq(tensors, config.version) if config.method == "gptq" else unpack_compressed(tensors)
+        found = tuple(weight.values.shape)
+        require(found == shape, f"its shape must be {list(shape)}, got {list(found)}")
+        return weight
+    except ValueError as error:
+        raise ModelLoadError(
+            f"the quantized weight of {module} is wrong: {error}; copy or download the checkpoint again"
+        ) from None
+
+
+class QuantizedLinearMethod(LinearMethod):
+    """Makes the products of a quantized model.
+
+    Args:
+        checkpoint: whose config says how they are quantized.
+        device: where they are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        super().__init__(checkpoint.dtype, device)
+        assert checkpoint.quantization is not None
+        self.config, self.stored = checkpoint.quantization, checkpoint.headers.keys()
+
+    def create(self, shards: Mapping[str, int], num_in: int, bias: bool = False) -> LinearBase:
+        """A product as the files have it, or in 8 bits if that was asked for.
+
+        Raises:
+            ModelLoadError: if the shards are not quantized alike.
+        """
+        if self.config.method == "int8":
+            return Int8Linear(self, shards, num_in, bias)
+        scheme, *others = dict.fromkeys(self._scheme(module) for module in shards)
+        if others:
+            raise ModelLoadError(
+                f"{', '.join(shards)} are one product here, which needs one group size and one number of bits, but the "
+                "checkpoint quantizes them in different ways; take one that quantizes them alike"
+            )
+        if scheme is None:
+            return super().create(shards, num_in, bias)
+        return Int4Linear(self, shards, num_in, scheme, bias)
+
+    def create_head(self, shards: Mapping[str, int], embedding: Tensor, tied: bool) -> LinearBase:
+        """The head; in 8 bits too where the other products are packed, since in 16 it would take longer than they."""
+        num_in, is_int4 = embedding.shape[1], not tied and any(self._scheme(module) for module in shards)
+        if self.config.method == "int8" or (has_int4_kernel(self.dtype, self.device) and not is_int4):
+            return Int8Linear(self, shards, num_in, tied=embedding if tied else None, is_head=True)
+        return super().create_head(shards, embedding, tied)
+
+    def _scheme(self, module: str) -> Scheme | None:
+        """How a module's weight is stored in 4 bits; None: it is stored in floats."""
+        return None if f"{module}.weight" in self.stored else self.config.scheme(module)
+
+
+def linear_method(checkpoint: Checkpoint, device: torch.device) -> LinearMethod:
+    """What makes a checkpoint's products on a device."""
+    if checkpoint.quantization is None:
+        return LinearMethod(checkpoint.dtype, device)
+    return QuantizedLinearMethod(checkpoint, device)
+
+
+def settle_version(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with the version in which GPTQ's zeros are stored, whatever the config says.
+
+    Files that say 1 and are symmetric with zeros of 8 are about (vLLM's issue 38966): read as version 1, every weight
+    would be one step off.
+    """
+    config = checkpoint.quantization
+    if config is None or config.version != 1 or not config.is_symmetric:
+        return checkpoint
+    zeros = {name: entry for name, entry in checkpoint.headers.items() if name.endswith(".qzeros")}
+    if not all(is_mislabelled(tensor) for _, tensor in iterate_weights(replace(checkpoint, headers=zeros))):
+        return checkpoint
+    logger.warning(
+        "the config of %s says that its zeros are stored as in version 1 of GPTQ's format, but they are symmetric as "
+        "in version 2, and are read so",
+        checkpoint.folder,
+    )
+    return replace(checkpoint, quantization=replace(config, version=2))
+
+
+def iterate_dequantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The name and tensor of every weight, in floats, of a checkpoint that is quantized in its files.
+
+    Args:
+        checkpoint: where they are.
+        shapes: of the weights in floats, by their names.
+
+    Raises:
+        ModelLoadError: if the tensors of a weight do not belong together; the message names the module.
+    """
+    config = checkpoint.quantization
+    assert config is not None
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in iterate_weights(checkpoint):
+        module, _, last = name.rpartition(".")
+        if last in TENSORS[config.method]:
+            modules.setdefault(module, {})[last] = tensor
+        else:
+            yield name, tensor
+    for module, tensors in modules.items():
+        num_out, num_in = shapes[f"{module}.weight"]
+        yield f"{module}.weight", unpack_weight(config, module, tensors, (num_out, num_in)).dequantize(checkpoint.dtype)
+
+
+def describe_products(linears: Sequence[LinearBase]) -> str:
+    """How a model's products are computed, the head, which comes last, by itself: "16 x 4 bits, packed; head in …"."""
+    *layers, head = (linear.kernel for linear in linears)
+    return "; ".join([*(f"{count} x {kernel}" for kernel, count in Counter(layers).items()), f"head in {head}"])
