@@ -122,18 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
         "for the model, its oldest messages are forgotten, and a line says so."
     )
     chat = add("chat", help="talk, one line at a time", description=about, usage=f"{prog} chat [options]")
-    group = chat.add_argument_group("conversation")
-    group.add_argument("--system", metavar="TEXT", help="the system message that the conversation begins with")
-    group.add_argument("--tools", metavar="FILE", type=_json_file, help="JSON: a list of tools the model may call")
-    group.add_argument(
-        "--chat-template", metavar="FILE", type=_text_file, help="a template in Jinja, not the checkpoint's"
-    )
-    group.add_argument(
-        "--chat-template-kwargs",
-        metavar="JSON",
-        type=_json,
-        help='variables for the template, such as {"enable_thinking": false}',
-    )
+    _add_chat_options(chat)
     _add_engine_options(chat)
     about = (
         "Runs a workload through the real engine for a model and a card that are not there, on a virtual clock, and "
@@ -148,6 +137,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_quantization_options(add("quantize", help="make a checkpoint's weights smaller", description=about))
     return parser
+
+
+def _add_chat_options(command: argparse.ArgumentParser) -> None:
+    """How the conversation begins, and how it becomes a prompt."""
+    group = command.add_argument_group("conversation")
+    group.add_argument("--system", metavar="TEXT", help="the system message that the conversation begins with")
+    group.add_argument("--tools", metavar="FILE", type=_json_file, help="JSON: a list of tools the model may call")
+    group.add_argument(
+        "--chat-template", metavar="FILE", type=_text_file, help="a template in Jinja, not the checkpoint's"
+    )
+    group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        type=_json,
+        help='variables for the template, such as {"enable_thinking": false}',
+    )
 
 
 def _add_quantization_options(command: argparse.ArgumentParser) -> None:

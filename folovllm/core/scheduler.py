@@ -86,8 +86,7 @@ class Scheduler:
     def add_request(self, request: Request) -> None:
         """Queues the first answer to a new request; the others start once its prompt has been computed."""
         self.requests[request.request_id] = request
-        by_priority = self.config.policy == "priority"
-        order = (request.priority, request.arrival_time) if by_priority else (0, 0.0)
+        order = (request.priority, request.arrival_time) if self.config.policy == "priority" else (0, 0.0)
         self._ranks[request.request_id] = (*order, next(self._arrivals))
         self._enqueue(self.waiting, request.start_answer() if request.num_pending else request.get_seqs()[0])
 
