@@ -117,6 +117,30 @@ class AttentionBackend(ABC):
         self._slots[layer].index_copy_(1, slot_mapping, kv.transpose(0, 1))
 
 
+class KernelBackend(AttentionBackend):
+    """Attention by a GPU's kernel, which finds all that it needs on the device: lengths, and every key in the cache.
+
+    So the new keys may be written by whoever calls `read`: on a GPU by the kernel of `folovllm.model.fused` that has
+    rotated them.
+    """
+
+    capturable = True
+    metadata: AttentionMetadata
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """One layer's attention: `folovllm.model.decoder.Attend`."""
+        self.write(layer, kv, self.metadata.slot_mapping)
+        return self.read(layer, q)
+
+    @abstractmethod
+    def read(self, layer: int, q: Tensor) -> Tensor:
+        """One layer's attention, once the step's keys and values are in their slots."""
+
+    def slots(self, layer: int) -> Tensor:
+        """A layer's cache as ``[num_slots, 2, num_kv_heads, head_dim]``, in its own memory."""
+        return self._slots[layer].unflatten(0, (2, -1)).permute(2, 0, 1, 3)
+
+
 def load_backend(name: str) -> type[AttentionBackend]:
     """The class of a backend in `BACKENDS`."""
     module, _, cls = BACKENDS[name].rpartition(".")

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from folovllm.attention import AttentionBackend, AttentionMetadata
+from folovllm.attention import AttentionMetadata, KernelBackend
 
 PAGE_TOKENS = 256
 """A block must be a multiple of so many tokens."""
 MAX_HEAD_DIM = 256
 
 
-class FlashAttention(AttentionBackend):
+class FlashAttention(KernelBackend):
     """torch's FlashAttention over pages, for CUDA and 16 bits."""
 
     block_dim = 2
     reads_whole_blocks = True
-    capturable = True
 
     @classmethod
     def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
@@ -67,10 +66,13 @@ class FlashAttention(AttentionBackend):
         for slots, new in zip(self._slots[layer], kv.chunk(2, dim=1)):
             slots.index_copy_(0, slot_mapping, new)
 
-    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """One layer's attention: `folovllm.model.decoder.Attend`."""
+    def slots(self, layer: int) -> Tensor:
+        """A layer's cache as ``[num_slots, 2, num_kv_heads, head_dim]``, in its own memory."""
+        return self._slots[layer].transpose(0, 1)
+
+    def read(self, layer: int, q: Tensor) -> Tensor:
+        """One layer's attention, once the step's keys and values are in their slots."""
         step = self.metadata
-        self.write(layer, kv, step.slot_mapping)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         varlen.varlen_attn_out(
             out,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from folovllm.attention import AttentionBackend, AttentionMetadata
+from folovllm.attention import AttentionMetadata, KernelBackend
 from folovllm.utils import cdiv
 
 if TYPE_CHECKING:
@@ -156,10 +156,8 @@ _paged_attention = torch.library.custom_op("folovllm::paged_attention", paged_at
 _paged_attention.register_fake(lambda q, *_: q.new_empty(len(q), q.shape[1] * q.shape[2]))
 
 
-class TritonAttention(AttentionBackend):
+class TritonAttention(KernelBackend):
     """Attention through block tables by our own kernel, for GPUs, any block size and any head size."""
-
-    capturable = True
 
     @classmethod
     def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
@@ -183,10 +181,9 @@ class TritonAttention(AttentionBackend):
         """Notes the step: what the kernel needs to know is on the device already."""
         self.metadata, self._max_query_len = metadata, metadata.max_query_len
 
-    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """One layer's attention: `folovllm.model.decoder.Attend`."""
+    def read(self, layer: int, q: Tensor) -> Tensor:
+        """One layer's attention, once the step's keys and values are in their slots."""
         step = self.metadata
-        self.write(layer, kv, step.slot_mapping)
         keys, values = self.kv_cache[layer]
         return _paged_attention(
             q, keys, values, step.block_table, step.query_start_loc, step.seq_lens, self._max_query_len

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from folovllm.attention import KernelBackend
+from folovllm.model import fused
 from folovllm.model.checkpoint import (
     Checkpoint,
     ModelLoadError,
@@ -210,6 +212,7 @@ class Decoder:
         self.layers = [DecoderLayer(config, i, method) for i in range(config.num_layers)]
         self.norm = RMSNorm(method.empty(config.hidden_size), config.rms_norm_eps)
         self.head = method.create_head({"lm_head": config.vocab_size}, self.embedding, config.tie_word_embeddings)
+        self._has_fused = False
         angles = torch.outer(torch.arange(num_positions).float(), rotary_frequencies(config))
         self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
@@ -226,10 +229,27 @@ class Decoder:
             ``[num_tokens, hidden_size]``.
         """
         x = F.embedding(input_ids, self.embedding)
+        if self._has_fused and isinstance(attend, KernelBackend):
+            return self._run_fused(x, positions, attend)
         cos, sin = self.cos[positions], self.sin[positions]
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
         return self.norm(x)
+
+    def _run_fused(self, residual: Tensor, positions: Tensor, attend: KernelBackend) -> Tensor:
+        """What all `DecoderLayer` and the last norm do, in fewer kernels: each norm adds what came before it first."""
+        ops, slot_mapping, x = torch.ops.folovllm, attend.metadata.slot_mapping, None
+        for layer in self.layers:
+            norm, qk_weight = layer.input_layernorm, None if layer.qk_norm is None else layer.qk_norm.weight
+            qkv = layer.qkv_proj(ops.add_rms_norm(residual, x, norm.weight, norm.eps))
+            q = ops.rotate_and_write(
+                qkv.view(len(qkv), -1, layer.head_dim), qk_weight, norm.eps,
+                self.cos, self.sin, positions, attend.slots(layer.index), slot_mapping,
+            )  # fmt: skip
+            x, norm = layer.o_proj(attend.read(layer.index, q)), layer.post_attention_layernorm
+            gate_up = layer.gate_up_proj(ops.add_rms_norm(residual, x, norm.weight, norm.eps))
+            x = layer.down_proj(ops.silu_and_mul(gate_up))
+        return ops.add_rms_norm(residual, x, self.norm.weight, self.norm.eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """``[num_rows, hidden_size]`` to ``[num_rows, vocab_size]``."""
@@ -241,6 +261,7 @@ class Decoder:
             layer.process_weights_after_loading()
         self.norm.process_weights_after_loading()
         self.head.process_weights_after_loading()  # copies a tied weight: the embedding needs it unpacked
+        self._has_fused = fused.is_available(self.device)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies a checkpoint's tensors, by their names in transformers, into the fused ones here.

@@ -2,7 +2,7 @@
 
 Parts, all of them when none is named; together they take under ten minutes on an H100:
 
-backends     attention and the sampler on the GPU: against float64, and against the CPU's tokens
+backends     attention, fused operations and the sampler on the GPU: against float64, and against the CPU's tokens
 integration  the integration and property tests of the engine, on "cuda"
 captured     captured steps: the tokens of eager ones
 notebooks    every page run again on the GPU and compared with what it stores
@@ -46,7 +46,10 @@ class Part:
 # test_soak.py and others replace the model, or look at files: a GPU changes nothing there.
 INTEGRATION = ("engine", "owners", "decoder", "embedded_model")
 PARTS = {
-    "backends": Part(120, ("-n", WORKERS, "--dist=load", "tests/gpu/test_backends.py", "tests/gpu/test_sampling.py")),
+    "backends": Part(
+        120,
+        ("-n", WORKERS, "--dist=load", *(f"tests/gpu/test_{name}.py" for name in ("backends", "fused", "sampling"))),
+    ),
     "integration": Part(
         150, ("-n", WORKERS, "--dist=load", *(f"tests/integration/test_{name}.py" for name in INTEGRATION))
     ),

@@ -115,15 +115,29 @@ def test_a_decode_step_seldom_waits_for_the_gpu(llms, mode, kind, record_propert
     assert len(found) <= MOST_SYNCHRONIZATIONS * NUM_STEPS, Counter(found).most_common()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_a_decode_step_launches(llms, mode, record_property):
-    engine = llms[mode].engine
+def count_events(engine: LLMEngine) -> Counter[str]:
+    """How often the profiler saw each event in some decode steps of eight greedy requests."""
     begin_decoding(engine, 8, temperature=0.0)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(NUM_STEPS):
             engine.step()
     end_decoding(engine, 8)
-    counts = Counter({event.key: event.count for event in profiler.key_averages()})
+    return Counter({event.key: event.count for event in profiler.key_averages()})
+
+
+def test_fused_operations_launch_less(llms, monkeypatch, record_property):
+    engine, launches = llms["eager"].engine, {}
+    for name, is_fused in (("plain", False), ("fused", True)):
+        monkeypatch.setattr(engine.decoder, "_has_fused", is_fused)
+        counts = count_events(engine)
+        launches[name] = sum(counts[launch] for launch in LAUNCHES) / NUM_STEPS / engine.decoder.config.num_layers
+        record_property(f"greedy, eager, {name}: kernels launched per layer", f"{launches[name]:.1f}")
+    assert launches["fused"] <= launches["plain"] - 8  # the operations that three kernels stand for are many more
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_decode_step_launches(llms, mode, record_property):
+    counts = count_events(llms[mode].engine)
     launches, graphs = sum(counts[name] for name in LAUNCHES), counts["cudaGraphLaunch"]
     record_property(f"greedy, {mode}: kernels launched per decode step", f"{launches / NUM_STEPS:g}")
     record_property(f"greedy, {mode}: graphs launched per decode step", f"{graphs / NUM_STEPS:g}")

@@ -1,4 +1,4 @@
-"""Our Triton kernel under Triton's interpreter. `test_triton.py` runs this file, in a process of its own."""
+"""Our Triton kernels under Triton's interpreter. `test_triton.py` runs this file, in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import random
 import pytest
 import torch
 from attention_helpers import ROUNDING, Step, make_step
+from fused_helpers import check_add_rms_norm, check_rotate_and_write, check_silu_and_mul
 
 from folovllm import LLM, SamplingParams
+from folovllm.attention.flash import FlashAttention
 from folovllm.attention.triton import TritonAttention
+from folovllm.model import fused
 from folovllm.tales import EMBEDDED_MODEL
 
 CPU = torch.device("cpu")
@@ -75,25 +78,36 @@ def test_bfloat16_is_refused() -> None:
     assert "bfloat16" in TritonAttention.unsupported(CPU, torch.bfloat16, 64, 16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_operations(dtype: torch.dtype) -> None:
+    """Beside the plain ones, over random shapes; the slots in the layout of either backend."""
+    for seed in range(6):
+        check_add_rms_norm(seed, dtype, CPU)
+        check_silu_and_mul(seed, dtype, CPU)
+        for backend_cls in (TritonAttention, FlashAttention):
+            check_rotate_and_write(seed, dtype, CPU, backend_cls)
+
+
 STORIES = ["Once upon a time there was a little", "The", "Once upon a time there was a little dog"]
 GREEDY = {"temperature": 0.0, "max_tokens": 5, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 0.9, "seed": 7}
 
 
 @pytest.mark.parametrize(
-    ("settings", "params"),
+    ("settings", "params", "is_fused"),
     [
-        ({}, GREEDY),
-        ({"enable_chunked_prefill": True, "max_num_batched_tokens": 5}, GREEDY),
-        ({"enable_prefix_caching": True, "block_size": 3, "max_num_seqs": 2}, GREEDY),
-        ({"block_size": 3, "num_blocks": 10}, GREEDY),
-        ({"block_size": 256}, SEEDED),
-        ({"block_size": 1}, {**SEEDED, "n": 3, "max_tokens": 3}),
+        ({}, GREEDY, True),
+        ({"enable_chunked_prefill": True, "max_num_batched_tokens": 5}, GREEDY, False),
+        ({"enable_prefix_caching": True, "block_size": 3, "max_num_seqs": 2}, GREEDY, True),
+        ({"block_size": 3, "num_blocks": 10}, GREEDY, True),
+        ({"block_size": 256}, SEEDED, False),
+        ({"block_size": 1}, {**SEEDED, "n": 3, "max_tokens": 3}, False),
     ],
     ids=["as it comes", "chunks", "prefixes", "preempted", "one block", "three answers"],
 )
-def test_tokens(settings: dict, params: dict, request: pytest.FixtureRequest) -> None:
-    """From end to end it gives the tokens of the plain reference."""
+def test_tokens(settings: dict, params: dict, is_fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From end to end they give the tokens of the plain reference, with fused operations and without."""
+    monkeypatch.setattr(fused, "is_available", lambda device: is_fused)
     tokens = {}
     for name in ("sdpa", "triton"):
         llm = LLM(str(EMBEDDED_MODEL), device="cpu", attention_backend=name, max_model_len=64, **settings)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pretended_cuda import pretended_cuda
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from folovllm import EngineConfig, ModelConfig, SamplingParams
 from folovllm.attention import BACKENDS, load_backend
+from folovllm.book.counting import FREE
 from folovllm.config import CacheConfig, SchedulerConfig
 from folovllm.core.scheduler import SchedulerOutput
+from folovllm.model import fused
 from folovllm.model.decoder import Decoder, DecoderConfig
 from folovllm.request import Sequence, SequenceData, StructuredOutputGrammar
 from folovllm.sample import sampler as sampler_module
@@ -64,7 +68,7 @@ class AsciiTokenizer:
         return "".join(map(chr, token_ids))
 
 
-def make_runner(backend: str = "gather") -> ModelRunner:
+def make_runner(backend: str = "gather", num_layers: int = 1) -> ModelRunner:
     """A runner on the pretended GPU, to be made inside it."""
     dtype, block_size = torch.bfloat16, BLOCK_SIZES.get(backend, 16)
     config = EngineConfig(
@@ -72,7 +76,7 @@ def make_runner(backend: str = "gather") -> ModelRunner:
         CacheConfig(block_size=block_size, num_blocks=NUM_BLOCKS),
         SchedulerConfig(max_num_batched_tokens=2048, max_num_seqs=16),
     )
-    decoder = Decoder(SHAPE, 2048, dtype, CUDA)
+    decoder = Decoder(replace(SHAPE, num_layers=num_layers), 2048, dtype, CUDA)
     decoder.process_weights_after_loading()
     runner = ModelRunner(decoder, Sampler(AsciiTokenizer()), config)
     runner.initialize_kv_cache(NUM_BLOCKS, 4)
@@ -154,6 +158,20 @@ def forking(output: SchedulerOutput) -> SchedulerOutput:
     return moving(output, copies=[(0, 20), (0, 21)])
 
 
+class Kernels(TorchDispatchMode):
+    """Notes the operations that compute something, each of which launches a kernel or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in (*FREE, "device"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
 def run(runner: ModelRunner, step: SchedulerOutput, counts: Counter[str]) -> Counter[str]:
     """What a step counts."""
     counts.clear()
@@ -174,7 +192,9 @@ def backend(request, monkeypatch):
         cls = load_backend(name)
     except ImportError as error:
         pytest.skip(str(error))
-    if name == "triton":  # its operator is pretended, so it works without the package
+    # Operators are pretended, so they work without Triton.
+    monkeypatch.setattr(fused, "is_available", lambda device: True)
+    if name == "triton":
         monkeypatch.setattr(cls, "unsupported", lambda *args: None)
     why_not = cls.unsupported(CUDA, torch.bfloat16, SHAPE.head_dim, BLOCK_SIZES.get(name, 16))
     if why_not is not None:
@@ -204,6 +224,20 @@ class TestSteps:
                 runner, forking(make_step(SHAPES[shape], [SamplingParams(n=3)], BLOCK_SIZES.get(backend, 16))), counts
             )
         assert found["waits"] == 1 and found["loose"] == 0
+
+    @pytest.mark.parametrize(("is_available", "num_kernels"), [(True, 9), (False, 19)])
+    def test_kernels_per_layer(self, monkeypatch, is_available, num_kernels):
+        """Four products, attention, and what is around them."""
+        monkeypatch.setattr(fused, "is_available", lambda device: is_available)
+        monkeypatch.setattr(load_backend("triton"), "unsupported", lambda *args: None)
+        found = []
+        for num_layers in (1, 3):
+            with pretended_cuda() as counts:
+                runner = make_runner("triton", num_layers)
+                with Kernels() as kernels:
+                    run(runner, make_step(SHAPES["decodes"], [GREEDY]), counts)
+            found.append(Counter(kernels.names))
+        assert (found[1] - found[0]).total() == 2 * num_kernels, found[1] - found[0]
 
     @pytest.mark.parametrize("longest", [40, 500, 2048])
     def test_the_largest_batch(self, backend, longest, monkeypatch):

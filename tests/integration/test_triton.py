@@ -1,4 +1,4 @@
-"""Our Triton kernel: its numbers under the interpreter, that GPUs can have it, and what it says where it cannot run.
+"""Our Triton kernels: their numbers under the interpreter, that GPUs can have them, and what is said elsewhere.
 
 A process imports Triton to interpret kernels or to compile them, and never changes. So whatever is interpreted runs in
 a process of its own.
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from folovllm.attention import choose_backend, triton
 from folovllm.attention.triton import TritonAttention
 from folovllm.book.listing import show_source
+from folovllm.model import fused
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FUSED_KERNELS = (fused.add_rms_norm_kernel, fused.rotate_and_write_kernel, fused.silu_and_mul_kernel)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="Triton is not installed: on Linux ./setup_env.sh --triton does that, elsewhere there is none",
@@ -51,9 +54,29 @@ class FakeKernel:
         self.args, self.options = args, options
 
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 90: 227}
 """Of a program, at most: KiB by compute capability, as CUDA's programming guide has it."""
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def compile_launched(kernel: Any, launched: FakeKernel, capability: int) -> Any:
+    """What Triton makes of a kernel for the arguments that it was launched with."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    signature = {
+        param.name: "constexpr" if param.is_constexpr
+        else f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor)
+        else param.annotation
+        for param, value in zip(kernel.params, launched.args)
+    }  # fmt: skip
+    constants = {param.name: value for param, value in zip(kernel.params, launched.args) if param.is_constexpr}
+    source = ASTSource(kernel, signature, constants)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=launched.options)
 
 
 @needs_triton
@@ -66,38 +89,70 @@ SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 90: 227}
         (90, torch.bfloat16, 128, 64),
     ],
 )
-def test_it_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, head_dim, max_query_len) -> None:
+def test_attention_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, head_dim, max_query_len) -> None:
     """All that can be known of it without a GPU: its types are right, it fits, and float32 is not rounded to TF32."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, launched = triton.load_kernel(), FakeKernel()
     monkeypatch.setattr(triton, "load_kernel", lambda: launched)
-    q = torch.empty(128, 6, head_dim, dtype=dtype, device="meta")
-    cache = torch.empty(2, 2, 8, 3, head_dim, dtype=dtype, device="meta")
-    table, starts, lens = (torch.empty(*n, dtype=torch.int32, device="meta") for n in ((2, 4), (3,), (2,)))
-    triton.paged_attention(q, *cache, table, starts, lens, max_query_len)
-    signature = {
-        param.name: "constexpr" if param.is_constexpr
-        else f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor)
-        else param.annotation
-        for param, value in zip(kernel.params, launched.args)
-    }  # fmt: skip
-    constants = {param.name: value for param, value in zip(kernel.params, launched.args) if param.is_constexpr}
-    source = ASTSource(kernel, signature, constants)
-    made = compile(source, target=GPUTarget("cuda", capability, 32), options=launched.options)
+    table, starts, lens = (meta(*n, dtype=torch.int32) for n in ((2, 4), (3,), (2,)))
+    cache = meta(2, 2, 8, 3, head_dim, dtype=dtype)
+    triton.paged_attention(meta(128, 6, head_dim, dtype=dtype), *cache, table, starts, lens, max_query_len)
+    made = compile_launched(kernel, launched, capability)
     assert made.metadata.shared <= SHARED_MEMORY[capability] * 1024
     assert "tf32" not in made.asm["ptx"]
     assert "fma" in made.asm["ptx"] or "mma" in made.asm["ptx"]
 
 
-def test_on_a_pretended_gpu() -> None:
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(75, torch.float16), (80, torch.bfloat16), (86, torch.float32), (90, torch.bfloat16)]
+)
+def test_fused_operations_compile_for_gpus(monkeypatch, tmp_path, capability, dtype) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels, launched = [], []
+
+    def load_kernel(kernel):
+        kernels.append(kernel)
+        launched.append(FakeKernel())
+        return launched[-1]
+
+    compiled = {kernel: fused.load_kernel(kernel) for kernel in FUSED_KERNELS}
+    monkeypatch.setattr(fused, "load_kernel", load_kernel)
+    residual, weight, table = meta(5, 576, dtype=dtype), meta(576, dtype=dtype), meta(90, 1, 96, dtype=dtype)
+    for x in (None, residual):
+        fused.add_rms_norm(residual, x, weight, 1e-6)
+    slots, integers = meta(40, 2, 2, 96, dtype=dtype), [meta(5, dtype=torch.int64)] * 2
+    for qk_weight in (None, meta(6, 96, dtype=dtype)):
+        fused.rotate_and_write(
+            meta(5, 8, 96, dtype=dtype), qk_weight, 1e-6, table, table, integers[0], slots, integers[1]
+        )
+    fused.silu_and_mul(meta(5, 3072, dtype=dtype))
+    assert {*kernels} == {*FUSED_KERNELS} and len(kernels) == 5
+    for kernel, launch in zip(kernels, launched):
+        assert compile_launched(compiled[kernel], launch, capability).asm["ptx"]
+
+
+def test_attention_on_a_pretended_gpu() -> None:
     with FakeTensorMode(), torch.device("cuda"):
         q, cache = torch.empty(9, 8, 32, dtype=torch.bfloat16), torch.empty(2, 2, 5, 16, 32, dtype=torch.bfloat16)
         integers = (torch.empty(shape, dtype=torch.int32) for shape in ((3, 2), 4, 3))
         out = torch.ops.folovllm.paged_attention(q, *cache.unbind(), *integers, 5)
     assert (out.shape, out.dtype, out.device.type) == ((9, 8 * 32), torch.bfloat16, "cuda")
+
+
+def test_fused_operations_on_a_pretended_gpu() -> None:
+    ops = torch.ops.folovllm
+    with FakeTensorMode(), torch.device("cuda"):
+        shapes = (9, 64), (64,), (9, 8, 32), (40, 2, 2, 32)
+        x, weight, qkv, slots = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
+        table, places = torch.empty(50, 1, 32), torch.empty(9, dtype=torch.int64)
+        found = (
+            ops.add_rms_norm(x, x.clone(), weight, 1e-6),
+            ops.rotate_and_write(qkv, None, 1e-6, table, table, places, slots, places),
+            ops.silu_and_mul(x),
+        )
+    assert [(*out.shape,) for out in found] == [(9, 64), (9, 4, 32), (9, 32)]
+    assert {(out.dtype, out.device.type) for out in found} == {(torch.bfloat16, "cuda")}
 
 
 class TestWhereItCannotRun:
