@@ -296,6 +296,11 @@ def apply_top_p(logits: Tensor, top_p: Sequence[float] | Tensor, num_left: int |
     return logits.masked_fill(~keep, -torch.inf)
 
 
+def find_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row, and its logit: ``[num_rows]`` each."""
+    return logits.argmax(dim=-1), logits.amax(dim=-1)
+
+
 def draw(probs: Tensor, uniforms: Sequence[float] | Tensor) -> Tensor:
     """The token where each row's cumulative distribution first exceeds its uniform number.
 
@@ -580,7 +585,9 @@ class Sampler:
             raise ValueError(f"row {row} {reason}")
         return output
 
-    def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+    def sample(
+        self, logits: Tensor, metadata: SamplingMetadata, likeliest: tuple[Tensor, Tensor] | None = None
+    ) -> SamplerOutput:
         """Chooses one token for each row where that is possible; for the others ``errors`` has the reason.
 
         A row that cannot be sampled changes nothing for the others: same tokens, same random numbers.
@@ -588,6 +595,7 @@ class Sampler:
         Args:
             logits: ``[num_rows, vocab_size]``, any float dtype.
             metadata: one entry a row.
+            likeliest: what `find_likeliest` gives for these logits, if that is known already.
 
         Raises:
             ValueError: if there is not one row of logits for each entry.
@@ -600,7 +608,7 @@ class Sampler:
             refused = self._find_refused(logits, metadata)
             metadata = _without(metadata, refused)
             tensors = self._bring(logits, metadata)
-        output = self._choose(logits, metadata, tensors)
+        output = self._choose(logits, metadata, tensors, likeliest)
         output.errors = {row: f"the request {reason}" for row, reason in output.errors.items()} | refused
         return output
 
@@ -704,14 +712,22 @@ class Sampler:
             self._bad_words[word] = tokenize_bad_word(word, self.tokenizer)
         return self._bad_words[word]
 
-    def _choose(self, logits: Tensor, metadata: SamplingMetadata, tensors: Mapping[str, Tensor]) -> SamplerOutput:
+    def _choose(
+        self,
+        logits: Tensor,
+        metadata: SamplingMetadata,
+        tensors: Mapping[str, Tensor],
+        likeliest: tuple[Tensor, Tensor] | None = None,
+    ) -> SamplerOutput:
         """A token for each row, with the log probabilities that it asks for, from what `_bring` has brought.
 
         It waits for the device once. Its ``errors`` are reasons that continue a sentence, as in `_RowError`.
         """
         batch = metadata._batch
         assert batch is not None  # `_bring` has made it
-        tokens, largest = _pick(_constrain(logits, tensors), batch, tensors, metadata.draw)
+        if likeliest is None or batch.random_rows or _CONSTRAINTS & tensors.keys():
+            likeliest = _pick(_constrain(logits, tensors), batch, tensors, metadata.draw)
+        tokens, largest = likeliest
         report = _report(logits, tokens, batch, tensors) if batch.reported_rows else ()
         token_ids, largest_logits, *numbers = copy_to_host([tokens, largest, *report])
         errors = dict(_find_unusable_rows(largest_logits))
@@ -726,6 +742,9 @@ class Sampler:
             for row, logprobs_of_row in zip(rows, asked_for):
                 logprobs[row] = None if row in errors else logprobs_of_row
         return SamplerOutput(token_ids, logprobs, errors)
+
+
+_CONSTRAINTS = {"bitmask", "allowed", "banned", "bias", "outputs"}
 
 
 def _constrain(logits: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -752,9 +771,9 @@ def _pick(
     draw_instead: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """The likeliest token of greedy rows, a drawn one for the others, and the largest logit of each row."""
-    largest = scores.amax(dim=-1)
     if not batch.random_rows:
-        return scores.argmax(dim=-1), largest
+        return find_likeliest(scores)
+    largest = scores.amax(dim=-1)
     rows = tensors.get("random_rows")  # none where all are
     random_scores = scores if rows is None else scores.index_select(0, rows)
     probs = truncate(random_scores, batch.truncation).softmax(dim=-1)

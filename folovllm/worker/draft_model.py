@@ -135,7 +135,7 @@ class DraftModel(ModelRunner):
             for index in range(first // self.block_size, cdiv(end, self.block_size)):
                 self._num_filled[seq.block_ids[index]] = min(end - index * self.block_size, self.block_size)
         last_rows = (metadata.query_start_loc_cpu[1:] - 1).tolist()
-        return self.decoder.compute_logits(select_rows(hidden, last_rows))
+        return self.decoder.compute_logits(*select_rows(last_rows, hidden))
 
 
 def _metadata(seqs: list[Sequence], outputs: list[list[int]]) -> SamplingMetadata:

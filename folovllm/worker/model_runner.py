@@ -118,11 +118,12 @@ def token_bytes(decoder: Decoder) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * decoder.dtype.itemsize
 
 
-def select_rows(x: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of ``x``, in this order; ``x`` itself if it is all of them, as in a decode step."""
-    if rows == list(range(len(x))):
-        return x
-    return x.index_select(0, *copy_to_device([np.array(rows, dtype=np.int64)], x.device))
+def select_rows(rows: list[int], *tensors: Tensor) -> list[Tensor]:
+    """Some rows of each tensor, in this order; the tensors themselves if it is all of them, as in a decode step."""
+    if rows == list(range(len(tensors[0]))):
+        return [*tensors]
+    (places,) = copy_to_device([np.array(rows, dtype=np.int64)], tensors[0].device)
+    return [x.index_select(0, places) for x in tensors]
 
 
 class ModelRunner:
@@ -254,12 +255,12 @@ class ModelRunner:
         """Computes a step: one forward pass over all its tokens, then tokens for each entry of ``sampled``."""
         self.prepare_blocks(scheduler_output)
         draft_probs = None if self.draft is None else self.draft.guess(scheduler_output)
-        hidden, logits = self._forward(scheduler_output)
+        hidden, logits, *likeliest = self._forward(scheduler_output)
         seqs = [seq for seq, _ in scheduler_output.sampled]
         if scheduler_output.scheduled_spec_token_ids:
             output = self._verify(logits, seqs, [scheduler_output.get_guesses(seq) for seq in seqs], draft_probs)
         else:
-            output = self._sample(logits, scheduler_output.sampled)
+            output = self._sample(logits, scheduler_output.sampled, *likeliest)
         output.prompt_logprobs = _report_on_prompts(self.decoder, self.sampler, hidden, scheduler_output)
         if self.proposer is not None:
             output.spec_token_ids = self.proposer.propose(seqs, output.sampled_token_ids)
@@ -271,22 +272,26 @@ class ModelRunner:
         if self.backend_cls.reads_whole_blocks:
             clear_begun_blocks(self.kv_cache, self.backend_cls.block_dim, self.block_size, scheduler_output)
 
-    def _forward(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor]:
-        """The hidden state of every token of a step, and the logits of the rows that are sampled."""
+    def _forward(self, scheduler_output: SchedulerOutput) -> list[Tensor]:
+        """The hidden state of every token of a step, and the logits of the rows that are sampled.
+
+        A recorded step has found their likeliest tokens as well, and the logits of these.
+        """
         input_ids, positions, metadata = self.prepare(scheduler_output)
         rows = scheduler_output.get_sampled_rows()
         if self.step_graphs is not None and metadata.max_query_len == 1:
-            hidden, logits = self.step_graphs.run(input_ids, positions, metadata)
-            return hidden, select_rows(logits, rows)
+            hidden, *found = self.step_graphs.run(input_ids, positions, metadata)
+            return [hidden, *select_rows(rows, *found)]
         self.attention.begin(metadata)
         hidden = self.decoder(input_ids, positions, self.attention)
-        return hidden, self.decoder.compute_logits(select_rows(hidden, rows))
+        return [hidden, self.decoder.compute_logits(*select_rows(rows, hidden))]
 
-    def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]]) -> RunnerOutput:
+    def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]], *likeliest: Tensor) -> RunnerOutput:
         """A token, with log probabilities if asked for, for each sequence whose last token was computed."""
         if not sampled:
             return RunnerOutput([], [])
-        output = self.sampler.sample(logits, self._sampling_metadata([seq for seq, _ in sampled]))
+        metadata = self._sampling_metadata([seq for seq, _ in sampled])
+        output = self.sampler.sample(logits, metadata, likeliest or None)
         return RunnerOutput(
             [[] if row in output.errors else [token_id] for row, token_id in enumerate(output.token_ids)],
             [None if logprobs is None else [logprobs] for logprobs in output.logprobs],

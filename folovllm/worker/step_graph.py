@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from folovllm.attention import AttentionBackend, AttentionMetadata
 from folovllm.config import EngineConfig
 from folovllm.model.decoder import Decoder
+from folovllm.sample.sampler import find_likeliest
 from folovllm.utils import cdiv
 from folovllm.validation import require
 
@@ -53,9 +54,21 @@ class StepInputs:
         return StepInputs(self.input_ids[rows], self.positions[rows], metadata, self.max_model_len)
 
 
-Replay = Callable[[], tuple[Tensor, Tensor]]
-"""Runs a step on what its inputs hold now: hidden states ``[num_rows, hidden_size]``, logits ``[num_rows,
-vocab_size]``. Both are overwritten by the next step."""
+class StepOutputs(NamedTuple):
+    """What a decode step gives for each of its rows; the next step overwrites it."""
+
+    hidden: Tensor
+    """``[num_rows, hidden_size]``."""
+    logits: Tensor
+    """``[num_rows, vocab_size]``."""
+    token_ids: Tensor
+    """The likeliest token, int64 ``[num_rows]``: what a greedy request takes."""
+    largest: Tensor
+    """Its logit, ``[num_rows]``."""
+
+
+Replay = Callable[[], StepOutputs]
+"""Runs a step on what its inputs hold now."""
 Recorder = Callable[[Decoder, AttentionBackend, StepInputs], Replay]
 """Makes a step on certain inputs repeatable."""
 
@@ -63,10 +76,11 @@ Recorder = Callable[[Decoder, AttentionBackend, StepInputs], Replay]
 def replay_eagerly(decoder: Decoder, attention: AttentionBackend, inputs: StepInputs) -> Replay:
     """Records nothing: a replay calls one operation after the other. Tests use it, and CUDA graphs are taken of it."""
 
-    def replay() -> tuple[Tensor, Tensor]:
+    def replay() -> StepOutputs:
         attention.begin(inputs.metadata)
         hidden = decoder(inputs.input_ids, inputs.positions, attention)
-        return hidden, decoder.compute_logits(hidden)
+        logits = decoder.compute_logits(hidden)
+        return StepOutputs(hidden, logits, *find_likeliest(logits))
 
     return replay
 
@@ -92,7 +106,7 @@ class CudaGraphs:
             outputs = step()
         self._pool = graph.pool()
 
-        def replay() -> tuple[Tensor, Tensor]:
+        def replay() -> StepOutputs:
             graph.replay()
             return outputs
 
@@ -182,19 +196,14 @@ class StepGraphs:
             self._record(size)
         logger.info("decode steps of %s rows were recorded", ", ".join(map(str, self.sizes)))
 
-    def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """A step with one new token for each sequence; what it is given is copied.
-
-        Returns:
-            hidden states ``[num_rows, hidden_size]`` and logits ``[num_rows, vocab_size]``, overwritten by the next.
-        """
+    def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> StepOutputs:
+        """A step with one new token for each sequence; what it is given is copied."""
         num_rows = len(input_ids)
         size = self.bucket(num_rows)
         if size not in self.replays:
             self._record(size)
         self._fill(StepInputs(input_ids, positions, metadata, self.inputs.max_model_len))
-        hidden, logits = self.replays[size]()
-        return hidden[:num_rows], logits[:num_rows]
+        return StepOutputs(*(rows[:num_rows] for rows in self.replays[size]()))
 
     def _record(self, size: int) -> None:
         self._pad(0)

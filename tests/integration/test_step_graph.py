@@ -20,11 +20,20 @@ from folovllm.attention.flash import FlashAttention
 from folovllm.attention.gather import GatherAttention
 from folovllm.attention.sdpa import SdpaAttention
 from folovllm.book import judges
+from folovllm.book.counting import OperationCounter
 from folovllm.llm import make_engine_config
+from folovllm.sample.sampler import find_likeliest
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
 from folovllm.worker import step_graph
-from folovllm.worker.step_graph import CudaGraphs, StepGraphs, bucket_sizes, check_recordable, replay_eagerly
+from folovllm.worker.step_graph import (
+    CudaGraphs,
+    StepGraphs,
+    StepOutputs,
+    bucket_sizes,
+    check_recordable,
+    replay_eagerly,
+)
 
 MAX_MODEL_LEN, MAX_TOKENS, NUM_PROMPTS = 64, 12, 8
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -233,9 +242,10 @@ class Batches:
         self.plain.begin(metadata)
         expected = self.decoder(ids, positions, self.plain)
         before = self.cache.clone()
-        hidden, logits = self.graphs.run(ids, positions, metadata)
+        hidden, logits, token_ids, largest = self.graphs.run(ids, positions, metadata)
         torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(logits, self.decoder.compute_logits(expected), atol=1e-3, rtol=1e-4)
+        assert torch.equal(token_ids, logits.argmax(dim=-1)) and torch.equal(largest, logits.amax(dim=-1))
         changed = (self.cache != before).flatten(3, 4).any(dim=-1).flatten(0, 2).any(dim=0).nonzero().flatten().tolist()
         reserved_slot = self.num_blocks * self.block_size
         assert {*changed} <= {*metadata.slot_mapping.tolist(), reserved_slot}
@@ -332,7 +342,8 @@ class TestBuckets:
             def replay():
                 attention.begin(inputs.metadata)
                 hidden = note(inputs.input_ids, inputs.positions, attention)
-                return hidden, decoder.compute_logits(hidden)
+                logits = decoder.compute_logits(hidden)
+                return StepOutputs(hidden, logits, *find_likeliest(logits))
 
             return replay
 
@@ -364,6 +375,59 @@ class TestWhichSteps:
         judges.drive(engine, arrivals)
         assert [n for n in num_new if max(n) > 1] and replayed
         assert replayed == [{1: 1, 2: 2, 3: 4}[len(n)] for n in num_new if max(n) == 1]
+
+
+class TestLikeliest:
+    """The head's largest logit and its token are found inside a recorded step."""
+
+    ASKED = (
+        {},
+        {"logit_bias": {7: 100.0}},
+        {"allowed_token_ids": [5, 6]},
+        {"min_tokens": 3},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.9, "seed": 1},
+        {"logprobs": 2},
+    )
+
+    @staticmethod
+    def count_beside_the_replay(**asked) -> int:
+        """Operations in a step of four, but for those that are recorded."""
+        recorded, counter = [], OperationCounter()
+
+        def recorder(*args):
+            replay = replay_eagerly(*args)
+
+            def count():
+                before = len(counter.operations)
+                outputs = replay()
+                recorded.append(len(counter.operations) - before)
+                return outputs
+
+            return count
+
+        engine = make_engine(recorder)
+        for i in range(4):
+            engine.add_request(str(i), [5 + i], SamplingParams(**{**GREEDY, "max_tokens": 9, **asked}))
+        for _ in range(2):
+            engine.step()
+        with counter:
+            engine.step()
+        return len(counter.operations) - recorded[-1]
+
+    def test_a_step_of_greedy_rows_needs_nothing_else(self):
+        found = [self.count_beside_the_replay(**asked) for asked in self.ASKED]
+        assert found[0] == 5 < min(found[1:])  # the copies into buffers
+
+    def test_the_tokens_whatever_is_asked(self):
+        told = []
+        for eager in (True, False):
+            engine = make_engine(enforce_eager=eager)
+            params = [SamplingParams(**{**GREEDY, "max_tokens": 6, "n": 2, **asked}) for asked in self.ASKED]
+            requests = [judges.Arrival(str(i), [5, 6], p) for i, p in enumerate(params)]
+            outputs = judges.drive(engine, requests)
+            told.append([[answer.token_ids for answer in outputs[r.name].outputs] for r in requests])
+        assert told[0] == told[1]
 
 
 class TestRefusals:
