@@ -217,6 +217,11 @@ def test_the_players_of_a_page_are_small(path: Path) -> None:
     assert size <= LARGEST, f"the players of {path.name} take {size:,} bytes"
 
 
+def test_the_chapters_that_should_have_a_player_have_one() -> None:
+    with_player = {path.stem[:2] for path in PATHS if stored(path)}
+    assert with_player >= {"00", "02", "08", "09", "10", "11", "12", "13"}
+
+
 # In a browser
 
 needs_browser = pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed")
