@@ -22,6 +22,7 @@ from folovllm import LLM, SamplingParams
 from folovllm.book import players
 from folovllm.book.palette import REQUEST_COLORS
 from folovllm.book.players import Player, Trace, play_sampling, play_trace, record
+from folovllm.book.players.player import read_part
 from folovllm.book.players.sampling import NUM_SEEDS, RESOLUTION
 from folovllm.book.plotting.style import PALETTE
 from folovllm.book.recording import run_requests
@@ -79,13 +80,15 @@ def run() -> tuple[Trace, list[dict[str, Any]], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, torch.Tensor]:
-    """Logits of the embedded model after two beginnings."""
+    """Logits of the embedded model after two beginnings, and some of which most tokens were taken out."""
     llm = make_llm()
     found = {}
     for text in ("Once upon a time, in the", "Once upon a time, in the forest, there lived a"):
         (output,) = llm.generate(text, SamplingParams(max_tokens=1, logprobs=-1), use_tqdm=False)
         logprobs = output.outputs[0].logprobs[0]
         found[text] = torch.tensor([logprobs[i].logprob for i in range(len(logprobs))])
+    allowed = torch.arange(len(logprobs)) % 7 == 3
+    found["as if a grammar allowed every seventh token"] = found[text].masked_fill(~allowed, -torch.inf)
     return found
 
 
@@ -208,13 +211,25 @@ def test_what_cannot_be_played_is_refused() -> None:
         play_sampling({}, None)
     with pytest.raises(ValueError, match="one vocabulary, got 3 and 4 logits"):
         play_sampling({"a": torch.zeros(3), "b": torch.zeros(4)}, None)
+    for largest, why in ((torch.nan, "nan"), (torch.inf, "inf"), (-torch.inf, "-inf")):
+        with pytest.raises(ValueError, match=f"'a' leave no token to draw: their largest is {why}"):
+            play_sampling({"a": torch.tensor([-torch.inf, largest])}, None)
+
+
+def stored(path: Path) -> list[str]:
+    """The players of a chapter, as HTML."""
+    outputs = [joined(o.get("data", {}).get("text/html", "")) for cell in read(path).code for o in cell.outputs]
+    return [html for html in outputs if "folo-player" in html]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_the_players_of_a_page_are_small(path: Path) -> None:
-    outputs = [joined(o.get("data", {}).get("text/html", "")) for cell in read(path).code for o in cell.outputs]
-    size = sum(len(html.encode()) for html in outputs if "folo-player" in html)
+def test_the_players_of_a_page_are_small_and_of_today(path: Path) -> None:
+    size = sum(len(html.encode()) for html in stored(path))
     assert size <= LARGEST, f"the players of {path.name} take {size:,} bytes"
+    for html in stored(path):
+        name = re.search(r'data-player="([\w-]+)"', html)[1]
+        parts = read_part("player.css"), read_part(f"{name.split('-')[0]}.js").replace("PLAYER", name)
+        assert all(part in html for part in parts), f"run tests/book/refresh.py notebooks/{path.name}"
 
 
 def test_the_chapters_that_should_have_a_player_have_one() -> None:
@@ -348,7 +363,11 @@ def test_the_page_draws_the_very_tokens_of_the_sampler(
         for _ in range(200)
     ]
     drawn = page.evaluate(f"({SETTINGS})({json.dumps(asked)})")
-    logits = [torch.tensor(row["logits"]) / RESOLUTION for row in sampling_player.data["rows"]]
+    minus_inf = -float("inf")
+    logits = [
+        torch.tensor([minus_inf if x is None else x / RESOLUTION for x in row["logits"]])
+        for row in sampling_player.data["rows"]
+    ]
     for setting, (token, kept) in zip(asked, drawn):
         wanted = {**setting, "top_k": setting["top_k"] or -1}
         row = logits[wanted.pop("row")].unsqueeze(0)
@@ -423,6 +442,18 @@ def test_by_mouse_and_by_finger(page: Page, tmp_path: Path, trace_player: Player
     finally:
         page.call("Emulation.setTouchEmulationEnabled", enabled=False)
     assert step_of(page) == 1 and place[2] >= 40
+
+
+@needs_browser
+def test_the_controls_stay_in_sight(page: Page, tmp_path: Path, trace_player: Player) -> None:
+    """A phone is not as high as a player, and the box of a cell's output scrolls by itself."""
+    page.set_width(PHONE, 640)
+    show(page, tmp_path, trace_player, body='<div style="overflow: auto">{}</div>')
+    bottom = page.evaluate(
+        """(() => { document.querySelector(".folo-player").scrollIntoView();
+        return document.querySelector(".fp-controls").getBoundingClientRect().bottom; })()"""
+    )
+    assert page.evaluate("document.querySelector('.folo-player').offsetHeight") > 640 and bottom <= 640
 
 
 @needs_browser

@@ -70,10 +70,10 @@ class Player:
         return "\n".join(
             (
                 f'<div class="folo-player" data-player="{self.kind}-{name}">',
-                f"<style>\n{_read('player.css')}{theme(self.num_colors)}</style>",
+                f"<style>\n{read_part('player.css')}{theme(self.num_colors)}</style>",
                 self.still,
                 f'<script type="application/json">{data}</script>',
-                f"<script>\n{_read(f'{self.kind}.js').replace('PLAYER', f'{self.kind}-{name}')}</script>",
+                f"<script>\n{read_part(f'{self.kind}.js').replace('PLAYER', f'{self.kind}-{name}')}</script>",
                 "</div>",
             )
         )
@@ -89,8 +89,8 @@ class Player:
         )
 
 
-def _read(name: str) -> str:
-    """A script or style sheet of this package, without its indents and the lines that are comments."""
+def read_part(name: str) -> str:
+    """A script or style sheet of this package by its file's name, without indents and lines that are comments."""
     text = (Path(__file__).parent / name).read_text(encoding="utf-8")
     lines = (line.strip() for line in text.splitlines())
     return "".join(f"{line}\n" for line in lines if line and not line.startswith(("//", "/*")))

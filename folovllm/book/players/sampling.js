@@ -69,7 +69,7 @@
   }
 
   function start(root, data) {
-    const rows = data.rows.map((row) => row.logits.map((x) => x / data.resolution));
+    const rows = data.rows.map((row) => row.logits.map((x) => (x === null ? -Infinity : x / data.resolution)));
     const live = root.querySelector(".fp-live");
     const slider = ({ name, label, min = 0, max, step, start }) =>
       `<label><span>${label}</span><input type="range" name="${name}" min="${min}" max="${max}" step="${step}" value="${start}"><output></output></label>`;

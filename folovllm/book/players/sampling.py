@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,11 +28,11 @@ def play_sampling(rows: Mapping[str, Tensor], tokenizer: Any) -> Player:
     """A player of what temperature, top-k, top-p and min-p make of logits, and of the token that a seed hits.
 
     Args:
-        rows: the text before the token -> its logits, ``[vocab_size]`` or ``[1, vocab_size]``.
+        rows: the text before the token -> its logits, ``[vocab_size]`` or ``[1, vocab_size]``; -inf: not allowed.
         tokenizer: turns token ids into texts.
 
     Raises:
-        ValueError: if there is no row, or if two have different vocabularies.
+        ValueError: if there is no row, if two have different vocabularies, or if one leaves no token to draw.
     """
     if not rows:
         raise ValueError("rows is empty: give the logits after at least one text")
@@ -39,15 +40,21 @@ def play_sampling(rows: Mapping[str, Tensor], tokenizer: Any) -> Player:
     sizes = sorted({len(row) for row in logits.values()})
     if len(sizes) > 1:
         raise ValueError(f"all rows must be of one vocabulary, got {sizes[0]} and {sizes[-1]} logits")
+    for text, row in logits.items():
+        if not row.max().isfinite():  # NaN is the largest of all
+            raise ValueError(f"the logits after {text!r} leave no token to draw: their largest is {row.max():g}")
     ids = _tokens_to_keep(list(logits.values()))
-    rounded = {text: (row[ids] * RESOLUTION).round().to(torch.int64) for text, row in logits.items()}
+    rounded = {text: (row[ids] * RESOLUTION).round() for text, row in logits.items()}
     labels = [text_of(tokenizer, token_id) for token_id in ids.tolist()]
     data = {
         "resolution": RESOLUTION,
         "vocabSize": sizes[0],
         "texts": labels,
         "uniforms": [make_generator(SamplingParams(seed=seed)).random() for seed in range(NUM_SEEDS)],
-        "rows": [{"text": text, "logits": row.tolist()} for text, row in rounded.items()],
+        "rows": [
+            {"text": text, "logits": [int(x) if math.isfinite(x) else None for x in row.tolist()]}
+            for text, row in rounded.items()
+        ],
     }
     text, row = next(iter(rounded.items()))
     description = _describe(text, row / RESOLUTION, labels)

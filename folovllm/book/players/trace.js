@@ -84,6 +84,7 @@
 
   function makeRun(element, run, texts) {
     const states = replay(run);
+    const slotsAt = memory(states);
     const panels = element.querySelector(".fp-panels");
     const picture = element.querySelector("svg.fp-still");
     const left = Number(picture.dataset.left);
@@ -96,8 +97,9 @@
 
     function show(step) {
       const isOver = step >= states.length;
-      const state = states[Math.min(step, states.length - 1)];
-      cursor.setAttribute("x", `${left + width * Math.min(step, states.length - 1)}%`);
+      const at = Math.min(step, states.length - 1);
+      const state = { ...states[at], slots: slotsAt(at) };
+      cursor.setAttribute("x", `${left + width * at}%`);
       panels.style.minHeight = `${panels.offsetHeight}px`; // what lies below does not jump back and forth
       panels.innerHTML = isOver
         ? `<p class="fp-title">This run ended after step ${states.length}.</p>`
@@ -124,25 +126,26 @@
     return { show, onDrag, steps: states };
   }
 
-  /** What every step leaves: the data has only what it changes. */
+  /** How things stand in each step: the data has only what a step changes. */
   function replay(run) {
     const computed = run.seqs.map(() => 0);
     const written = run.seqs.map((seq) => seq.prompt);
     let before = new Map();
-    const slots = new Map();
     return run.steps.map((step) => {
       const places = step.places ?? [];
-      const kept = places.filter((seq) => before.has(seq));
-      const tables = new Map(kept.map((seq) => [seq, before.get(seq)]));
-      for (const [seq, table] of step.tables ?? []) tables.set(seq, table);
+      const tables = new Map(places.filter((seq) => before.has(seq)).map((seq) => [seq, before.get(seq)]));
+      const changed = new Map(step.tables ?? []);
+      for (const [seq, table] of changed) tables.set(seq, table);
       before = tables;
       const slotOf = (seq, position) => tables.get(seq)[Math.floor(position / run.blockSize)] * run.blockSize + (position % run.blockSize);
+      const writes = [];
       const fresh = new Set();
       const work = (step.work ?? []).map((entry) => {
         const [seq, count = 1, first = computed[seq]] = [entry].flat();
         computed[seq] = first + count;
-        for (let position = 0; position < first + count; position++) {
-          slots.set(slotOf(seq, position), run.seqs[seq].tokens[position]);
+        // With a new table, what was computed before may have been copied there, or found there.
+        for (let position = changed.has(seq) ? 0 : first; position < first + count; position++) {
+          writes.push([slotOf(seq, position), run.seqs[seq].tokens[position]]);
           if (position >= first) fresh.add(slotOf(seq, position));
         }
         const admitted = (step.admitted ?? []).some(([other]) => other === seq);
@@ -154,8 +157,19 @@
         return { seq, count, bars: (step.bars ?? []).find(([other]) => other === seq)?.[1] };
       });
       const { waiting = [], swapped = [], preempted = [], finished = [], admitted = [] } = step;
-      return { places, work, got, tables, slotOf, fresh, waiting, swapped, preempted, finished, admitted, slots: new Map(slots), written: [...written], computed: [...computed] };
+      return { places, work, got, tables, slotOf, writes, fresh, waiting, swapped, preempted, finished, admitted, written: [...written], computed: [...computed] };
     });
+  }
+
+  /** What is in the slots in a step: all that was written until then, over what was there. */
+  function memory(states) {
+    let slots = new Map();
+    let next = 0;
+    return (step) => {
+      if (step < next - 1) [slots, next] = [new Map(), 0];
+      for (; next <= step; next++) for (const [slot, token] of states[next].writes) slots.set(slot, token);
+      return slots;
+    };
   }
 
   function tell(run, state, names) {
@@ -170,7 +184,7 @@
       state.waiting.length && verb(names(state.waiting), "waits", "wait"),
       state.swapped.length && `${verb(names(state.swapped), "is", "are")} swapped out`,
       state.preempted.length && `${listed(names(state.preempted))} had to leave`,
-      state.finished.length && `${verb(names(state.finished), "ends", "end")} after it`,
+      state.finished.length && verb(names(state.finished), "gets its last token", "get their last tokens"),
       `${used.toLocaleString("en")} of ${plural(run.numBlocks, "block")} in use`,
     ];
     return `${told.filter(Boolean).join("; ")}.`;

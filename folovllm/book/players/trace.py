@@ -22,7 +22,7 @@ from folovllm.outputs import RunnerOutput
 from folovllm.request import Sequence
 
 LONGEST_NAME = 12
-"""Characters of a request's name; requests with longer ones, such as those that `LLM` makes up, are numbered."""
+"""Characters of a request's name; those with longer ones, as `folovllm.llm.LLM` makes them up, are numbered."""
 MOST_BARS = 5
 """Probabilities that are kept behind each token, the likeliest ones; its own is always kept."""
 
@@ -186,9 +186,10 @@ def likeliest(found: dict[int, Logprob]) -> list[tuple[int, float]]:
 
 
 def text_of(tokenizer: Any, token_id: int) -> str:
-    """The text of one token; its number where it is no whole character, or where nobody knows the texts."""
+    """The text of one token; its number where that cannot be read: no whole character, or one that steers a printer."""
     text = "" if tokenizer is None else str(tokenizer.decode([token_id]))
-    return text if text and "\ufffd" not in text else f"#{token_id}"
+    readable = text and "\ufffd" not in text and text.replace("\n", "").isprintable()
+    return text if readable else f"#{token_id}"
 
 
 def label_of(text: str) -> str:

@@ -28,7 +28,7 @@ def play_trace(trace: Trace, other: Trace | None = None, labels: tuple[str, str]
     """A player of a run, or of two runs step by step side by side, such as one with a switch off and one with it on.
 
     Args:
-        trace: what `folovllm.book.players.record` wrote down.
+        trace: what `folovllm.book.players.trace.record` wrote down.
         other: a second run; a request with the same name has the same colour in both.
         labels: what the two runs are called.
 
