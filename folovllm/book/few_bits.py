@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from folovllm.config import ModelConfig
-from folovllm.model.checkpoint import Checkpoint, find_weight_files, iterate_weights
+from folovllm.model.checkpoint import Checkpoint, iterate_weights
 from folovllm.model.decoder import Decoder, DecoderConfig
 from folovllm.model.gptq import (
-    PARTS,
+    PRODUCTS,
     Calibration,
     QuantizedLayer,
     attend_within,
@@ -28,7 +28,7 @@ from folovllm.model.gptq import (
     quantize_layers,
     quantize_weight,
 )
-from folovllm.model.hf_config import load_hf_config, read_json
+from folovllm.model.hf_config import read_json
 from folovllm.model.packing import GPTQ_ZEROS_OFFSET, QuantizedWeight, unpack_gptq, unpack_int4
 from folovllm.model.quantized_files import quantize_checkpoint
 from folovllm.model_loader import ModelLoader
@@ -163,7 +163,7 @@ def collect_hessians(
     calibration = Calibration(checkpoint, sequences)
     for index in range(layer + 1):
         calibration.quantize_layer(index, look)
-    return dict(zip(PARTS, seen[-len(PARTS) :], strict=True))
+    return dict(zip(PRODUCTS, seen[-len(PRODUCTS) :], strict=True))
 
 
 class WeightReader:
@@ -188,18 +188,23 @@ class WeightReader:
 
 
 def read_decoder(folder: Path, reader: WeightReader, num_positions: int) -> Decoder:
-    """A decoder in float32 with the weights of a folder in GPTQ's format, by a reader."""
-    raw = read_json(folder / "config.json")
-    version = 2 if raw["quantization_config"]["checkpoint_format"] == "gptq_v2" else 1
-    decoder = Decoder(DecoderConfig.from_hf(load_hf_config(folder, raw, False)), num_positions, torch.float32)
+    """A decoder in float32 with the weights of a folder in GPTQ's format, by a reader.
+
+    Raises:
+        ValueError: if the folder is in another format.
+    """
+    checkpoint = ModelLoader(ModelConfig(str(folder), dtype="float32")).open("cpu")
+    config = checkpoint.quantization
+    if config is None or config.method != "gptq":
+        raise ValueError(f"{folder} must be in GPTQ's format")
+    decoder = Decoder(DecoderConfig.from_hf(checkpoint.hf_config), num_positions, torch.float32)
     modules: dict[str, dict[str, Tensor]] = {}
-    for path in find_weight_files(folder):
-        for name, tensor in load_file(path).items():
-            module, _, part = name.rpartition(".")
-            modules.setdefault(module, {})[part] = tensor
+    for name, tensor in iterate_weights(checkpoint):
+        module, _, part = name.rpartition(".")
+        modules.setdefault(module, {})[part] = tensor
     for module, tensors in modules.items():
         if "qweight" in tensors:
-            tensors = {"weight": reader.read(tensors, version).dequantize(torch.float32)}
+            tensors = {"weight": reader.read(tensors, config.version).dequantize(torch.float32)}
         decoder.load_weights((f"{module}.{part}", tensor) for part, tensor in tensors.items())
     decoder.process_weights_after_loading()
     return decoder

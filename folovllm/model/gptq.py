@@ -8,6 +8,9 @@ inputs that the layer really sees. What it knows of these inputs is their Hessia
 `quantize_layers` walks through a model with a few texts, the calibration. Each product quantizes its weight for the
 inputs that come out of the already quantized ones before it, so that later weights make up for the errors of earlier
 ones, too. One layer at a time is in memory.
+
+All of it is computed in float64. One number that is rounded up instead of down changes all columns after it, and so
+all layers after it: in float32 two machines, which add up in different orders, would get different weights.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folovllm.model.checkpoint import Checkpoint, check_shapes, iterate_weights, missing_weights
-from folovllm.model.decoder import Attend, Decoder, DecoderConfig, DecoderLayer
-from folovllm.model.layers import Linear
+from folovllm.model.checkpoint import Checkpoint, iterate_weights
+from folovllm.model.decoder import Attend, Decoder, DecoderLayer, check_weights
+from folovllm.model.layers import Linear, LinearMethod
 from folovllm.model.packing import QuantizedWeight, column_groups
 from folovllm.validation import require
 
@@ -30,19 +33,16 @@ BLOCK_SIZE = 128
 """Columns that hand their errors on among themselves, before the rest of the weight gets those of all of them."""
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 """Shares of its mean that are added to a Hessian's diagonal: the first with which it can be inverted."""
+DTYPE = torch.float64
+"""Of weights and activations while a model is quantized."""
 SMALLEST_SCALE = 2.0**-24
 """The smallest number of float16, for a group of zeros, which any scale serves."""
 
 Quantize = Callable[[Tensor, Tensor], QuantizedWeight]
 """Weight ``[num_out, num_in]`` and Hessian ``[num_in, num_in]`` -> the weight in few bits."""
 
-PARTS = {
-    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o_proj": ("self_attn.o_proj",),
-    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "down_proj": ("mlp.down_proj",),
-}
-"""The products of a layer, in the order in which it computes them, and what a checkpoint calls their weights."""
+PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""The products of a layer, in the order in which it computes them."""
 
 
 def compute_hessian(x: Tensor) -> Tensor:
@@ -194,14 +194,10 @@ class Calibration:
 
     def __init__(self, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> None:
         require(any(sequences), "the calibration must have at least one token")
-        self.checkpoint, self.config = checkpoint, DecoderConfig.from_hf(checkpoint.hf_config)
-        shapes = Decoder(self.config, 0, torch.float32, "meta").weight_shapes()
-        check_shapes(checkpoint, shapes, sum(math.prod(shape) for shape in shapes.values()))
-        if missing := sorted(shapes.keys() - checkpoint.headers.keys()):
-            raise missing_weights(checkpoint.folder, missing)
+        self.checkpoint, self.config = checkpoint, check_weights(checkpoint)
         lengths = [len(sequence) for sequence in sequences]
         # Without its layers: each is made when its turn comes.
-        self.decoder = Decoder(replace(self.config, num_layers=0), max(lengths), torch.float32)
+        self.decoder = Decoder(replace(self.config, num_layers=0), max(lengths), DTYPE)
         for name in self.decoder.weight_shapes():
             self.decoder.load_weights(iterate_weights(checkpoint, name))
         input_ids = torch.tensor([token_id for sequence in sequences for token_id in sequence])
@@ -215,16 +211,15 @@ class Calibration:
         """Quantizes one layer; all before it must have had their turn."""
         layer = self._load_layer(index)
         self.reference = layer(self.reference, self.cos, self.sin, self.attend)
-        products = {name: _Calibrated(getattr(layer, name), quantize) for name in PARTS}
+        products = {name: _Calibrated(getattr(layer, name), quantize) for name in PRODUCTS}
         for name, product in products.items():
             setattr(layer, name, product)
         self.hidden = layer(self.hidden, self.cos, self.sin, self.attend)
-        weights: dict[str, QuantizedWeight] = {}
-        for name, parts in PARTS.items():
-            num_out = len(products[name].weight)
-            sizes = [layer.q_size, layer.kv_size, layer.kv_size] if name == "qkv_proj" else [num_out // len(parts)]
-            found = _split(products[name].quantized, sizes)
-            weights |= {f"model.layers.{index}.{part}": weight for part, weight in zip(parts, found, strict=True)}
+        weights = {
+            f"model.layers.{index}.{part.removeprefix('model.layers.0.')}": weight
+            for product in products.values()
+            for part, weight in product.split().items()
+        }
         difference, square = (self.hidden - self.reference).square().sum(), self.reference.square().sum()
         output_errors = {name: product.error for name, product in products.items()}
         return QuantizedLayer(weights, output_errors, float(difference / square))
@@ -243,9 +238,8 @@ class Calibration:
         return total / len(self.hidden)
 
     def _load_layer(self, index: int) -> DecoderLayer:
-        prefix, cpu = f"model.layers.{index}.", torch.device("cpu")
-        decoder = self.decoder
-        decoder.layers = [DecoderLayer(self.config, 0, torch.float32, cpu)]
+        prefix, decoder = f"model.layers.{index}.", self.decoder
+        decoder.layers = [DecoderLayer(self.config, 0, LinearMethod(DTYPE, decoder.device))]
         weights = iterate_weights(self.checkpoint, prefix)
         decoder.load_weights((f"model.layers.0.{name.removeprefix(prefix)}", tensor) for name, tensor in weights)
         return decoder.layers.pop()
@@ -255,7 +249,7 @@ class _Calibrated:
     """A product that quantizes its weight for the first inputs it is given, and computes with what came of it."""
 
     def __init__(self, linear: Linear, quantize: Quantize) -> None:
-        self.weight, self.bias, self.quantize = linear.weight, linear.bias, quantize
+        self.weight, self.bias, self.shards, self.quantize = linear.weight, linear.bias, linear.shards, quantize
 
     def __call__(self, x: Tensor) -> Tensor:
         hessian = compute_hessian(x)
@@ -263,12 +257,14 @@ class _Calibrated:
         self.error = output_error(self.weight, self.quantized, hessian)
         return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
 
-
-def _split(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
-    """A fused weight's parts, by their numbers of rows; one size is that of each."""
-    split_by = sizes if len(sizes) > 1 else sizes[0]
-    parts = zip(*(tensor.split(split_by) for tensor in (weight.values, weight.scales, weight.zeros)), strict=True)
-    return [QuantizedWeight(values, scales, zeros, weight.g_idx) for values, scales, zeros in parts]
+    def split(self) -> dict[str, QuantizedWeight]:
+        """The weights of the checkpoint that are fused in it, by their modules."""
+        sizes, whole = list(self.shards.values()), self.quantized
+        parts = zip(whole.values.split(sizes), whole.scales.split(sizes), whole.zeros.split(sizes), strict=True)
+        return {
+            module: QuantizedWeight(values, scales, zeros, whole.g_idx)
+            for module, (values, scales, zeros) in zip(self.shards, parts, strict=True)
+        }
 
 
 def attend_within(lengths: Sequence[int]) -> Attend:

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from folovllm.model.checkpoint import Checkpoint, iterate_weights
-from folovllm.model.decoder import DecoderConfig
-from folovllm.model.gptq import PARTS, Calibration, QuantizedLayer, check_group_size, choose_method, quantize_layers
+from folovllm.model.decoder import Decoder, check_weights
+from folovllm.model.gptq import Calibration, QuantizedLayer, check_group_size, choose_method, quantize_layers
 from folovllm.model.hf_config import read_json
 from folovllm.model.packing import PACK_FACTOR, QuantizedWeight, pack_compressed, pack_gptq
 from folovllm.validation import require
@@ -97,42 +97,40 @@ def quantize_checkpoint(
     """
     require(bits == 4, f"bits must be 4, the width that both formats are written in, got {bits}")
     require(file_format in FORMATS, f"format must be one of {', '.join(FORMATS)}, got {file_format!r}")
-    quantize = choose_method(method, bits, group_size)
-    names = _check_shapes(checkpoint, group_size)
+    quantize, names = choose_method(method, bits, group_size), _check_shapes(checkpoint, group_size)
     _check_folder(out, _estimate_bytes(checkpoint, names, group_size))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as unfinished:
         folder = Path(unfinished) / "checkpoint"
         folder.mkdir()
         calibration = Calibration(checkpoint, sequences)
         shards, layers = _Shards(folder), []
-        progress = tqdm(total=calibration.config.num_layers, unit="layer", disable=not use_tqdm)
-        with progress:
-            for layer in quantize_layers(calibration, quantize):
-                layers.append(layer.output_errors | {"stream": layer.error})
-                shards.add(_tensors_of(layer, file_format))
-                progress.update()
+        done = quantize_layers(calibration, quantize)
+        for layer in tqdm(done, total=calibration.config.num_layers, unit="layer", disable=not use_tqdm):
+            layers.append(layer.output_errors | {"stream": layer.error})
+            shards.add(_tensors_of(layer, file_format))
         for name in sorted(checkpoint.headers.keys() - names):
             shards.add(dict(iterate_weights(checkpoint, name)))
         bytes_after = shards.finish()
         _copy_others(checkpoint, folder, _describe(bits, group_size, method, file_format))
         kl = calibration.compute_kl()
         folder.rename(out)
-    bytes_before = sum(path.stat().st_size for path in checkpoint.weight_files)
-    return QuantizationReport(layers, kl, len(calibration.hidden), bytes_before, bytes_after)
+    return QuantizationReport(layers, kl, len(calibration.hidden), _file_bytes(checkpoint.weight_files), bytes_after)
+
+
+def _file_bytes(files: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
 
 
 def _check_shapes(checkpoint: Checkpoint, group_size: int) -> set[str]:
     """The names of the weights to be quantized; refuses those whose columns do not divide."""
-    found = getattr(checkpoint.hf_config, "quantization_config", None)
     require(
-        found is None,
+        checkpoint.quantization is None,
         f"{checkpoint.folder} is quantized already; give the checkpoint in float32, bfloat16 or float16 from which it "
         "was made",
     )
-    num_layers = DecoderConfig.from_hf(checkpoint.hf_config).num_layers
-    parts = [part for parts in PARTS.values() for part in parts]
-    names = {f"model.layers.{i}.{part}.weight" for i in range(num_layers) for part in parts}
-    for name in sorted(names & checkpoint.headers.keys()):
+    decoder = Decoder(check_weights(checkpoint), 0, checkpoint.dtype, "meta")
+    names = {f"{part}.weight" for layer in decoder.layers for linear in layer.linears for part in linear.shards}
+    for name in sorted(names):
         num_out, num_in = checkpoint.headers[name]["shape"]
         try:
             check_group_size(num_in, group_size)
@@ -201,7 +199,7 @@ class _Shards:
         else:
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": self.weight_map}
             _write_json(self.folder / "model.safetensors.index.json", index)
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return _file_bytes(self.folder.glob("*.safetensors"))
 
     def _save(self) -> None:
         name = f"model-{len(set(self.weight_map.values())) + 1:05}.safetensors"

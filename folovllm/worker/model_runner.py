@@ -262,7 +262,8 @@ class ModelRunner:
         hidden, logits, likeliest = self._forward(scheduler_output)
         seqs = [seq for seq, _ in scheduler_output.sampled]
         if scheduler_output.scheduled_spec_token_ids:
-            output = self._verify(logits, seqs, [scheduler_output.get_guesses(seq) for seq in seqs], draft_probs)
+            guesses = [scheduler_output.get_guesses(seq) for seq in seqs]
+            output = verify(self.sampler, logits, self._sampling_metadata(seqs), guesses, draft_probs)
         else:
             output = self._sample(logits, scheduler_output.sampled, likeliest)
         output.prompt_logprobs = _report_on_prompts(self.decoder, self.sampler, hidden, scheduler_output)
@@ -304,12 +305,6 @@ class ModelRunner:
             [None if logprobs is None else [logprobs] for logprobs in output.logprobs],
             output.errors,
         )
-
-    def _verify(
-        self, logits: Tensor, seqs: list[Sequence], guesses: list[list[int]], draft_probs: Tensor | None
-    ) -> RunnerOutput:
-        """The tokens of each sequence: its guesses that are right, and one of the model's own."""
-        return verify(self.sampler, logits, self._sampling_metadata(seqs), guesses, draft_probs)
 
     def _sampling_metadata(self, seqs: list[Sequence]) -> SamplingMetadata:
         """What the sampler knows about these sequences: the same object for as long as they are the same."""

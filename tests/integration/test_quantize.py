@@ -19,7 +19,7 @@ from folovllm import ModelConfig, ModelLoader
 from folovllm.__main__ import _cut_texts, main
 from folovllm.model import quantized_files
 from folovllm.model.checkpoint import Checkpoint, ModelLoadError
-from folovllm.model.gptq import PARTS, Calibration, QuantizedLayer, choose_method, quantize_layers
+from folovllm.model.gptq import PRODUCTS, Calibration, QuantizedLayer, choose_method, quantize_layers
 from folovllm.model.packing import unpack_compressed, unpack_gptq
 from folovllm.model.quantized_files import quantize_checkpoint
 from folovllm.tales import EMBEDDED_MODEL
@@ -94,7 +94,7 @@ def test_gptq_beats_rounding_on_the_embedded_model(embedded: Any) -> None:
     carried, carried_texts = run(*embedded, "gptq", group_size=32)
     for before, after in zip(rounded, carried, strict=True):
         assert after.error < 0.6 * before.error
-        assert all(after.output_errors[name] < before.output_errors[name] for name in PARTS)
+        assert all(after.output_errors[name] < before.output_errors[name] for name in PRODUCTS)
     assert 0 < carried_texts.compute_kl() < 0.8 * rounded_texts.compute_kl()
 
 
