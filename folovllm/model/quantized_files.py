@@ -100,21 +100,19 @@ def quantize_checkpoint(
     quantize, names = choose_method(method, bits, group_size), _check_shapes(checkpoint, group_size)
     _check_folder(out, _estimate_bytes(checkpoint, names, group_size))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as unfinished:
-        folder = Path(unfinished) / "checkpoint"
-        folder.mkdir()
+        (folder := Path(unfinished) / "checkpoint").mkdir()
         calibration = Calibration(checkpoint, sequences)
-        shards, layers = _Shards(folder), []
-        done = quantize_layers(calibration, quantize)
-        for layer in tqdm(done, total=calibration.config.num_layers, unit="layer", disable=not use_tqdm):
+        shards, layers, total = _Shards(folder), [], calibration.config.num_layers
+        for layer in tqdm(quantize_layers(calibration, quantize), total=total, unit="layer", disable=not use_tqdm):
             layers.append(layer.output_errors | {"stream": layer.error})
             shards.add(_tensors_of(layer, file_format))
         for name in sorted(checkpoint.headers.keys() - names):
             shards.add(dict(iterate_weights(checkpoint, name)))
         bytes_after = shards.finish()
         _copy_others(checkpoint, folder, _describe(bits, group_size, method, file_format))
-        kl = calibration.compute_kl()
         folder.rename(out)
-    return QuantizationReport(layers, kl, len(calibration.hidden), _file_bytes(checkpoint.weight_files), bytes_after)
+    bytes_before = _file_bytes(checkpoint.weight_files)
+    return QuantizationReport(layers, calibration.compute_kl(), len(calibration.hidden), bytes_before, bytes_after)
 
 
 def _file_bytes(files: Iterable[Path]) -> int:
