@@ -44,6 +44,9 @@ REQUESTS = [
 """Greedy and seeded, two answers to one prompt, one that is over at once, and a name that HTML would misread."""
 
 
+GUESSES = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+
+
 def make_llm(**config: Any) -> LLM:
     config = {"block_size": 4, "num_blocks": 12, "max_num_seqs": 4, "max_model_len": 64, **config}
     return LLM(str(EMBEDDED_MODEL), device="cpu", dtype="float32", **config)
@@ -124,6 +127,17 @@ def test_a_step_that_fails_leaves_no_trace_and_the_engine_as_it_was() -> None:
         play_trace(trace)
 
 
+def tokens_of(trace: Trace, step: Any, known: list[int]) -> list[int]:
+    """The tokens of a step's flat batch; ``known``, how many each sequence had before it, is brought up to date."""
+    ids = []
+    for number, first, count in step.work:
+        seen = trace.seqs[number].token_ids[: known[number]] + step.guesses.get(number, [])
+        ids += seen[first : first + count]
+    for number, count in step.num_new_tokens.items():
+        known[number] += count
+    return ids
+
+
 def slots_of(trace: Trace, step: Any) -> list[int]:
     return [
         step.tables[number][position // trace.block_size] * trace.block_size + position % trace.block_size
@@ -139,15 +153,17 @@ def slots_of(trace: Trace, step: Any) -> list[int]:
     preemption_mode=st.sampled_from(["recompute", "swap"]),
     enable_prefix_caching=st.booleans(),
     enable_chunked_prefill=st.booleans(),
+    speculative_config=st.sampled_from([None, GUESSES]),
 )
 def test_a_trace_is_what_the_runner_computed(**config: Any) -> None:
     budget = {"max_num_batched_tokens": 6} if config["enable_chunked_prefill"] else {}
     trace, seen, outputs = watched_run(**config, **budget)
     assert len(trace.steps) == len(seen)
+    known = [seq.num_first_tokens for seq in trace.seqs]
     for step, true in zip(trace.steps, seen):
         work = [(number, p) for number, first, count in step.work for p in range(first, first + count)]
         assert [position for _, position in work] == true["positions"]
-        assert [trace.seqs[number].token_ids[position] for number, position in work] == true["ids"]
+        assert tokens_of(trace, step, known) == true["ids"]
         assert slots_of(trace, step) == true["slots"]
         tables = [block for table in step.tables.values() for block in table]
         assert [tables.count(block) for block in range(trace.num_blocks)] == true["counts"]
@@ -169,6 +185,20 @@ def test_bars_are_the_probabilities_behind_each_token(run: Any) -> None:
         assert dict(bar) == {i: p for i, p in probs.items() if p or i == token_id}
         assert token_id in dict(bar) and [p for _, p in bar] == sorted((p for _, p in bar), reverse=True)
     assert not any(trace.seqs[n].name.startswith(("C", "D")) for step in trace.steps for n in step.bars)
+
+
+def test_a_recording_may_begin_in_the_middle_of_a_run(tokenizer: Any) -> None:
+    llm = make_llm()
+    llm.engine.add_request("A", "Once upon a time", SamplingParams(temperature=0, max_tokens=9))
+    for _ in range(4):
+        llm.engine.step()
+    with record(llm) as trace:
+        llm.engine.step()
+    (seq,), (step,) = trace.seqs, trace.steps
+    assert (seq.num_prompt_tokens, seq.num_first_tokens, len(seq.token_ids)) == (4, 8, 9)
+    assert step.work == [(0, 7, 1)] and step.num_new_tokens == {0: 1}
+    (data,) = play_trace(trace).data["runs"][0]["seqs"]
+    assert data["first"] == 8 and len(data["tokens"]) == 9
 
 
 def test_a_description_counts(run: Any) -> None:
@@ -296,11 +326,13 @@ def step_of(page: Page, player: int = 0) -> int:
 
 
 @needs_browser
+@pytest.mark.parametrize("speculative_config", [None, GUESSES], ids=["plain", "with guesses"])
 def test_each_step_on_the_page_is_the_step_that_was_computed(
-    page: Page, tmp_path: Path, run: Any, trace_player: Player, tokenizer: Any
+    page: Page, tmp_path: Path, tokenizer: Any, speculative_config: Any
 ) -> None:
-    trace, seen, _ = run
-    show(page, tmp_path, trace_player)
+    trace, seen, _ = watched_run(enable_prefix_caching=True, speculative_config=speculative_config)
+    assert any(step.guesses for step in trace.steps) == bool(speculative_config)
+    show(page, tmp_path, play_trace(trace))
     shown = page.evaluate(
         f"""(() => {{
             const found = [];
@@ -312,6 +344,7 @@ def test_each_step_on_the_page_is_the_step_that_was_computed(
                     [textsIn(e, ".fp-head")[0], textsIn(e, ".fp-slot")]);
                 found.push({{
                     positions: texts(".fp-token i").map(Number), slots: texts(".fp-token small").map(Number),
+                    guesses: texts(".fp-guess b"), wrong: texts(".fp-guess s").length,
                     words: texts(".fp-token b"), shared: document.querySelectorAll(".fp-shared").length,
                     blocks, said: document.querySelector(".fp-status").textContent,
                 }});
@@ -319,6 +352,7 @@ def test_each_step_on_the_page_is_the_step_that_was_computed(
             return found;
         }})()"""
     )
+    known = [seq.num_first_tokens for seq in trace.seqs]
     for number, (page_step, true, step) in enumerate(zip(shown, seen, trace.steps), 1):
         assert (page_step["positions"], page_step["slots"]) == (true["positions"], true["slots"])
         words = [tokenizer.decode([i]).replace(" ", "␣") for i in true["ids"]]
@@ -332,9 +366,24 @@ def test_each_step_on_the_page_is_the_step_that_was_computed(
             for index, block in enumerate(table):
                 owners, slots = blocks[block]
                 assert seq.name in owners
-                texts = [tokenizer.decode([i]).replace(" ", "␣") for i in seq.token_ids[: first + count]]
+                ids = seq.token_ids[: known[seq_number]] + step.guesses.get(seq_number, [])
+                texts = [tokenizer.decode([i]).replace(" ", "␣") for i in ids[: first + count]]
                 mine = texts[index * trace.block_size : (index + 1) * trace.block_size]
                 assert slots[: len(mine)] == mine
+        guesses = [guess for guesses in step.guesses.values() for guess in guesses]
+        assert page_step["guesses"] == [tokenizer.decode([i]).replace(" ", "␣") for i in guesses]
+        assert page_step["wrong"] == wrong_guesses(trace, step, known)
+        tokens_of(trace, step, known)
+
+
+def wrong_guesses(trace: Trace, step: Any, known: list[int]) -> int:
+    """How many guesses of a step are not the tokens that came; one after a wrong one is wrong, too."""
+    wrong = 0
+    for number, guesses in step.guesses.items():
+        new = trace.seqs[number].token_ids[known[number] :][: step.num_new_tokens[number]]
+        right = next((i for i, (a, b) in enumerate(zip(guesses, new)) if a != b), min(len(guesses), len(new)))
+        wrong += len(guesses) - right
+    return wrong
 
 
 SETTINGS = """(settings) => settings.map((setting) => {

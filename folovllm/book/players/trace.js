@@ -129,7 +129,7 @@
   /** How things stand in each step: the data has only what a step changes. */
   function replay(run) {
     const computed = run.seqs.map(() => 0);
-    const written = run.seqs.map((seq) => seq.prompt);
+    const written = run.seqs.map((seq) => seq.first ?? seq.prompt);
     let before = new Map();
     return run.steps.map((step) => {
       const places = step.places ?? [];
@@ -140,19 +140,26 @@
       const slotOf = (seq, position) => tables.get(seq)[Math.floor(position / run.blockSize)] * run.blockSize + (position % run.blockSize);
       const writes = [];
       const fresh = new Set();
+      const allGuesses = new Map(step.guesses ?? []);
       const work = (step.work ?? []).map((entry) => {
         const [seq, count = 1, first = computed[seq]] = [entry].flat();
         computed[seq] = first + count;
+        const { tokens } = run.seqs[seq];
+        const [known, guesses] = [written[seq], allGuesses.get(seq) ?? []];
+        const tokenAt = (position) => (position < known ? tokens[position] : guesses[position - known]);
         // With a new table, what was computed before may have been copied there, or found there.
         for (let position = changed.has(seq) ? 0 : first; position < first + count; position++) {
-          writes.push([slotOf(seq, position), run.seqs[seq].tokens[position]]);
+          writes.push([slotOf(seq, position), tokenAt(position)]);
           if (position >= first) fresh.add(slotOf(seq, position));
         }
         const admitted = (step.admitted ?? []).some(([other]) => other === seq);
-        return { seq, first, count, decodes: first >= run.seqs[seq].prompt && !admitted };
+        return { seq, first, count, known, guesses, tokenAt, right: 0, decodes: first >= run.seqs[seq].prompt && !admitted };
       });
       const got = (step.got ?? []).map((entry) => {
         const [seq, count = 1] = [entry].flat();
+        const checked = work.find((w) => w.seq === seq);
+        const isRight = (i) => i < count && checked.guesses[i] === run.seqs[seq].tokens[checked.known + i];
+        while (checked?.guesses.length > checked?.right && isRight(checked.right)) checked.right++;
         written[seq] += count;
         return { seq, count, bars: (step.bars ?? []).find(([other]) => other === seq)?.[1] };
       });
@@ -176,11 +183,13 @@
     const decoding = names(state.work.filter((w) => w.decodes).map((w) => w.seq));
     const reading = state.work.filter((w) => !w.decodes).map((w) => `${names([w.seq])} reads ${plural(w.count, "token")}`);
     const cached = state.admitted.filter(([, n]) => n).map(([seq, n]) => `${plural(n, "token")} of ${names([seq])} found in the cache`);
+    const guessed = state.work.filter((w) => w.guesses.length).map((w) => `${names([w.seq])} guesses ${plural(w.guesses.length, "token")}, ${w.right || "none"} right`);
     const used = new Set([...state.tables.values()].flat()).size;
     const told = [
       decoding.length && verb(decoding, "decodes", "decode"),
       ...reading,
       ...cached,
+      ...guessed,
       state.waiting.length && verb(names(state.waiting), "waits", "wait"),
       state.swapped.length && `${verb(names(state.swapped), "is", "are")} swapped out`,
       state.preempted.length && `${listed(names(state.preempted))} had to leave`,
@@ -199,7 +208,7 @@
     const task = (seq) => {
       const work = state.work.find((w) => w.seq === seq);
       if (!work) return "pauses";
-      return work.decodes ? `at token ${work.first + work.count}` : `reads ${work.count.toLocaleString("en")}`;
+      return work.decodes ? `at token ${work.known}` : `reads ${work.count.toLocaleString("en")}`;
     };
     const places = state.places.map((seq) =>
       seq < 0
@@ -218,8 +227,10 @@
   function batch(view, state) {
     const cell = (work, i) => {
       const position = work.first + i;
-      const text = label(view.texts[view.run.seqs[work.seq].tokens[position]] ?? "?");
-      return `<span class="fp-token ${color(view, work.seq)}"><i>${position}</i><b>${text}</b><small>${state.slotOf(work.seq, position)}</small></span>`;
+      const text = label(view.texts[work.tokenAt(position)]);
+      const isGuess = position >= work.known;
+      const shown = isGuess && position >= work.known + work.right ? `<s>${text}</s>` : text;
+      return `<span class="fp-token ${color(view, work.seq)}${isGuess ? " fp-guess" : ""}"><i>${position}</i><b>${shown}</b><small>${state.slotOf(work.seq, position)}</small></span>`;
     };
     const cells = state.work.map((work) => {
       const all = [...Array(work.count).keys()];
@@ -228,7 +239,8 @@
       return [...all.slice(0, NEAR).map((i) => cell(work, i)), hidden, ...all.slice(-NEAR).map((i) => cell(work, i))].join("");
     });
     const total = state.work.reduce((sum, work) => sum + work.count, 0);
-    return `${title(`The flat batch, ${plural(total, "token")}: position, token, slot`)}<div class="fp-flow">${cells.join("")}</div>`;
+    const key = state.work.some((work) => work.guesses.length) ? "; dashed: a guess, crossed out: a wrong one" : "";
+    return `${title(`The flat batch, ${plural(total, "token")}: position, token, slot${key}`)}<div class="fp-flow">${cells.join("")}</div>`;
   }
 
   function blocks(view, state) {
@@ -245,7 +257,7 @@
       const valid = whose.map((seq) => state.computed[seq] - state.tables.get(seq).indexOf(block) * size);
       const count = whose.length ? Math.min(Math.max(...valid, 0), size) : size;
       const filled = [...Array(count).keys()].map((i) => block * size + i).filter((slot) => state.slots.has(slot));
-      const words = filled.map((slot) => `<span class="fp-slot${state.fresh.has(slot) ? " fp-new" : ""}">${label(view.texts[state.slots.get(slot)] ?? "?")}</span>`);
+      const words = filled.map((slot) => `<span class="fp-slot${state.fresh.has(slot) ? " fp-new" : ""}">${label(view.texts[state.slots.get(slot)])}</span>`);
       const empty = size - filled.length;
       const rest = empty > 8 ? `<span class="fp-slot">${empty} empty</span>` : '<span class="fp-slot">·</span>'.repeat(empty);
       const who = whose.length ? whose.map((seq) => escape(view.nameOf(seq))).join(", ") : "free";

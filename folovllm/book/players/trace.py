@@ -35,6 +35,8 @@ class TracedSequence:
     num_prompt_tokens: int
     token_ids: list[int]
     """Prompt and output."""
+    num_first_tokens: int
+    """How many of these it had when it was seen for the first time."""
 
 
 @dataclass
@@ -52,6 +54,8 @@ class TracedStep:
     """Who came in, and how many of its tokens were found in the prefix cache."""
     tables: dict[int, list[int]]
     """The block table of each sequence that has blocks."""
+    guesses: dict[int, list[int]] = field(default_factory=dict)
+    """The tokens at the end of a sequence's work that were guesses, and that this step has checked."""
     num_new_tokens: dict[int, int] = field(default_factory=dict)
     """How many tokens each sequence got."""
     bars: dict[int, list[list[tuple[int, float]]]] = field(default_factory=dict)
@@ -144,6 +148,9 @@ class _Recorder:
         step = self._begun.pop(id(scheduled), None)
         if step is None:  # it began before the recording did
             return
+        for seq in scheduled.seqs:  # a draft model makes its guesses within the step
+            if guesses := scheduled.get_guesses(seq):
+                step.guesses[self._number_of(seq)] = list(guesses)
         for seq, _row in scheduled.sampled:
             number = self._number_of(seq)
             known = self.trace.seqs[number].token_ids
@@ -164,7 +171,8 @@ class _Recorder:
         if id(seq) not in self._numbers:
             self._numbers[id(seq)] = len(self._kept)
             self._kept.append(seq)
-            self.trace.seqs.append(TracedSequence(self._name_of(seq), seq.get_prompt_len(), seq.get_token_ids()))
+            name, token_ids = self._name_of(seq), seq.get_token_ids()
+            self.trace.seqs.append(TracedSequence(name, seq.get_prompt_len(), token_ids, len(token_ids)))
         return self._numbers[id(seq)]
 
     def _name_of(self, seq: Sequence) -> str:

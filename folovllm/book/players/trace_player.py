@@ -107,13 +107,16 @@ def _token_ids(trace: Trace) -> Iterable[int]:
     """Every token that is shown, in a fixed order."""
     found = {token_id for seq in trace.seqs for token_id in seq.token_ids}
     for step in trace.steps:
+        found |= {token_id for guesses in step.guesses.values() for token_id in guesses}
         found |= {token_id for bars in step.bars.values() for bar in bars for token_id, _ in bar}
     return sorted(found)
 
 
 def _data_of_seq(seq: TracedSequence, colors: dict[str, int], known: dict[int, int]) -> dict[str, Any]:
     tokens = [known[token_id] for token_id in seq.token_ids]
-    return {"name": seq.name, "color": colors[seq.name], "prompt": seq.num_prompt_tokens, "tokens": tokens}
+    data = {"name": seq.name, "color": colors[seq.name], "prompt": seq.num_prompt_tokens, "tokens": tokens}
+    begun = seq.num_first_tokens > seq.num_prompt_tokens
+    return {**data, "first": seq.num_first_tokens} if begun else data
 
 
 def _data_of_step(
@@ -139,6 +142,7 @@ def _data_of_step(
         "swapped": step.swapped,
         "preempted": step.preempted,
         "admitted": [[number, num_cached] for number, num_cached in step.admitted.items()],
+        "guesses": [[number, [known[token_id] for token_id in guesses]] for number, guesses in step.guesses.items()],
         "got": [number if count == 1 else [number, count] for number, count in step.num_new_tokens.items()],
         "bars": [
             [number, [[[known[token_id], p] for token_id, p in bar] for bar in bars]]
