@@ -1,4 +1,4 @@
-"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 15.
+"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 17.
 
 A fault is called by what users would report. Its class is a subclass of the part that it stands for, and overrides as
 little as possible, so that it can be found by reading once it is known where to look. That the engine's own tests would
@@ -18,9 +18,10 @@ from folovllm.book.few_bits import WeightReader, read_decoder
 from folovllm.book.in_place import InPlaceAttention, OnlineSoftmax
 from folovllm.core.kv_cache import BlockPool, KVCacheManager, hash_block
 from folovllm.core.scheduler import Scheduler, SchedulerOutput
+from folovllm.engine.beam_search import BeamSearch
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.engine.llm_engine import LLMEngine
-from folovllm.outputs import RunnerOutput
+from folovllm.outputs import BeamSearchSequence, RunnerOutput
 from folovllm.request import Sequence, SequenceStatus
 from folovllm.validation import require
 from folovllm.worker.model_runner import ModelRunner
@@ -213,6 +214,14 @@ class ZerosAsStored(WeightReader):
         return super().read_zeros(qzeros, num_out, version=2)
 
 
+class CountsThePrompt(BeamSearch):
+    """Divides the log probability of an answer by the length of prompt and answer."""
+
+    def score(self, text: BeamSearchSequence) -> float:
+        """What texts that have ended are ranked by."""
+        return text.cum_logprob / len(text.tokens) ** self.params.length_penalty
+
+
 class HalfCharacters(Detokenizer):
     """Decodes each token for itself."""
 
@@ -255,6 +264,7 @@ FAULTS: dict[str, type[Any]] = {
     "a seed that does not hold": SharedGenerator,
     "only long texts ramble": NeverRescales,
     "some quantized models talk nonsense": ZerosAsStored,
+    "the longer the prompt, the shorter the answer": CountsThePrompt,
     "broken letters": HalfCharacters,
     "the text takes words back": StopNotHeldBack,
     "a stop string that does not stop": StopWithinOneToken,

@@ -15,6 +15,7 @@ from folovllm.book.few_bits import WeightReader
 from folovllm.book.in_place import InPlaceAttention
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
+from folovllm.engine.beam_search import BeamSearch
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.worker.model_runner import ModelRunner
 
@@ -25,6 +26,7 @@ PARTS = {
     InPlaceAttention: "other tokens",
     Detokenizer: "yours shows|should see",
     WeightReader: "zero points of the first row",
+    BeamSearch: "and by yours",
 }
 """The kinds of parts, and what the judges' sentences about them look like."""
 
@@ -33,6 +35,8 @@ def judge(part: type[Any]) -> None:
     """Puts a part into an engine by whichever judge fits."""
     if issubclass(part, Detokenizer):
         judges.judge_detokenizer(part)
+    elif issubclass(part, BeamSearch):
+        judges.judge_search(part)
     elif issubclass(part, ModelRunner):
         judges.judge_runner(part)
     elif issubclass(part, WeightReader):

@@ -264,6 +264,12 @@ class TestCallers:
             ask(small, ["Once upon a time", prompt], **kwargs)
         assert "\n" not in str(caught.value) and not small.engine.steps and nothing_left(small)
 
+    def test_params_that_were_changed_are_checked_again(self, llm):
+        params = BeamSearchParams(2, 3)
+        params.beam_width = 0
+        with pytest.raises(ValueError, match="beam_width must be at least 1, got 0"):
+            llm.beam_search("a", params)
+
     def test_other_params_are_refused(self, llm):
         with pytest.raises(ValueError, match="params must be BeamSearchParams, got SamplingParams"):
             llm.beam_search("a", SamplingParams())

@@ -155,8 +155,13 @@ def test_prefix_caching(model):
         check_greedy(model, output)
 
 
-BEAM_CASES = [(ENGLISH[0], 8), (CODE[0], 8), (CHINESE_AND_OTHERS[1], 6), (CONVERSATIONS[0], 24)]
-"""Prompts and ``max_tokens``; the conversation's answers end by themselves."""
+BEAM_CASES = [
+    (ENGLISH[0], 8, 1.0),
+    (CODE[0], 8, 1.0),
+    (CHINESE_AND_OTHERS[1], 6, 1.0),
+    *((CONVERSATIONS[0], 24, penalty) for penalty in (0.0, 1.0, 2.0)),
+]
+"""Prompts, ``max_tokens`` and ``length_penalty``; the conversation's answers end by themselves."""
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])
@@ -164,7 +169,7 @@ def test_beam_search(model, tokenizer, width):
     """All texts are those of transformers, in its order, unless two scores are so near that either may be first."""
     llm = LLM(FOLDER, device="cpu", dtype="float32", enable_prefix_caching=True)
     num_stopped = 0
-    for (prompt, max_tokens), penalty in itertools.product(BEAM_CASES, [0.0, 1.0, 2.0]):
+    for prompt, max_tokens, penalty in BEAM_CASES:
         if not isinstance(prompt, str):
             prompt = llm.apply_chat_template(prompt)
         encoded = tokenizer(prompt)["input_ids"]

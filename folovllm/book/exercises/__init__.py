@@ -30,6 +30,7 @@ from folovllm.book.exercises.preemption import check_cheaper, check_rambling, ch
 from folovllm.book.exercises.prefixes import check_block_hash, check_cache_salt, check_fresh_words, check_prompt_order
 from folovllm.book.exercises.requests import check_blocks_of_forks, check_finish_status, check_next_status
 from folovllm.book.exercises.sampling import check_draw, check_softmax, check_top_p
+from folovllm.book.exercises.search import check_beam_step, check_best_of, check_gnmt, check_own_length
 from folovllm.book.exercises.verdict import Verdict
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "check_admit",
     "check_allocate_slots",
     "check_attention",
+    "check_beam_step",
+    "check_best_of",
     "check_block_hash",
     "check_block_pool",
     "check_blocks_of_forks",
@@ -52,6 +55,7 @@ __all__ = [
     "check_finish_status",
     "check_fresh_words",
     "check_generate",
+    "check_gnmt",
     "check_join",
     "check_kv_bytes",
     "check_latencies",
@@ -62,6 +66,7 @@ __all__ = [
     "check_next_status",
     "check_num_blocks",
     "check_online_softmax",
+    "check_own_length",
     "check_packing",
     "check_pad_batch",
     "check_passes",

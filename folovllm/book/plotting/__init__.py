@@ -66,6 +66,7 @@ from folovllm.book.plotting.sampling import (
     plot_temperatures,
     plot_token_bars,
 )
+from folovllm.book.plotting.search import plot_beam_tree, plot_likelihoods, plot_search_blocks, plot_width
 from folovllm.book.plotting.timeline import (
     plot_anatomy,
     plot_block_map,
@@ -85,6 +86,7 @@ __all__ = [
     "plot_along_text",
     "plot_anatomy",
     "plot_attention_map",
+    "plot_beam_tree",
     "plot_block_map",
     "plot_block_size_costs",
     "plot_block_waste",
@@ -113,6 +115,7 @@ __all__ = [
     "plot_kl_by_bits",
     "plot_kv_capacity",
     "plot_layer",
+    "plot_likelihoods",
     "plot_load",
     "plot_logit_lens",
     "plot_machine",
@@ -132,6 +135,7 @@ __all__ = [
     "plot_resume_costs",
     "plot_roofline",
     "plot_score_by_distance",
+    "plot_search_blocks",
     "plot_shared_heads",
     "plot_state_machine",
     "plot_states",
@@ -151,4 +155,5 @@ __all__ = [
     "plot_used_blocks",
     "plot_weights_by_dtype",
     "plot_weights_by_layer",
+    "plot_width",
 ]

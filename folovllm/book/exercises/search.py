@@ -1,0 +1,102 @@
+"""Checks of the exercises of chapter 17."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from folovllm.book import faults, judges
+from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.engine.beam_search import BeamSearch
+from folovllm.outputs import BeamSearchSequence, CompletionOutput
+from folovllm.sampling_params import BeamSearchParams
+
+Told = tuple[int, float, str]
+"""Tokens, log probability and finish reason of an answer."""
+
+ANSWERS: tuple[tuple[tuple[Told, ...], int, float, tuple[int, ...], str], ...] = (
+    (((3, -4.0, "stop"), (3, -2.0, "stop"), (3, -3.0, "length")), 2, 0.0, (1, 2), "three answers of 3 tokens"),
+    (
+        ((2, -4.0, "stop"), (8, -6.0, "length"), (4, -5.0, "stop"), (1, -3.9, "stop")),
+        1,
+        1.0,
+        (1,),
+        "the likeliest has 1 token and the best per token 8",
+    ),
+    (((2, -4.0, "stop"), (8, -6.0, "stop"), (4, -5.0, "stop")), 3, 0.0, (0, 2, 1), "a penalty of 0"),
+    (((9, -6.0, "stop"), (4, -3.5, "stop"), (1, -2.5, "stop")), 3, 0.5, (1, 0, 2), "a penalty of 0.5"),
+    (((9, -6.0, "stop"), (4, -0.5, "abort"), (5, -7.0, "length")), 2, 1.0, (0, 2), "an answer that was aborted"),
+    (((2, -1.0, "abort"), (3, -9.0, "stop"), (2, -0.5, "abort")), 3, 1.0, (1, 2, 0), "two answers that were aborted"),
+    (((4, -2.0, "stop"), (2, -1.0, "stop"), (6, -3.0, "stop")), 3, 1.0, (0, 1, 2), "three that are equally good"),
+)
+"""Answers, how many are wanted, the penalty, their places from the best on, and in words."""
+
+
+@exercise("the best ones, by what you call best.", gives="a list of answers")
+def check_best_of(attempt: Callable[[Sequence[CompletionOutput], int, float], list[CompletionOutput]]) -> None:
+    """``attempt(answers, n, length_penalty)``: the ``n`` best of some answers, the best first."""
+    for told, n, penalty, right, case in ANSWERS:
+        answers = [
+            CompletionOutput(i, "", list(range(num_tokens)), logprob, None, reason)
+            for i, (num_tokens, logprob, reason) in enumerate(told)
+        ]
+        given = list(answers)
+        got = attempt(given, n, penalty)
+        expect(given == answers, f"{case}: the list that you were given is another afterwards; make a new one.")
+        expect(
+            isinstance(got, list) and all(isinstance(answer, CompletionOutput) for answer in got),
+            f"{case}: a list of answers is asked for, and yours is {got!r:.80}.",
+        )
+        places = [answer.index for answer in got]
+        expect(
+            places == [*right],
+            f"{case} (tokens, log probability, finish reason: {[*told]}): the best {n} are {[*right]}, and yours are "
+            f"{places}.",
+        )
+
+
+class Gnmt(BeamSearch):
+    """Ranks by the length penalty of GNMT (Wu et al. 2016, section 7)."""
+
+    def score(self, text: BeamSearchSequence) -> float:
+        """Log probability, divided by ``((5 + length) / 6) ** length_penalty``."""
+        length = len(text.tokens) - len(self.prompt_token_ids)
+        return text.cum_logprob / ((5 + length) / 6) ** self.params.length_penalty
+
+
+@exercise("a penalty that is gentle with short texts, in the running search.", gives="a number")
+def check_gnmt(attempt: type) -> None:
+    """``attempt``: a `BeamSearch` whose ``score`` is that of GNMT."""
+    judges.expect_subclass(attempt, BeamSearch)
+    judges.expect_own(attempt, BeamSearch, "score")
+    for num_prompt, num_tokens, logprob, penalty in (
+        (1, 1, -2.0, 1.0),
+        (3, 7, -4.0, 1.0),
+        (9, 7, -5.0, 0.0),
+        (2, 19, -3.0, 0.6),
+        (40, 2, -8.0, 2.0),
+    ):
+        search = attempt([5] * num_prompt, BeamSearchParams(2, 50, length_penalty=penalty))
+        text = BeamSearchSequence([5] * (num_prompt + num_tokens), [], logprob)
+        right, got = Gnmt([5] * num_prompt, search.params).score(text), search.score(text)
+        expect(
+            isinstance(got, (int, float)) and math.isclose(got, right),
+            f"{num_tokens} tokens after a prompt of {num_prompt} with log probability {logprob} and length_penalty "
+            f"{penalty}: the score should be {right:.4f}, yours is {got!r}.",
+        )
+    judges.judge_search(attempt, Gnmt)
+
+
+@exercise("text by text and step by step the search of the engine.")
+def check_beam_step(attempt: type) -> None:
+    """``attempt``: a `BeamSearch` with a ``step`` of its own."""
+    judges.expect_subclass(attempt, BeamSearch)
+    judges.expect_own(attempt, BeamSearch, "step")
+    judges.judge_search(attempt)
+
+
+@exercise("an answer's length is its own, whatever was asked.")
+def check_own_length(attempt: type) -> None:
+    """``attempt``: a mended `folovllm.book.faults.CountsThePrompt`."""
+    judges.expect_subclass(attempt, faults.CountsThePrompt)
+    judges.judge_search(attempt)
