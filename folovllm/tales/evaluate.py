@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from folovllm.config import ModelConfig
 from folovllm.model_loader import ModelLoader
-from folovllm.tales import EMBEDDED_MODEL
+from folovllm.tales import EMBEDDED_DRAFT, EMBEDDED_MODEL
 from folovllm.tales.grammar import CARD_SLOTS, STARTS, Document, document_entropy, sample
 from folovllm.tales.train import negative_log_likelihood
 
@@ -130,14 +130,11 @@ library_name: transformers
 A Qwen3 model of {num_parameters:,} parameters ({megabytes:.1f} MB of float32), trained from random weights on
 short tales that the grammar in `folovllm/tales/grammar.py` writes, in English and in Chinese. It exists so that every
 page of the book runs anywhere, and because the true probability of each of its tokens is known. It knows nothing
-else: outside the tales its answers mean nothing.
+else: outside the tales its answers mean nothing.{purpose}
 
-- **Made by** `python -m folovllm.tales.train`: Muon and AdamW, 1,600 steps of 32 documents, seed 0; about 25 minutes
-  on one CPU core.
+- **Made by** {made_by}
 - **Trained on** documents of up to 290 tokens. `max_position_embeddings` is 2,048, but nothing longer was ever seen.
-- **Sample with** temperature 1 and `min_p` 0.01, as `generation_config.json` recommends: at temperature 1 alone, one
-  token in 4,000 is one that the model itself finds impossible, and it derails the tale.
-- **Measured by** `python -m folovllm.tales.evaluate` on {num_documents} held-out documents of each kind:
+{advice}- **Measured by** `python -m folovllm.tales.evaluate` on {num_documents} held-out documents of each kind:
 
 | | English tales | Chinese tales | conversations |
 |---|---|---|---|
@@ -151,11 +148,30 @@ else: outside the tales its answers mean nothing.
 | questions about the tale answered right (greedy) | {answer:.1%} |
 | JSON cards valid and right (greedy) | {card:.1%} |
 """
+ABOUT_MODEL = {
+    "purpose": "",
+    "made_by": (
+        "`python -m folovllm.tales.train`: Muon and AdamW, 1,600 steps of 32 documents, seed 0; about 25 minutes\n"
+        "  on one CPU core."
+    ),
+    "advice": (
+        "- **Sample with** temperature 1 and `min_p` 0.01, as `generation_config.json` recommends: at temperature 1 "
+        "alone, one\n  token in 4,000 is one that the model itself finds impossible, and it derails the tale.\n"
+    ),
+}
+ABOUT_DRAFT = {
+    "purpose": """ It guesses what the embedded
+model will say (chapter 16), with the same tokenizer and less than a fifth of its parameters.""",
+    "made_by": "`python -m folovllm.tales.train --draft`: the same documents and steps as the larger one, seed 0.",
+    "advice": "",
+}
+"""What the cards say of each of the two models."""
 
 
 def write_card(directory: Path, evaluation: Evaluation, num_parameters: int) -> None:
     """Writes the figures into the model's card."""
     text = CARD.format(
+        **(ABOUT_DRAFT if directory.resolve() == EMBEDDED_DRAFT else ABOUT_MODEL),
         num_parameters=num_parameters,
         megabytes=(directory / "model.safetensors").stat().st_size / 1e6,
         num_documents=evaluation.num_documents,

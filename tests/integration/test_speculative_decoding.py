@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from scipy.stats import chisquare
 
 from folovllm import LLM, SamplingParams
 from folovllm.book import judges
@@ -15,7 +20,8 @@ from folovllm.engine.llm_engine import LLMEngine
 from folovllm.logprobs import Logprob
 from folovllm.outputs import RunnerOutput
 from folovllm.request import Request
-from folovllm.tales import EMBEDDED_MODEL
+from folovllm.tales import EMBEDDED_MODEL, draft_model
+from folovllm.tales.tokenizer import next_token_probs
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 ITSELF = {"method": "draft_model", "model": str(EMBEDDED_MODEL), "num_speculative_tokens": 4}
@@ -209,7 +215,7 @@ class TestRefusedGuesses:
 
 
 def ask(llm: LLM, prompts, **params):
-    asked = [SamplingParams(**{"temperature": 1.0, "max_tokens": 60, "seed": i, **params}) for i in range(len(prompts))]
+    asked = [SamplingParams(**{"temperature": 1.0, "max_tokens": 45, "seed": i, **params}) for i in range(len(prompts))]
     return llm.generate(list(prompts), asked, use_tqdm=False)
 
 
@@ -238,6 +244,12 @@ def comparable(outputs):
         ]
         for output in outputs
     ]
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    config = {"method": "draft_model", "model": draft_model(), "num_speculative_tokens": 3}
+    return make_llm(speculative_config=config, max_num_seqs=16)
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +299,67 @@ def test_a_model_that_drafts_for_itself_is_always_right(llm, kwargs):
 def test_a_draft_model_of_other_tokens_is_refused(llm, tmp_path):
     with pytest.raises(ValueError, match=r"must have the model's tokens: .* has 8, and .* 1294"):
         make_llm(speculative_config={**ITSELF, "model": str(other_model(tmp_path))})
+
+
+class TestTheEmbeddedDraft:
+    def test_it_is_small_and_has_the_same_tokens(self, llm):
+        small = LLM(draft_model(), device="cpu", dtype="float32", max_model_len=256).engine
+        large = llm.engine
+        sizes = [sum(math.prod(shape) for shape in _shapes(folder)) for folder in (draft_model(), EMBEDDED_MODEL)]
+        assert 5 * sizes[0] <= sizes[1] and small.decoder.config.num_layers == 2
+        assert small.tokenizer.get_vocab() == large.tokenizer.get_vocab()
+        assert small.tokenizer.chat_template == large.tokenizer.chat_template
+
+    def test_it_guesses_well_and_greedy_answers_stay_as_they_are(self, llm, drafting):
+        greedy = {"temperature": 0, "max_tokens": 60}
+        outputs = ask(drafting, STARTS, **greedy)
+        assert comparable(outputs) == comparable(ask(llm, STARTS, **greedy))
+        found = [output.metrics.spec_decoding for output in outputs]
+        assert sum(f.num_accepted_tokens for f in found) > 0.6 * sum(f.num_draft_tokens for f in found)
+
+    @pytest.mark.parametrize("params", ANSWERS)
+    def test_greedy_answers_stay_as_they_are_with_everything(self, llm, drafting, params):
+        asked = {**params, "temperature": 0.0, "max_tokens": 42, "n": 1, "best_of": 1}
+        assert comparable(ask(drafting, STARTS, **asked)) == comparable(ask(llm, STARTS, **asked))
+
+    def test_what_is_drawn_has_the_models_distribution(self, llm, drafting):
+        """Two tokens, 1,500 times, against the model's own probabilities and the grammar's."""
+        start, num = "Once upon a time, in the forest, there lived a", 1_500
+        exact, true = joint_probs(llm, start)
+        params = [SamplingParams(temperature=1, seed=i, max_tokens=3, ignore_eos=True) for i in range(num)]
+        outputs = drafting.generate([start] * num, params, use_tqdm=False)
+        counts = Counter(tuple(output.outputs[0].token_ids[:2]) for output in outputs)
+        guessing = [output.metrics.spec_decoding for output in outputs]
+        assert sum(g.num_draft_tokens - g.num_accepted_tokens for g in guessing) > 10  # some were refused
+        pairs = [pair for pair, p in exact.items() if p * num >= 5]
+        rest = 1 - sum(exact[pair] for pair in pairs)
+        seen = np.array([*(counts[pair] for pair in pairs), num - sum(counts[pair] for pair in pairs)])
+        expected = num * np.array([*(exact[pair] for pair in pairs), rest])
+        assert chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 1e-3
+        # KL(grammar || engine), of the model's probabilities and of the counts: the noise of a count is cells / 2N.
+        of_model = sum(p * math.log(p / exact[pair]) for pair, p in true.items())
+        of_counts = sum(p * math.log(p * num / counts[pair]) for pair, p in true.items())
+        assert abs(of_counts - of_model) < 2 * len(true) / num
+
+
+def _shapes(folder):
+    with safe_open(f"{folder}/model.safetensors", "pt") as file:
+        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+
+
+def joint_probs(llm: LLM, start: str):
+    """Probabilities of the first two tokens after a beginning: the model's, and the grammar's."""
+    tokenizer, everything = llm.engine.tokenizer, SamplingParams(temperature=1, max_tokens=1, logprobs=-1)
+
+    def probs(token_ids):
+        (output,) = llm.generate({"prompt_token_ids": token_ids}, everything, use_tqdm=False)
+        return {i: math.exp(found.logprob) for i, found in output.outputs[0].logprobs[0].items()}
+
+    ids, exact, true = tokenizer.encode(start), {}, {}
+    likely = {i: p for i, p in probs(ids).items() if p > 1e-6}
+    for first, p in likely.items():
+        exact |= {(first, second): p * q for second, q in probs([*ids, first]).items()}
+    for first, p in next_token_probs(start, tokenizer).items():
+        for second, q in next_token_probs(start + tokenizer.decode([first]), tokenizer).items():
+            true[first, second] = p * q
+    return exact, true

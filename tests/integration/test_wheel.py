@@ -62,7 +62,8 @@ def test_everything_travels_and_nothing_else(build: tuple[Path, str]) -> None:
     names = zipfile.ZipFile(build[0]).namelist()
     inside = {name for name in names if ".dist-info/" not in name}
     expected = parts_of_the_package(ROOT)
-    assert {"folovllm/tales/model/model.safetensors", "folovllm/py.typed"} <= expected
+    models = {f"folovllm/tales/{name}/model.safetensors" for name in ("model", "draft")}
+    assert {*models, "folovllm/py.typed"} <= expected
     assert inside - expected == set()
     assert expected - inside == set(), "name these in pyproject.toml, under package-data"
 
