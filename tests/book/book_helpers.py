@@ -44,6 +44,7 @@ MODULES = {
         "folovllm.attention.triton",
         "folovllm.worker.step_graph",
     ),
+    "15_fewer_bits": ("folovllm.model.gptq", "folovllm.model.packing", "folovllm.model.quantized_files"),
     "17_searching": ("folovllm.engine.beam_search",),
 }
 """The modules that a chapter is about: it links their pages and sources, and lists all of their public code."""
