@@ -118,12 +118,13 @@ class DecoderConfig:
         )
 
 
-def rotary_frequencies(config: DecoderConfig) -> Tensor:
+def rotary_frequencies(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> Tensor:
     """How far each pair of a head's numbers turns from one position to the next, in radians: ``[head_dim / 2]``.
 
-    Su et al. 2021; with "llama3" the slow ones are slowed further, so that a model reads more than it was trained on.
+    Computed in ``dtype``. Su et al. 2021; with "llama3" the slow ones are slowed further, so that a model reads more
+    than it was trained on.
     """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponent = torch.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
     frequencies = config.rope_theta**-exponent
     rope = config.rope_scaling
     if rope["rope_type"] == "linear":
@@ -213,7 +214,8 @@ class Decoder:
         self.norm = RMSNorm(method.empty(config.hidden_size), config.rms_norm_eps)
         self.head = method.create_head({"lm_head": config.vocab_size}, self.embedding, config.tie_word_embeddings)
         self._has_fused = False
-        angles = torch.outer(torch.arange(num_positions).float(), rotary_frequencies(config))
+        wide = torch.promote_types(dtype, torch.float32)
+        angles = torch.outer(torch.arange(num_positions, dtype=wide), rotary_frequencies(config, wide))
         self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
 

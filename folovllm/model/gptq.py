@@ -2,8 +2,8 @@
 
 Rounding a weight to 4 bits makes an error. GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds one input column after
 the other, and after each changes the columns that are still to come, so that together they make up for the error on the
-inputs that the layer really sees. What it knows of these inputs is their Hessian, ``2/n sum x x^T``. Without one,
-`quantize_weight` is plain rounding.
+inputs that the layer really sees. What it knows of these inputs is their Hessian, ``2/n sum x x^T``; its diagonal says
+how much a column counts when a scale is chosen. Without a Hessian, `quantize_weight` is plain rounding.
 
 `quantize_layers` walks through a model with a few texts, the calibration. Each product quantizes its weight for the
 inputs that come out of the already quantized ones before it, so that later weights make up for the errors of earlier
@@ -41,6 +41,8 @@ SMALLEST_SCALE = 2.0**-24
 Quantize = Callable[[Tensor, Tensor], QuantizedWeight]
 """Weight ``[num_out, num_in]`` and Hessian ``[num_in, num_in]`` -> the weight in few bits."""
 
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Shares of the scale that reaches the largest number, among which the best is taken."""
 PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """The products of a layer, in the order in which it computes them."""
 
@@ -75,21 +77,20 @@ def quantize_weight(
     weight, zero = weight.clone(), 2 ** (bits - 1)
     values = torch.empty(num_out, num_in, dtype=torch.uint8)
     scales = torch.empty(num_out, num_in // group_size, dtype=torch.float16)
-    factor = None
+    factor = importance = None
     if hessian is not None:
-        weight[:, hessian.diagonal() == 0] = 0  # of a dead column, whose input is always 0, nothing depends
-        factor = factor_inverse(hessian).to(weight.dtype)
-    # A group's scale comes from weights that have had all errors before it, so no group begins inside of a block
-    # and ends outside of it.
-    is_small = group_size <= BLOCK_SIZE
-    width = group_size * (BLOCK_SIZE // group_size) if is_small else math.gcd(group_size, BLOCK_SIZE)
+        importance, factor = hessian.diagonal().to(weight.dtype), factor_inverse(hessian).to(weight.dtype)
+        weight[:, importance == 0] = 0  # of a dead column, whose input is always 0, nothing depends
+    width = _block_width(group_size)
     for start in range(0, num_in, width):
         end = min(start + width, num_in)
         block, errors = weight[:, start:end], []
         for column in range(start, end):
             group = column // group_size
             if column % group_size == 0:
-                scales[:, group] = find_scales(weight[:, column : column + group_size], bits)
+                columns = slice(column, column + group_size)
+                costs = None if importance is None else importance[columns]
+                scales[:, group] = find_scales(weight[:, columns], bits, costs)
             scale = scales[:, group].to(weight.dtype)
             steps = (weight[:, column] / scale).round_().clamp_(-zero, zero - 1)
             values[:, column] = steps + zero
@@ -99,6 +100,12 @@ def quantize_weight(
             weight[:, end:] -= torch.stack(errors, dim=1) @ factor[start:end, end:]
     zeros = torch.full(scales.shape, zero, dtype=torch.uint8)
     return QuantizedWeight(values, scales, zeros, column_groups(num_in, scales.shape[1]))
+
+
+def _block_width(group_size: int) -> int:
+    """Columns of a block. No group begins inside of one and ends outside, so that all errors before it have arrived."""
+    is_small = group_size <= BLOCK_SIZE
+    return group_size * (BLOCK_SIZE // group_size) if is_small else math.gcd(group_size, BLOCK_SIZE)
 
 
 def check_group_size(num_in: int, group_size: int) -> int:
@@ -111,16 +118,24 @@ def check_group_size(num_in: int, group_size: int) -> int:
     return size
 
 
-def find_scales(group: Tensor, bits: int) -> Tensor:
+def find_scales(group: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
     """How far apart the values of each row are, so that its largest number is at the end of them: float16.
 
     Args:
         group: ``[num_out, group_size]``.
         bits: of a value.
+        importance: of each column's squared error, ``[group_size]``. With it the scale may be smaller, so that the
+            largest numbers are cut off and all others are nearer to a value: that of `SHRINKS` with the least error.
     """
-    scales = (2 * group.abs().amax(dim=1) / (2**bits - 1)).to(torch.float16).clamp_min_(SMALLEST_SCALE)
+    largest, zero = 2 * group.abs().amax(dim=1) / (2**bits - 1), 2 ** (bits - 1)
+    shrinks = torch.tensor(SHRINKS if importance is not None else SHRINKS[:1], dtype=group.dtype)
+    scales = (shrinks[:, None] * largest).to(torch.float16).clamp_min_(SMALLEST_SCALE)
     require(bool(scales.isfinite().all()), "the weight has a number that is too large for a scale in float16")
-    return scales
+    if importance is None:
+        return scales[0]
+    wide = scales.to(group.dtype).unsqueeze(-1)
+    errors = ((group / wide).round_().clamp_(-zero, zero - 1).mul_(wide) - group).square_() @ importance
+    return scales.gather(0, errors.argmin(dim=0, keepdim=True))[0]
 
 
 def carry_error(block: Tensor, column: int, rounded: Tensor, factor: Tensor) -> Tensor:

@@ -110,9 +110,9 @@ def quantize_checkpoint(
             shards.add(dict(iterate_weights(checkpoint, name)))
         bytes_after = shards.finish()
         _copy_others(checkpoint, folder, _describe(bits, group_size, method, file_format))
+        kl = calibration.compute_kl()
         folder.rename(out)
-    bytes_before = _file_bytes(checkpoint.weight_files)
-    return QuantizationReport(layers, calibration.compute_kl(), len(calibration.hidden), bytes_before, bytes_after)
+    return QuantizationReport(layers, kl, len(calibration.hidden), _file_bytes(checkpoint.weight_files), bytes_after)
 
 
 def _file_bytes(files: Iterable[Path]) -> int:

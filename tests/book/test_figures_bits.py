@@ -65,7 +65,7 @@ def test_numbers_of_group_sizes() -> None:
 
 def test_numbers_of_moved_error() -> None:
     together, moved = plotting.plot_moved_error(1, [0.1, 1.0, -0.5, 0.9], [0.0, 0.4, 0.1, -0.3])
-    assert heights(together)[:4] == [0.1, 1.0, -0.5, 0.9] and heights(moved)[:4] == [0.0, 0.4, 0.1, -0.3]
+    assert heights(together) == [0.1, 1.0, -0.5, 0.9, 1.0] and heights(moved) == [0.0, 0.4, 0.1, -0.3, 0.4]
     assert "the largest change after it is -0.30, in column 3, whose input goes together with it by 0.90" in (
         together.figure.alt
     )
@@ -122,13 +122,13 @@ def test_the_truth_is_a_distribution_at_every_place(meter: TruthMeter) -> None:
 
 def test_fewer_bits_are_worse_and_gptq_is_better(meter: TruthMeter) -> None:
     checkpoint, tokenizer = open_default_model(), ModelLoader(ModelConfig(default_model())).load_tokenizer()
-    sequences = [tokenizer(document.text)["input_ids"] for document in calibration(12)]
+    sequences = [tokenizer(document.text)["input_ids"] for document in calibration(6)]
     truths = {
         (method, bits): meter.measure(make_decoder(checkpoint, quantize_model(checkpoint, sequences, method, bits)))
         for method in ("rtn", "gptq")
-        for bits in (6, 4, 3)
+        for bits in (4, 3)
     }
     for method in ("rtn", "gptq"):
-        assert truths[method, 6].kl < truths[method, 4].kl < truths[method, 3].kl
+        assert truths[method, 4].kl < truths[method, 3].kl
     for bits in (4, 3):
         assert truths["gptq", bits].kl < truths["rtn", bits].kl

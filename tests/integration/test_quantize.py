@@ -242,6 +242,6 @@ def test_how_texts_are_cut() -> None:
             return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
 
     assert _cut_texts(Tokenizer(), ["abcde", "", "f"], 3) == [[1, 97, 98], [1, 99, 100], [1, 101], [1, 102]]
-    pieces = _cut_texts(Tokenizer(), ["a" * 30_000 + "b" * 30_000], 4)
+    pieces = _cut_texts(Tokenizer(), ["a" * 60_000 + "b" * 60_000], 4)
     assert {len(piece) for piece in pieces} == {4}
     assert 0.99 < 4 * len(pieces) / 2**14 <= 1.01 and sum(piece[1] == 97 for piece in pieces) == len(pieces) / 2

@@ -35,7 +35,8 @@ def make(
 def textbook(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
     """The values by the slow formula: after each column the inverse is made smaller by that column, in full."""
     weight, hessian, zero = weight.clone(), hessian.clone(), 2 ** (bits - 1)
-    is_dead = hessian.diagonal() == 0
+    importance = hessian.diagonal().clone()
+    is_dead = importance == 0
     mean = 1.0 if is_dead.all() else float(hessian.diagonal()[~is_dead].mean())
     hessian.diagonal()[is_dead] = mean
     weight[:, is_dead] = 0
@@ -43,7 +44,8 @@ def textbook(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Ten
     values = torch.zeros_like(weight)
     for q in range(weight.shape[1]):
         if q % group_size == 0:
-            scales = find_scales(weight[:, q : q + group_size], bits).double()
+            group = slice(q, q + group_size)
+            scales = find_scales(weight[:, group], bits, importance[group]).double()
         steps = (weight[:, q] / scales).round().clamp(-zero, zero - 1)
         values[:, q] = steps + zero
         error = (weight[:, q] - steps * scales) / inverse[q, q]
@@ -88,14 +90,26 @@ def test_without_a_hessian_each_number_goes_to_the_nearest(num_out: int, num_gro
     # scale's own rounding to float16 adds a two-thousandth of the whole grid.
     error = (found.dequantize(torch.float64) - weight).abs() / scale
     assert (error <= 0.5 + 2**bits / 2**12).all()
-    # A diagonal Hessian ties no two columns together, so there is nothing to hand on.
-    alone = quantize_weight(weight, torch.diag(torch.rand(weight.shape[1], dtype=torch.float64) + 0.1), bits, 16)
-    assert torch.equal(found.values, alone.values)
 
 
 def test_the_largest_number_of_a_group_makes_its_scale() -> None:
     scales = find_scales(torch.tensor([[1.5, -3.0], [0.0, 0.0], [7.5, 7.4]]), 4)
     assert scales.tolist() == [pytest.approx(0.4, rel=1e-3), 2**-24, 1.0]
+
+
+def test_a_scale_may_be_smaller_where_the_largest_number_hardly_counts() -> None:
+    group = torch.tensor([[7.5, 1.4, -1.4, 0.45, -0.45]])
+    assert find_scales(group, 4, torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])).item() == 1.0
+    assert find_scales(group, 4, torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])).item() < 1.0
+
+
+def test_columns_that_do_not_go_together_hand_nothing_on() -> None:
+    weight, _ = make(4, 32, 0)
+    importance = torch.rand(32, dtype=torch.float64) + 0.1
+    found = quantize_weight(weight, torch.diag(importance), 4, 16).dequantize(torch.float64)
+    for group in (slice(0, 16), slice(16, 32)):
+        scale = find_scales(weight[:, group], 4, importance[group]).double().unsqueeze(1)
+        torch.testing.assert_close(found[:, group], (weight[:, group] / scale).round().clamp(-8, 7) * scale)
 
 
 @pytest.mark.parametrize("group_size", [32, 128, -1])

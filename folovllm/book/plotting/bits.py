@@ -187,7 +187,7 @@ def plot_error_by_layer(errors: Mapping[str, Sequence[float]]) -> Axes:
         num_layers = len(next(iter(errors.values())))
         ax.set_xticks(range(num_layers), [str(layer) for layer in range(num_layers)])
         ax.set(xlabel="layer", ylabel="error after it (%)")
-        ax.legend(loc="upper left")
+        ax.legend(ncols=len(errors), loc="lower left", bbox_to_anchor=(-0.05, 1))
         told = "; ".join(f"{name}: {listed(f'{100 * v:.3g} %' for v in values)}" for name, values in errors.items())
         ax.figure.alt = f"Bars of the error of the residual stream after each of {num_layers} layers. {told}."
     return ax
@@ -202,9 +202,9 @@ def plot_time_by_rows(rows: Sequence[int], seconds: Mapping[str, Sequence[float]
         ridges: width -> the tokens from which on arithmetic takes longer than reading.
     """
     with new_figure(4.0) as ax:
-        for (name, values), color in zip(seconds.items(), PALETTE):
+        for (name, values), color, style in zip(seconds.items(), PALETTE, ("-", "-", "-", ":")):
             milliseconds = 1000 * to_array(values)
-            ax.plot(rows, milliseconds, color=color, lw=2.5, label=name)
+            ax.plot(rows, milliseconds, style, color=color, lw=2.5 if style == "-" else 3.5, label=name)
             if name in ridges:
                 place = ridges[name], milliseconds[0]
                 ax.plot(*place, "o", color=color, ms=8)
@@ -250,7 +250,7 @@ def plot_gain_by_rows(
         ax.set_xticks(marked, [f"{row:,}" for row in marked])
         ax.minorticks_off()
         ax.set(xlabel="rows (tokens in the step)", ylabel="times as fast as 16 bits", ylim=(0, None))
-        ax.legend(loc="upper right")
+        ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.12, 1), fontsize=11, columnspacing=1)
         lines = {"computed": dict(zip(rows, computed)), **measured}
         told = "; ".join(
             f"{name} {course(list(gains.values()), [f'{row:,}' for row in gains])}" for name, gains in lines.items()
