@@ -113,7 +113,7 @@ def test_an_engine_that_is_not_recorded_keeps_nothing() -> None:
     llm.generate("Once upon a time", params, use_tqdm=False)
     assert before.outputs[0].token_ids == during.outputs[0].token_ids
     assert repr(trace) == repr(inner) == f"Trace(1 sequences, {len(during.outputs[0].token_ids)} steps)"
-    assert trace.seqs[0].name == "1", "a name that LLM made up is not the same twice"
+    assert trace.seqs[0].name == "request 1", "a name that LLM made up is not the same twice"
 
 
 def test_a_step_that_fails_leaves_no_trace_and_the_engine_as_it_was() -> None:

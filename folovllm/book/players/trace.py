@@ -181,7 +181,7 @@ class _Recorder:
             return name_of(seq)
         ids = list(dict.fromkeys(kept.request_id for kept in self._kept))
         answer = "" if seq.sampling_params.best_of == 1 else f"-{seq.index}"
-        return f"{ids.index(seq.request_id) + 1}{answer}"
+        return f"request {ids.index(seq.request_id) + 1}{answer}"
 
 
 def likeliest(found: dict[int, Logprob]) -> list[tuple[int, float]]:
