@@ -139,19 +139,24 @@ class ModelLoader:
                 which transformers' model cannot compute.
         """
         checkpoint = self.open(device)
-        code = self.model_config.trust_remote_code
-        state_dict = None
         if checkpoint.quantization is None:
             _check_model(checkpoint)
+            code = self.model_config.trust_remote_code
+            with _transformers_progress_bar(checkpoint.num_bytes >= PROGRESS_BAR_BYTES):
+                model = _load_weights(checkpoint.folder, checkpoint.hf_config, checkpoint.dtype, code)
         else:
-            state_dict = _dequantize(checkpoint)
-        with _transformers_progress_bar(checkpoint.num_bytes >= PROGRESS_BAR_BYTES):
-            model = _load_weights(checkpoint.folder, checkpoint.hf_config, checkpoint.dtype, code, state_dict)
+            model = _load_dequantized(checkpoint)
         if model.device != checkpoint.device:  # a walk over all modules, a millisecond for a small model
             model = model.to(checkpoint.device)  # type: ignore[arg-type]
         parameters = list(model.parameters())
-        num_parameters, num_bytes = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
-        self._report(checkpoint, type(model).__name__, num_parameters, num_bytes, None)
+        self.report = self._make_report(
+            checkpoint,
+            model_class=type(model).__name__,
+            dtype=model.dtype,
+            device=model.device,
+            num_parameters=sum(p.numel() for p in parameters),
+            num_bytes=sum(p.nbytes for p in parameters),
+        )
         return model
 
     def load_decoder(self, checkpoint: Checkpoint) -> Decoder:
@@ -159,27 +164,28 @@ class ModelLoader:
 
         Leaves a `LoadReport` in ``report``.
         """
-        decoder = load_decoder(checkpoint)
-        config = checkpoint.quantization
-        how = None if config is None else f"{config}; {describe_products(decoder.linears)}"
-        architecture = checkpoint.hf_config.architectures[0]
-        self._report(checkpoint, architecture, decoder.num_parameters, decoder.num_bytes, how)
+        decoder, config = load_decoder(checkpoint), checkpoint.quantization
+        self.report = self._make_report(
+            checkpoint,
+            model_class=checkpoint.hf_config.architectures[0],
+            dtype=decoder.dtype,
+            device=decoder.device,
+            num_parameters=decoder.num_parameters,
+            num_bytes=decoder.num_bytes,
+            quantization=None if config is None else f"{config}; {describe_products(decoder.linears)}",
+        )
         return decoder
 
-    def _report(self, checkpoint: Checkpoint, name: str, num_parameters: int, num_bytes: int, how: str | None) -> None:
-        """Leaves a `LoadReport` in ``report``, and logs it."""
-        self.report = LoadReport(
+    def _make_report(self, checkpoint: Checkpoint, **loaded: Any) -> LoadReport:
+        """A report of what was loaded from a checkpoint, which is logged as well."""
+        report = LoadReport(
             model=self.model_config.model,
-            model_class=name,
-            dtype=checkpoint.dtype,
-            device=checkpoint.device,
-            num_parameters=num_parameters,
-            num_bytes=num_bytes,
             max_model_len=checkpoint.max_model_len,
             model_max_len=checkpoint.model_max_len,
-            quantization=how,
+            **loaded,
         )
-        logger.info("loaded\n%s", self.report)
+        logger.info("loaded\n%s", report)
+        return report
 
     def open(self, device: str | torch.device | None = None) -> Checkpoint:
         """Finds the checkpoint and checks all of it, before a weight is read.
@@ -362,8 +368,8 @@ def _read_quantization(folder: Path, raw: dict[str, Any], asked: str | None) -> 
     return settle_quantization(asked, found, str(folder))
 
 
-def _dequantize(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The weights of a quantized checkpoint in floats, checked like the engine's own."""
+def _load_dequantized(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of a checkpoint that is quantized in its files, on the CPU, with weights of floats."""
     assert checkpoint.quantization is not None
     if checkpoint.quantization.method == "int8":
         raise ValueError("quantization='int8' is for the engine alone: transformers' model has no products of 8 bits")
@@ -371,7 +377,13 @@ def _dequantize(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     num_bytes = sum(math.prod(shape) for shape in shapes.values()) * checkpoint.dtype.itemsize
     what = f"the weights of {checkpoint.folder} in floats"
     check_room(what, num_bytes, torch.device("cpu"), "choose a 16-bit dtype or a smaller model")
-    return dict(iterate_dequantized(checkpoint, shapes))
+    with torch.random.fork_rng(devices=[]):  # its first weights are random, and replaced
+        model = AutoModelForCausalLM.from_config(checkpoint.hf_config, dtype=checkpoint.dtype).eval()
+    with torch.no_grad():
+        for name, tensor in iterate_dequantized(checkpoint, shapes):
+            if name in shapes:  # all of which are there; others are a tied head, or a bias of zeros
+                model.get_parameter(name).copy_(tensor)
+    return model
 
 
 def _check_model(checkpoint: Checkpoint) -> None:
@@ -396,15 +408,11 @@ def _check_model(checkpoint: Checkpoint) -> None:
     check_shapes(checkpoint, shapes, sum(shape.numel() for shape in shapes.values()))
 
 
-def _load_weights(
-    folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote_code: bool, state_dict: dict | None = None
-) -> PreTrainedModel:
-    """The model on the CPU, with every one of its weights from the checkpoint, or from ``state_dict``."""
-    source: Any = AutoModelForCausalLM if state_dict is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+def _load_weights(folder: Path, hf_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on the CPU, with every one of its weights from the checkpoint."""
     try:
-        model, info = source.from_pretrained(
-            folder if state_dict is None else None,
-            state_dict=state_dict,
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
             config=hf_config,
             dtype=dtype,
             use_safetensors=True,

@@ -30,6 +30,7 @@ class LinearBase:
     """A product, ``x @ weight.T + bias``, however its weight is stored.
 
     Args:
+        weight: ``[num_out, num_in]``, or something else where that is not how it is stored.
         bias: ``[num_out]``, if there is one.
         shards: the modules of the checkpoint whose outputs lie one after the other in it, and how many each has.
     """
@@ -37,22 +38,22 @@ class LinearBase:
     kernel = "floats"
     """How it is computed."""
 
-    def __init__(self, bias: Tensor | None, shards: Mapping[str, int] | None) -> None:
-        self.bias, self.shards = bias, shards or {}
+    def __init__(self, weight: Tensor, bias: Tensor | None, shards: Mapping[str, int] | None) -> None:
+        self.weight, self.bias, self.shards = weight, bias, shards or {}
 
     def places(self) -> dict[str, Place]:
-        """Where each tensor of a checkpoint goes, by its name there: here the views of the bias."""
-        return {} if self.bias is None else dict(self.split("bias", self.bias))
+        """Where each tensor of a checkpoint goes, by its name there: the views of weight and bias."""
+        return {**self.split("weight", self.weight), **self.split("bias", self.bias)}
 
-    def split(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+    def split(self, name: str, whole: Tensor | None) -> dict[str, Tensor]:
         """The views of a fused tensor that belong to the modules of the checkpoint, as ``module.name``."""
-        parts = whole.split(list(self.shards.values())) if self.shards else ()
+        parts = whole.split(list(self.shards.values())) if whole is not None and self.shards else ()
         return {f"{module}.{name}": part for module, part in zip(self.shards, parts)}
 
     @property
     def num_bytes(self) -> int:
         """Bytes that weight and bias take, once they are loaded."""
-        return 0 if self.bias is None else self.bias.nbytes
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def process_weights_after_loading(self) -> None:
         """Stores the weight as it is used."""
@@ -73,18 +74,8 @@ class Linear(LinearBase):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, shards: Mapping[str, int] | None = None) -> None:
-        super().__init__(bias, shards)
-        self.weight = weight
+        super().__init__(weight, bias, shards)
         self._use_onednn = has_onednn(weight)
-
-    def places(self) -> dict[str, Place]:
-        """Where each tensor of a checkpoint goes: the views of weight and bias."""
-        return {**super().places(), **self.split("weight", self.weight)}
-
-    @property
-    def num_bytes(self) -> int:
-        """See `LinearBase`."""
-        return super().num_bytes + self.weight.nbytes
 
     def process_weights_after_loading(self) -> None:
         """Stores the weight in oneDNN's own order, if it has one; only oneDNN can read it afterwards."""

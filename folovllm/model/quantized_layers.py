@@ -134,8 +134,8 @@ class Int8Linear(LinearBase):
         is_head: bool = False,
     ) -> None:
         num_out = sum(shards.values())
-        super().__init__(method.create_bias(shards, bias), {} if tied is not None else shards)
-        self.weight = torch.empty(num_out, num_in, dtype=torch.int8, device=method.device)
+        weight = torch.empty(num_out, num_in, dtype=torch.int8, device=method.device)
+        super().__init__(weight, method.create_bias(shards, bias), {} if tied is not None else shards)
         self.scales = torch.empty(num_out, device=method.device)
         self.tied, self.is_head, self.out_dtype = tied, is_head, torch.float32 if is_head else method.dtype
         self._packed: torch.ScriptObject | None = None
@@ -143,12 +143,12 @@ class Int8Linear(LinearBase):
     def places(self) -> dict[str, Place]:
         """Where each tensor of a checkpoint goes; a weight is rounded on the way."""
         values, scales = self.split("weight", self.weight), self.split("weight", self.scales)
-        return super().places() | {name: Int8Rows(values[name], scales[name]) for name in values}
+        return {**super().places(), **{name: Int8Rows(values[name], scales[name]) for name in values}}
 
     @property
     def num_bytes(self) -> int:
         """See `LinearBase`."""
-        return super().num_bytes + self.scales.nbytes + self.weight.nbytes
+        return super().num_bytes + self.scales.nbytes
 
     def process_weights_after_loading(self) -> None:
         """Stores the weight in the order of torch's kernel, where there is one."""
@@ -303,7 +303,7 @@ class Int4Linear(LinearBase):
     def __init__(
         self, method: QuantizedLinearMethod, shards: Mapping[str, int], num_in: int, scheme: Scheme, bias: bool
     ) -> None:
-        super().__init__(method.create_bias(shards, bias), shards)
+        super().__init__(method.empty(0), method.create_bias(shards, bias), shards)
         self.method, self.num_in = method, num_in
         self.tensors = {
             module: {
@@ -324,7 +324,7 @@ class Int4Linear(LinearBase):
         places: dict[str, Place] = {
             f"{module}.{name}": tensor for module, tensors in self.tensors.items() for name, tensor in tensors.items()
         }
-        return places | super().places()
+        return {**places, **self.split("bias", self.bias)}
 
     def process_weights_after_loading(self) -> None:
         """Fuses the shards, where their columns are grouped alike, and stores them in the order of the kernel."""

@@ -19,13 +19,16 @@ Answers = list[list[int]]
 MAX_MODEL_LEN = 2048
 
 
-def load_folovllm(model: str, dtype: str, work: Work, keep_prefixes: bool) -> Callable[[], Answers]:
+def load_folovllm(
+    model: str, dtype: str, work: Work, keep_prefixes: bool, quantization: str | None = None
+) -> Callable[[], Answers]:
     """Our engine."""
     from throughput import run_engine
 
     from folovllm import LLM
 
-    llm = LLM(model, device="cpu", dtype=dtype, max_model_len=MAX_MODEL_LEN, enable_prefix_caching=keep_prefixes)
+    settings = {"dtype": dtype, "quantization": quantization, "enable_prefix_caching": keep_prefixes}
+    llm = LLM(model, device="cpu", max_model_len=MAX_MODEL_LEN, **settings)
 
     def run() -> Answers:
         llm.engine.reset_prefix_cache()  # the last run knew these prompts

@@ -10,6 +10,7 @@ long      the same shape, bfloat16, 8 requests, 512 in, 32 out
 shared    the 64 requests of a after 512 tokens that all of them share, prefix caching on both sides
 smol-one  SmolLM2-135M, bfloat16, one request, 32 in, 64 out
 smol-b    SmolLM2-135M, bfloat16, the 16 requests of b
+int8      one, with our weights in 8 bits and the peers' in bfloat16; b-int8 and smol-int8: b-bf16 and smol-one likewise
 
 Each side is a process held open (``peer.py``): ours and one peer's are told in turn to run, A B A B. The peers live in
 an environment of their own, which the first run makes (some minutes, 3 GB). llama.cpp is measured where somebody has
@@ -59,6 +60,8 @@ class Row:
     requests: tuple[int, tuple[int, int], tuple[int, int]]
     shared: int = 0
     """Tokens that all prompts begin with; where there are some, both sides keep prefixes for the length of a run."""
+    quantization: str | None = None
+    """Ours; the peers' weights stay in ``dtype``."""
 
     @property
     def title(self) -> str:
@@ -66,7 +69,8 @@ class Row:
         num, *lens = self.requests
         tokens_in, tokens_out = (str(low) if low == high else f"{low} to {high}" for low, high in lens)
         after = f" after {self.shared} shared" if self.shared else ""
-        return f"{self.model}, {self.dtype}, {num} x {tokens_in} in{after}, {tokens_out} out"
+        kind = self.dtype if self.quantization is None else f"{self.quantization} beside {self.dtype}"
+        return f"{self.model}, {kind}, {num} x {tokens_in} in{after}, {tokens_out} out"
 
 
 SIXTY_FOUR, SIXTEEN, ONE = (64, (16, 64), (16, 128)), (16, (16, 64), (16, 64)), (1, (32, 32), (64, 64))
@@ -79,6 +83,9 @@ ROWS = {
     "shared": Row("embedded", "float32", SIXTY_FOUR, shared=512),
     "smol-one": Row(SMOLLM2, "bfloat16", ONE),
     "smol-b": Row(SMOLLM2, "bfloat16", SIXTEEN),
+    "int8": Row(QWEN3, "bfloat16", ONE, quantization="int8"),
+    "b-int8": Row(QWEN3, "bfloat16", SIXTEEN, quantization="int8"),
+    "smol-int8": Row(SMOLLM2, "bfloat16", ONE, quantization="int8"),
 }
 
 
@@ -210,7 +217,8 @@ def measure(row: Row, peers: list[str], env: Path, scratch: Path, repeat: int) -
     task = {"model": str(folder), "dtype": row.dtype, "work": work, "keep_prefixes": bool(row.shared)}
     useful = sum(wanted for _, wanted in work)
     cells, all_ours = dict.fromkeys(PEERS, "not measured"), []
-    ours = Side("folovllm", env, task)
+    in_bits = {} if row.quantization is None else {"dtype": "auto", "quantization": row.quantization}
+    ours = Side("folovllm", env, {**task, **in_bits})
     try:
         for peer in peers:
             print(f"… {row.title}: {peer}", file=sys.stderr)
@@ -250,7 +258,7 @@ def main() -> None:
         print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             for row in (ROWS[name] for name in options.rows or ROWS):
-                here = [peer for peer in peers if peer != "llama.cpp" or row == ROWS["smol-one"]]
+                here = [peer for peer in peers if peer != "llama.cpp" or row in (ROWS["smol-one"], ROWS["smol-int8"])]
                 print(f"| {' | '.join(measure(row, here, env, Path(scratch), options.repeat))} |", flush=True)
     except RuntimeError as error:
         sys.exit(f"\nNot measured: {error}.")
