@@ -8,6 +8,7 @@ notice each of them is shown by ``tests/book/test_faults.py``.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,9 @@ from folovllm.engine.beam_search import BeamSearch
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.outputs import BeamSearchSequence, RunnerOutput
-from folovllm.request import Sequence, SequenceStatus
+from folovllm.request import Sequence, SequenceStatus, StructuredOutputGrammar
+from folovllm.sample.structured_output import GuidanceBackend
+from folovllm.sampling_params import StructuredOutputsParams
 from folovllm.validation import require
 from folovllm.worker.model_runner import ModelRunner
 
@@ -222,6 +225,33 @@ class CountsThePrompt(BeamSearch):
         return text.cum_logprob / len(text.tokens) ** self.params.length_penalty
 
 
+class OnePlace(StructuredOutputGrammar):
+    """A grammar whose copies are other names for the same place."""
+
+    def __init__(self, place: StructuredOutputGrammar) -> None:
+        self.place, self.vocab_size = place, place.vocab_size
+
+    def accept_tokens(self, token_ids: SequenceOf[int]) -> bool:
+        """Goes on by these tokens."""
+        return self.place.accept_tokens(token_ids)
+
+    def fill_bitmask(self, bitmask: Any, row: int) -> None:
+        """Sets the bits of the tokens that may come next."""
+        self.place.fill_bitmask(bitmask, row)
+
+    def copy(self) -> StructuredOutputGrammar:
+        """Another one in the same place."""
+        return OnePlace(self.place)
+
+
+class OnePlaceForAll(GuidanceBackend):
+    """Lets all answers to a prompt share one place in its grammar."""
+
+    def compile_grammar(self, structured_outputs: StructuredOutputsParams) -> Any:
+        """What an answer must be, at its beginning."""
+        return OnePlace(super().compile_grammar(structured_outputs))
+
+
 class HalfCharacters(Detokenizer):
     """Decodes each token for itself."""
 
@@ -265,6 +295,7 @@ FAULTS: dict[str, type[Any]] = {
     "only long texts ramble": NeverRescales,
     "some quantized models talk nonsense": ZerosAsStored,
     "the longer the prompt, the shorter the answer": CountsThePrompt,
+    "several answers break off": OnePlaceForAll,
     "broken letters": HalfCharacters,
     "the text takes words back": StopNotHeldBack,
     "a stop string that does not stop": StopWithinOneToken,
@@ -287,17 +318,25 @@ def plant(engine: LLMEngine, fault: str) -> LLMEngine:
 
 
 def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
-    """Gives an idle engine another scheduler, cache manager, runner, attention backend, detokenizer or weight reader.
+    """Gives an idle engine another part, by its class.
 
-    By its class; a weight reader reads the engine's weights again, from its folder in GPTQ's format.
+    Args:
+        engine: an idle one.
+        part: a scheduler, cache manager, runner, attention backend, detokenizer, weight reader (which reads the weights
+            again, from the engine's folder in GPTQ's format), or a backend of grammars (of which all that is needed is
+            ``compile_grammar``).
 
     Raises:
-        ValueError: if the class is none of the six, or the engine has unfinished requests.
+        ValueError: if the class is none of these, or the engine has unfinished requests.
     """
     require(not engine.has_unfinished_requests(), "a part can only be replaced while no request is unfinished")
     scheduler_cls: type[Scheduler] = type(engine.scheduler)
     if issubclass(part, Detokenizer):
         engine.output_processor.detokenizer_cls = part
+        return engine
+    if hasattr(part, "compile_grammar"):
+        inputs = engine.input_processor
+        inputs.structured_output_backend = part(engine.tokenizer, inputs.vocab_size, engine.eos_token_ids)
         return engine
     if issubclass(part, AttentionBackend):
         runner = cast(ModelRunner, engine.runner)

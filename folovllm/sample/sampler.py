@@ -153,9 +153,9 @@ def apply_grammar_bitmask(logits: Tensor, bitmask: np.ndarray | Tensor, rows: Te
     """
     if not isinstance(bitmask, Tensor):
         (bitmask,) = copy_to_device([bitmask], logits.device)
-    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-    bits = (bitmask.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)[:, : logits.shape[-1]]
-    removed = torch.nn.functional.pad(bits == 0, (0, logits.shape[-1] - bits.shape[-1]), value=True)
+    bits = 1 << torch.arange(32, dtype=torch.int32, device=logits.device)
+    removed = (bitmask.unsqueeze(-1) & bits).eq(0).flatten(1)[:, : logits.shape[-1]]
+    removed = torch.nn.functional.pad(removed, (0, logits.shape[-1] - removed.shape[-1]), value=True)
     if rows is None:
         return logits.masked_fill(removed, -torch.inf)
     return logits.index_copy(0, rows, logits.index_select(0, rows).masked_fill_(removed, -torch.inf))

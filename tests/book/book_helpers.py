@@ -46,6 +46,7 @@ MODULES = {
     ),
     "15_fewer_bits": ("folovllm.model.gptq", "folovllm.model.packing", "folovllm.model.quantized_files"),
     "17_searching": ("folovllm.engine.beam_search",),
+    "18_only_what_fits": ("folovllm.sample.structured_output",),
 }
 """The modules that a chapter is about: it links their pages and sources, and lists all of their public code."""
 

@@ -12,11 +12,13 @@ from folovllm.attention import AttentionBackend
 from folovllm.book import faults, judges
 from folovllm.book.exercises.verdict import NotYet
 from folovllm.book.few_bits import WeightReader
+from folovllm.book.grammar_judge import judge_grammars
 from folovllm.book.in_place import InPlaceAttention
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
 from folovllm.engine.beam_search import BeamSearch
 from folovllm.engine.detokenizer import Detokenizer
+from folovllm.sample.structured_output import GuidanceBackend
 from folovllm.worker.model_runner import ModelRunner
 
 PARTS = {
@@ -24,6 +26,7 @@ PARTS = {
     KVCacheManager: "step|r\\d+ gets other tokens",
     ModelRunner: "other tokens",
     InPlaceAttention: "other tokens",
+    GuidanceBackend: "allowed|aborted",
     Detokenizer: "yours shows|should see",
     WeightReader: "zero points of the first row",
     BeamSearch: "and by yours",
@@ -37,6 +40,8 @@ def judge(part: type[Any]) -> None:
         judges.judge_detokenizer(part)
     elif issubclass(part, BeamSearch):
         judges.judge_search(part)
+    elif issubclass(part, GuidanceBackend):
+        judge_grammars(part)
     elif issubclass(part, ModelRunner):
         judges.judge_runner(part)
     elif issubclass(part, WeightReader):

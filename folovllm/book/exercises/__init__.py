@@ -22,6 +22,7 @@ from folovllm.book.exercises.chunking import (
 )
 from folovllm.book.exercises.configs import check_budget, check_num_blocks, check_tokens_that_fit
 from folovllm.book.exercises.cost import check_crossing, check_ridge, check_tpot
+from folovllm.book.exercises.fits import check_allowed_tokens, check_bitmask, check_grammar, check_own_places
 from folovllm.book.exercises.generation import check_generate, check_tokens_computed
 from folovllm.book.exercises.loading import check_count_weights, check_kv_bytes, check_pad_batch, check_read_tensor
 from folovllm.book.exercises.paging import check_allocate_slots, check_block_pool, check_leak, check_slot_mapping
@@ -37,9 +38,11 @@ __all__ = [
     "Verdict",
     "check_admit",
     "check_allocate_slots",
+    "check_allowed_tokens",
     "check_attention",
     "check_beam_step",
     "check_best_of",
+    "check_bitmask",
     "check_block_hash",
     "check_block_pool",
     "check_blocks_of_forks",
@@ -56,6 +59,7 @@ __all__ = [
     "check_fresh_words",
     "check_generate",
     "check_gnmt",
+    "check_grammar",
     "check_join",
     "check_kv_bytes",
     "check_latencies",
@@ -67,6 +71,7 @@ __all__ = [
     "check_num_blocks",
     "check_online_softmax",
     "check_own_length",
+    "check_own_places",
     "check_packing",
     "check_pad_batch",
     "check_passes",

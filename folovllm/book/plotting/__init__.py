@@ -24,6 +24,7 @@ from folovllm.book.plotting.chunking import plot_frontier, plot_prompt_cost, plo
 from folovllm.book.plotting.configs import plot_block_waste, plot_dtype_errors, plot_memory_split
 from folovllm.book.plotting.cost import plot_cost_ratio, plot_machine, plot_roofline, plot_step_parts, plot_throughput
 from folovllm.book.plotting.engine import plot_steps
+from folovllm.book.plotting.fits import plot_allowed, plot_distortion, plot_token_path, plot_valid
 from folovllm.book.plotting.generation import plot_along_text, plot_pass_times, plot_tokens_computed
 from folovllm.book.plotting.loading import (
     plot_kv_capacity,
@@ -83,6 +84,7 @@ __all__ = [
     "flat_pass_of",
     "pages_of",
     "plot_admission",
+    "plot_allowed",
     "plot_along_text",
     "plot_anatomy",
     "plot_attention_map",
@@ -95,6 +97,7 @@ __all__ = [
     "plot_cost_ratio",
     "plot_cumulative_logprobs",
     "plot_dials",
+    "plot_distortion",
     "plot_draws",
     "plot_dtype_errors",
     "plot_entropy",
@@ -149,10 +152,12 @@ __all__ = [
     "plot_timeline",
     "plot_token_bars",
     "plot_token_gaps",
+    "plot_token_path",
     "plot_tokens_computed",
     "plot_ttft_by_turn",
     "plot_turns",
     "plot_used_blocks",
+    "plot_valid",
     "plot_weights_by_dtype",
     "plot_weights_by_layer",
     "plot_width",
