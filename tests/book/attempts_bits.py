@@ -184,4 +184,10 @@ RIGHT: dict[str, dict[str, Any]] = {
     "check_zeros": {"in the file": InTheFile, "one more": OneMore},
 }
 
-SAME: dict[str, dict[str, str]] = {}
+SAME: dict[str, dict[str, str]] = {
+    "check_scale": {
+        "return torch.where(scales > 0, scales, 1.0) → return torch.where(scales > 0, scales, 2.0)": (
+            "a row of zeros is divided by any number alike"
+        )
+    }
+}
