@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from folovllm import LLM, BeamSearchParams, SamplingParams
 from folovllm.engine.beam_search import BeamSearch
 from folovllm.tales import EMBEDDED_MODEL
+from folovllm.tales.grammar import sample
 
 ASKED = "<|im_start|>user\nTell a tale about a fox.<|im_end|>\n<|im_start|>assistant\n"
 TALE = (
@@ -22,9 +24,14 @@ TALE = (
 ANSWER = "<|im_end|>\n<|im_start|>user\nWhat did Mira love?<|im_end|>\n<|im_start|>assistant\n"
 QUESTION = f"{ASKED}{TALE} they were friends ever after.{ANSWER}"
 PROMPTS = ["Once upon a time", "从前，在", ASKED, QUESTION]
-CASES = [*zip(PROMPTS, (12, 25, 20, 3)), (QUESTION, 25), (TALE, 20)]
-"""Prompts and ``max_tokens``: in the last two texts end by themselves, by either end token of the checkpoint."""
-WIDTHS, PENALTIES = (2, 4, 8), (0.0, 0.5, 1.0, 2.0)
+PENALTIES = (0.0, 0.5, 1.0, 2.0)
+CASES = [
+    *((prompt, max_tokens, (1.0,)) for prompt, max_tokens in zip(PROMPTS, (12, 25, 20))),
+    *((prompt, max_tokens, PENALTIES) for prompt, max_tokens in ((QUESTION, 3), (QUESTION, 25), (TALE, 20))),
+]
+"""Prompts, ``max_tokens`` and length penalties. In the last two texts end by themselves, by either end token of the
+checkpoint; in the first three all are equally long."""
+WIDTHS = (2, 4, 8)
 NEAR_TIE = 1e-4
 """Nats: what two correct sums in float32 may differ by."""
 
@@ -40,9 +47,8 @@ def model():
 
 
 @torch.inference_mode()
-def transformers_search(model, prompt_token_ids, params):
+def transformers_search(model, prompt_token_ids, params, ends):
     """Tokens and score of each text that transformers finds, the best first."""
-    ends = model.generation_config.eos_token_id
     found = model.generate(
         torch.tensor([prompt_token_ids]),
         num_beams=params.beam_width,
@@ -50,7 +56,7 @@ def transformers_search(model, prompt_token_ids, params):
         early_stopping=True,
         length_penalty=params.length_penalty,
         max_new_tokens=params.max_tokens,
-        eos_token_id=None if params.ignore_eos else ends,
+        eos_token_id=ends,
         pad_token_id=0,
         do_sample=False,
         min_p=None,
@@ -62,32 +68,56 @@ def transformers_search(model, prompt_token_ids, params):
     for tokens in found.sequences.tolist():
         output = tokens[len(prompt_token_ids) :]
         end = next((i + 1 for i, token_id in enumerate(output) if token_id in ends), len(output))
-        texts.append(prompt_token_ids + (output if params.ignore_eos else output[:end]))
+        texts.append(prompt_token_ids + output[:end])
     return texts, found.sequences_scores.tolist()
+
+
+def check_same(output, prompt_token_ids, params, expected):
+    """All texts in the same order. The sums are float32's there and Python's here, and no two here are so near."""
+    texts, scores = expected
+    assert [sequence.tokens for sequence in output.sequences] == texts
+    lengths = [len(sequence.tokens) - len(prompt_token_ids) for sequence in output.sequences]
+    ours = [sequence.cum_logprob / n**params.length_penalty for sequence, n in zip(output.sequences, lengths)]
+    assert ours == pytest.approx(scores, abs=NEAR_TIE)
+    return sum(sequence.finish_reason == "stop" for sequence in output.sequences)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_texts_are_those_of_transformers(llm, model, width):
-    """All of them, in the same order. The sums are float32's there and Python's here, and no two here are so near."""
-    tokenizer, num_stopped = llm.get_tokenizer(), 0
-    for prompt, max_tokens in CASES:
-        encoded = tokenizer.encode(prompt)
-        for penalty in PENALTIES:
+    num_stopped = 0
+    for prompt, max_tokens, penalties in CASES:
+        encoded = llm.get_tokenizer().encode(prompt)
+        for penalty in penalties:
             params = BeamSearchParams(width, max_tokens, length_penalty=penalty)
             (output,) = llm.beam_search(prompt, params, use_tqdm=False)
-            texts, scores = transformers_search(model, encoded, params)
-            assert [sequence.tokens for sequence in output.sequences] == texts
-            lengths = [len(sequence.tokens) - len(encoded) for sequence in output.sequences]
-            ours = [sequence.cum_logprob / n**penalty for sequence, n in zip(output.sequences, lengths)]
-            assert ours == pytest.approx(scores, abs=NEAR_TIE)
-            num_stopped += sum(sequence.finish_reason == "stop" for sequence in output.sequences)
+            expected = transformers_search(model, encoded, params, llm.engine.eos_token_ids)
+            num_stopped += check_same(output, encoded, params, expected)
     assert num_stopped > 4 * width
+
+
+def test_with_end_tokens_wherever_a_text_may_end(llm, model, monkeypatch):
+    """Up to 38 of them, likely and unlikely ones, with penalties below 0 and above 1."""
+    rng, num_stopped = random.Random(3), 0
+    for _ in range(40):
+        token_ids = llm.get_tokenizer().encode(sample(rng).text)
+        num_prompt = rng.randrange(1, 40)
+        likely = rng.sample(token_ids[num_prompt:], rng.choice([1, 2, 4, 8]))
+        ends = sorted({*likely, *rng.sample(range(1294), rng.choice([0, 3, 30]))})
+        params = BeamSearchParams(
+            rng.choice([2, 3, 5, 8]), rng.choice([1, 2, 5, 12]), length_penalty=rng.choice([-1.0, 0.0, 0.7, 3.0])
+        )
+        monkeypatch.setattr(llm.engine, "eos_token_ids", ends)
+        (output,) = llm.beam_search([token_ids[:num_prompt]], params, use_tqdm=False)
+        expected = transformers_search(model, token_ids[:num_prompt], params, ends)
+        num_stopped += check_same(output, token_ids[:num_prompt], params, expected)
+    assert num_stopped > 30
 
 
 def test_many_prompts_at_once_are_each_alone(llm):
     params = BeamSearchParams(4, 12)
-    alone = [llm.beam_search(prompt, params, use_tqdm=False)[0] for prompt, _ in CASES]
-    assert tokens_of(llm.beam_search([prompt for prompt, _ in CASES], params, use_tqdm=False)) == tokens_of(alone)
+    prompts = [prompt for prompt, _, _ in CASES]
+    alone = [llm.beam_search(prompt, params, use_tqdm=False)[0] for prompt in prompts]
+    assert tokens_of(llm.beam_search(prompts, params, use_tqdm=False)) == tokens_of(alone)
 
 
 def ask(llm, prompts, **kwargs):
