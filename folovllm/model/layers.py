@@ -51,6 +51,11 @@ class LinearBase:
         return {f"{module}.{name}": part for module, part in zip(self.shards, parts)}
 
     @property
+    def num_out(self) -> int:
+        """Outputs of the product."""
+        return sum(self.shards.values())
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that weight and bias take, once they are loaded."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)

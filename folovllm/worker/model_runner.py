@@ -31,7 +31,8 @@ from folovllm.utils import cdiv
 from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
 from folovllm.worker.cache_blocks import clear_begun_blocks, move_blocks
-from folovllm.worker.step_graph import StepGraphs, check_recordable
+from folovllm.worker.recorders import load_recorder
+from folovllm.worker.step_graph import StepGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class ModelRunner:
         self._sampled: tuple[list[Sequence], SamplingMetadata] = [], SamplingMetadata([])
         self.is_eager = config.model_config.enforce_eager is not False
         if not self.is_eager:
-            check_recordable(decoder.device, self.backend_cls)
+            self._recorder_cls = load_recorder(decoder.device, self.backend_cls)
         # A block that the scheduler does not know of, for the rows of padding of recorded steps.
         self._num_reserved = 0 if self.is_eager else 1
 
@@ -204,7 +205,7 @@ class ModelRunner:
         """Recorded decode steps over a cache, if ``enforce_eager`` is False; on CUDA all sizes, elsewhere none yet."""
         if self.is_eager:
             return None
-        graphs = StepGraphs(self.decoder, attention, self.config, reserved_block)
+        graphs = StepGraphs(self.decoder, attention, self.config, reserved_block, self._recorder_cls())
         if self.decoder.device.type == "cuda":
             graphs.record_all()
         return graphs

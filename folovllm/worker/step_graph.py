@@ -23,7 +23,6 @@ from folovllm.config import EngineConfig
 from folovllm.model.decoder import Decoder
 from folovllm.sample.sampler import find_likeliest
 from folovllm.utils import cdiv
-from folovllm.validation import require
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +93,16 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._pool: Any = None
 
+    @classmethod
+    def unsupported(cls, backend_cls: type[AttentionBackend]) -> str | None:
+        """A sentence that says why steps with such attention cannot be recorded; None if they can."""
+        if not backend_cls.capturable:
+            return (
+                "a recorded step needs attention that reads the lengths of sequences from the GPU, which "
+                f"{backend_cls.__name__} does not: set attention_backend='triton'"
+            )
+        return None
+
     def __call__(self, decoder: Decoder, attention: AttentionBackend, inputs: StepInputs) -> Replay:
         """Captures a step."""
         step = replay_eagerly(decoder, attention, inputs)
@@ -113,28 +122,6 @@ class CudaGraphs:
         return replay
 
 
-RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CudaGraphs}
-"""How decode steps are recorded on each kind of device that can."""
-
-
-def check_recordable(device: torch.device, backend_cls: type[AttentionBackend]) -> None:
-    """Refuses ``enforce_eager=False`` where decode steps cannot be recorded.
-
-    Raises:
-        ValueError: if the device or the attention backend does not allow it.
-    """
-    require(
-        device.type in RECORDERS,
-        f"enforce_eager=False records decode steps on {' and '.join(RECORDERS)}, and the model is on {device.type}: "
-        "set enforce_eager=True",
-    )
-    require(
-        device.type != "cuda" or backend_cls.capturable,
-        "enforce_eager=False needs attention that reads the lengths of sequences from the GPU, which "
-        f"{backend_cls.__name__} does not: set attention_backend='triton' or enforce_eager=True",
-    )
-
-
 def bucket_sizes(most: int) -> list[int]:
     """The sizes that batches are filled up to: 1, 2, 4, 8, … and ``most``.
 
@@ -152,7 +139,7 @@ class StepGraphs:
         attention: over the cache that will be read.
         config: with ``max_model_len`` and ``max_num_batched_tokens`` filled in.
         reserved_block: the block that rows of padding write to, which no sequence may have.
-        recorder: what makes a step repeatable; None: what `RECORDERS` has for the device.
+        recorder: what makes a step repeatable.
     """
 
     def __init__(
@@ -161,10 +148,9 @@ class StepGraphs:
         attention: AttentionBackend,
         config: EngineConfig,
         reserved_block: int,
-        recorder: Recorder | None = None,
+        recorder: Recorder,
     ) -> None:
-        self.decoder, self.attention = decoder, attention
-        self.recorder = recorder or RECORDERS[decoder.device.type]()
+        self.decoder, self.attention, self.recorder = decoder, attention, recorder
         scheduler, block_size = config.scheduler_config, config.cache_config.block_size
         max_model_len = cast(int, scheduler.max_model_len)
         max_num_rows = min(scheduler.max_num_seqs, cast(int, scheduler.max_num_batched_tokens))

@@ -20,15 +20,15 @@ MAX_MODEL_LEN = 2048
 
 
 def load_folovllm(
-    model: str, dtype: str, work: Work, keep_prefixes: bool, quantization: str | None = None
+    model: str, dtype: str, work: Work, keep_prefixes: bool, quantization: str | None = None, eager: bool = True
 ) -> Callable[[], Answers]:
-    """Our engine."""
+    """Our engine, with compiled decode steps or without."""
     from throughput import run_engine
 
     from folovllm import LLM
 
     settings = {"dtype": dtype, "quantization": quantization, "enable_prefix_caching": keep_prefixes}
-    llm = LLM(model, device="cpu", max_model_len=MAX_MODEL_LEN, **settings)
+    llm = LLM(model, device="cpu", max_model_len=MAX_MODEL_LEN, enforce_eager=eager, **settings)
 
     def run() -> Answers:
         llm.engine.reset_prefix_cache()  # the last run knew these prompts
@@ -83,6 +83,7 @@ def load_llama_cpp(model: str, dtype: str, work: Work, keep_prefixes: bool) -> C
 
 SIDES: dict[str, Callable[..., Callable[[], Answers]]] = {
     "folovllm": load_folovllm,
+    "folovllm compiled": functools.partial(load_folovllm, eager=False),
     "transformers": load_transformers,
     "vLLM eager": functools.partial(load_vllm, eager=True),
     "vLLM compiled": functools.partial(load_vllm, eager=False),

