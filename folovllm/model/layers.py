@@ -53,7 +53,7 @@ class LinearBase:
     @property
     def num_out(self) -> int:
         """Outputs of the product."""
-        return sum(self.shards.values())
+        return sum(self.shards.values()) if self.shards else len(self.weight)  # a tied head is no module of its own
 
     @property
     def num_bytes(self) -> int:
