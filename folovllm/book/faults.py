@@ -318,16 +318,12 @@ def plant(engine: LLMEngine, fault: str) -> LLMEngine:
 
 
 def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
-    """Gives an idle engine another part, by its class.
+    """Gives an idle engine another part, by its class; of a backend of grammars ``compile_grammar`` is all it needs.
 
-    Args:
-        engine: an idle one.
-        part: a scheduler, cache manager, runner, attention backend, detokenizer, weight reader (which reads the weights
-            again, from the engine's folder in GPTQ's format), or a backend of grammars (of which all that is needed is
-            ``compile_grammar``).
+    A weight reader reads the engine's weights again, from its folder in GPTQ's format.
 
     Raises:
-        ValueError: if the class is none of these, or the engine has unfinished requests.
+        ValueError: if there is no such part, or the engine has unfinished requests.
     """
     require(not engine.has_unfinished_requests(), "a part can only be replaced while no request is unfinished")
     scheduler_cls: type[Scheduler] = type(engine.scheduler)
