@@ -53,6 +53,14 @@ class QuantizedWeight:
             f"g_idx must name groups from 0 to {num_groups - 1}, got {first if first < 0 else last}",
         )
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the groups are of equal size, and their columns lie one after the other."""
+        num_groups, num_in = self.scales.shape[1], self.values.shape[1]
+        if num_in % num_groups:
+            return False
+        return bool((self.g_idx == column_groups(num_in, num_groups, self.g_idx.device)).all())
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight as floats, ``[num_out, num_in]``; computed in float32, rounded once."""
         return dequantize(self.values, self.scales, self.zeros, self.g_idx, dtype)
@@ -67,13 +75,13 @@ def dequantize(values: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | No
     return groups.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def column_groups(num_in: int, num_groups: int) -> Tensor:
+def column_groups(num_in: int, num_groups: int, device: torch.device | str = "cpu") -> Tensor:
     """The group of each input column, int32 ``[num_in]``, where groups are of equal size and in order."""
     require(
         num_groups > 0 and num_in % num_groups == 0,
         f"{num_in} input columns cannot be shared out among {num_groups} groups",
     )
-    return torch.arange(num_in, dtype=torch.int32) // (num_in // num_groups)
+    return torch.arange(num_in, dtype=torch.int32, device=device) // (num_in // num_groups)
 
 
 def pack_int4(values: Tensor) -> Tensor:
@@ -141,7 +149,7 @@ def unpack_gptq(tensors: Mapping[str, Tensor], version: int) -> QuantizedWeight:
         unpack_int4(qweight.T, num_in),
         scales,
         unpack_int4(qzeros, num_out).T.contiguous(),
-        tensors["g_idx"] if "g_idx" in tensors else column_groups(num_in, num_groups),
+        tensors["g_idx"] if "g_idx" in tensors else column_groups(num_in, num_groups, scales.device),
     )
 
 
@@ -161,7 +169,6 @@ def pack_compressed(weight: QuantizedWeight) -> dict[str, Tensor]:
         int64 ``[2]``; where the weight is not symmetric ``weight_zero_point`` int32 ``[num_out / 8, num_groups]``, and
         where its groups are not in order ``weight_g_idx`` int32 ``[num_in]``. Sizes are rounded up to whole int32.
     """
-    num_in, num_groups = weight.values.shape[1], weight.scales.shape[1]
     tensors = {
         "weight_packed": pack_int4(weight.values),
         "weight_scale": weight.scales,
@@ -169,7 +176,7 @@ def pack_compressed(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
     if bool((weight.zeros != SYMMETRIC_ZERO).any()):
         tensors["weight_zero_point"] = pack_int4(weight.zeros.T).T.contiguous()
-    if num_in % num_groups or not torch.equal(weight.g_idx, column_groups(num_in, num_groups).to(weight.g_idx.device)):
+    if not weight.is_in_order:
         tensors["weight_g_idx"] = weight.g_idx
     return tensors
 
@@ -185,7 +192,7 @@ def unpack_compressed(tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     zeros, g_idx = tensors.get("weight_zero_point"), tensors.get("weight_g_idx")
     values = unpack_int4(tensors["weight_packed"], num_in)  # first, since it refuses a width that no memory would hold
     if g_idx is None or bool((g_idx == -1).all()):
-        g_idx = column_groups(num_in, scales.shape[1]).to(scales.device)
+        g_idx = column_groups(num_in, scales.shape[1], scales.device)
     return QuantizedWeight(
         values,
         scales,

@@ -11,6 +11,9 @@ to compute one:
   compared with. On CUDA it is the only way, since the kernels there have not been tried on a GPU yet; on an ARM CPU
   4 bits take it too, since torch has no kernel for them there, and 8 bits are dynamic by QNNPACK.
 
+The plain path gives a text the same tokens alone and in any batch, as floats do. The other two round otherwise for
+other numbers of rows, so that a near tie may fall the other way.
+
 As in vLLM (``vllm/model_executor/layers/quantization/base_config.py`` and ``kernels/linear/mixed_precision``, 0.33.0).
 """
 
@@ -33,7 +36,6 @@ from folovllm.model.layers import Linear, LinearBase, LinearMethod, Place
 from folovllm.model.packing import (
     SYMMETRIC_ZERO,
     QuantizedWeight,
-    column_groups,
     dequantize,
     is_mislabelled,
     pack_int4,
@@ -202,10 +204,9 @@ class PlainInt4:
     kernel = "4 bits, plain"
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        num_groups, self.num_in = weight.scales.shape[1], weight.values.shape[1]
-        plain = self.num_in % num_groups == 0 and torch.equal(weight.g_idx, column_groups(self.num_in, num_groups))
-        self.packed = pack_int4(weight.values)
-        self.scales, self.zeros, self.g_idx = weight.scales, weight.zeros, None if plain else weight.g_idx
+        self.num_in, self.packed = weight.values.shape[1], pack_int4(weight.values)
+        self.scales, self.zeros = weight.scales, weight.zeros
+        self.g_idx = None if weight.is_in_order else weight.g_idx
         self.num_bytes = sum(part.nbytes for part in (self.packed, self.scales, self.zeros))
         self.num_bytes += 0 if self.g_idx is None else self.g_idx.nbytes
 
@@ -333,7 +334,7 @@ class Int4Linear(LinearBase):
             for module, tensors in self.tensors.items()
         ]
         self.tensors = {}
-        if all(torch.equal(weight.g_idx, weights[0].g_idx) for weight in weights):
+        if all(bool((weight.g_idx == weights[0].g_idx).all()) for weight in weights):
             values, scales, zeros = map(torch.cat, zip(*((w.values, w.scales, w.zeros) for w in weights)))
             weights = [QuantizedWeight(values, scales, zeros, weights[0].g_idx)]
         packs = has_int4_kernel(self.method.dtype, self.method.device) and all(map(kernel_group_size, weights))

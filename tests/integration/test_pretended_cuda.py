@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from folovllm.book.counting import FREE
 from folovllm.config import CacheConfig, SchedulerConfig
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.model import fused
+from folovllm.model.checkpoint import Checkpoint
 from folovllm.model.decoder import Decoder, DecoderConfig
+from folovllm.model.quantization import QuantizationConfig, read_quantization
+from folovllm.model.quantized_layers import QuantizedLinearMethod
 from folovllm.request import Sequence, SequenceData, StructuredOutputGrammar
 from folovllm.sample import sampler as sampler_module
 from folovllm.sample.sampler import (
@@ -353,6 +357,28 @@ class TestSampling:
             found = draw(truncate(logits, params).softmax(dim=-1), [0.5, 0.5])
             gather_logprobs(logits, [1, 2], [0, 5])
         assert found.device == CUDA and counts["waits"] == 1 and counts["loose"] == 0
+
+
+class TestFewerBits:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            read_quantization({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}),
+            QuantizationConfig("int8"),
+        ],
+        ids=str,
+    )
+    def test_the_plain_path_brings_nothing_there_and_waits_for_nothing(self, config):
+        with pretended_cuda() as counts:
+            checkpoint = Checkpoint(Path(), None, [], {}, 0, torch.bfloat16, CUDA, 64, 64, config)
+            decoder = Decoder(SHAPE, 64, torch.bfloat16, CUDA, QuantizedLinearMethod(checkpoint, CUDA))
+            decoder.process_weights_after_loading()
+            counts.clear()
+            rows = {size: torch.zeros(5, size, dtype=torch.bfloat16, device=CUDA) for size in (64, 96, 128)}
+            for linear, size in zip(decoder.linears, (64, 128, 64, 96, 64)):
+                assert linear.kernel.endswith("plain") or linear is decoder.head
+                assert linear(rows[size]).device == CUDA
+            assert not counts
 
 
 class TestWhatItFinds:
