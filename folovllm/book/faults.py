@@ -1,4 +1,4 @@
-"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 17.
+"""Faults to find: each is a part of the engine with one thing wrong, for the cases at the ends of chapters 8 to 18.
 
 A fault is called by what users would report. Its class is a subclass of the part that it stands for, and overrides as
 little as possible, so that it can be found by reading once it is known where to look. That the engine's own tests would
@@ -195,6 +195,19 @@ class SharedGenerator(ModelRunner):
         return output
 
 
+class UsesUpNumbers(ModelRunner):
+    """Uses up a random number for every guess, also for those behind a wrong one."""
+
+    def _verify(
+        self, logits: Tensor, seqs: list[Sequence], guesses: list[list[int]], draft_probs: Tensor | None
+    ) -> RunnerOutput:
+        output = super()._verify(logits, seqs, guesses, draft_probs)
+        for seq, guessed, token_ids in zip(seqs, guesses, output.sampled_token_ids):
+            for _ in range(len(guessed) + 1 - len(token_ids)):
+                cast(random.Random, seq.generator).random()
+        return output
+
+
 class KeepsOldWeights(OnlineSoftmax):
     """Goes on with a new maximum, and leaves what was added up by the old one as it is."""
 
@@ -292,6 +305,7 @@ FAULTS: dict[str, type[Any]] = {
     "asking again hangs": WholePromptCached,
     "a token is lost at each border of two blocks": SlotOffByOneBlock,
     "a seed that does not hold": SharedGenerator,
+    "guesses change what is drawn": UsesUpNumbers,
     "only long texts ramble": NeverRescales,
     "some quantized models talk nonsense": ZerosAsStored,
     "the longer the prompt, the shorter the answer": CountsThePrompt,

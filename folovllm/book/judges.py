@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -103,6 +103,16 @@ def expected_tokens(prompt: list[int], params: SamplingParams, index: int = 0) -
     return token_ids[len(prompt) :]
 
 
+def keep_right_guesses(guesses: list[int], draw: Callable[[], int]) -> list[int]:
+    """The tokens that a pass gives: those that are drawn, up to the first that was not guessed."""
+    tokens = [draw()]
+    for guess in guesses:
+        if tokens[-1] != guess:
+            break
+        tokens.append(draw())
+    return tokens
+
+
 class PretendedRunner:
     """A `folovllm.worker.model_runner.Runner` whose cache holds tokens, and whose model is a hash of what it reads.
 
@@ -124,6 +134,7 @@ class PretendedRunner:
     ) -> None:
         self.num_blocks, self.block_size, self.num_swap_blocks = num_blocks, block_size, num_swap_blocks
         self.script, self.num_guesses = script, num_guesses
+        self.verify: Callable[[list[int], Callable[[], int]], list[int]] = keep_right_guesses
 
     def count_blocks(self) -> tuple[int, int]:
         """The numbers of blocks that it was made with."""
@@ -168,11 +179,22 @@ class PretendedRunner:
         return self.kv_cache[seq.block_ids[index]], slot
 
     def _check(self, seq: Sequence, guesses: list[int]) -> list[int]:
-        """The guesses that are right, and the token after them."""
-        said = [self._say(seq, 0)]
-        while len(said) <= len(guesses) and said[-1] == guesses[len(said) - 1]:
-            said.append(self._say(seq, len(said)))
-        return said
+        """The tokens of a sequence, of which each is drawn once."""
+        drawn: list[int] = []
+
+        def draw() -> int:
+            expect(
+                len(drawn) <= len(guesses), f"{name_of(seq)} draws {len(drawn) + 1} tokens, of {len(guesses)} guesses"
+            )
+            drawn.append(self._say(seq, len(drawn)))
+            return drawn[-1]
+
+        found = list(self.verify(list(guesses), draw))
+        expect(
+            len(found) == len(drawn),
+            f"{name_of(seq)} gets {len(found)} tokens, and {len(drawn)} were drawn: its next draw is another's",
+        )
+        return found
 
     def _say(self, seq: Sequence, num_guesses: int) -> int:
         """The token after so many guesses."""
@@ -187,6 +209,8 @@ class PretendedRunner:
 
     def _guess(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """What the sequence will say next; every few tokens a wrong one."""
+        if not self.num_guesses:
+            return []
         text, seed = seq.get_token_ids() + token_ids, cast(int, seq.sampling_params.seed) + seq.index
         for _ in range(self.num_guesses):
             token_id = next_token(text, seed)
@@ -631,8 +655,16 @@ def judge_cache(attempt: type, settings: SequenceOf[Mapping[str, Any]] = SETTING
 
 
 @cache
-def _embedded_engine() -> LLMEngine:
-    return LLMEngine(make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, block_size=16, num_blocks=16), "cpu")
+def _embedded_engine(guessing: bool = False) -> LLMEngine:
+    lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    config = make_engine_config(
+        str(EMBEDDED_MODEL),
+        max_model_len=64,
+        block_size=16,
+        num_blocks=16,
+        speculative_config=lookup if guessing else None,
+    )
+    return LLMEngine(config, "cpu")
 
 
 SEEDED = [
@@ -648,35 +680,44 @@ SEEDED = [
 
 
 @cache
-def _tokens_alone() -> dict[tuple[str, int], list[int]]:
-    """What the embedded model answers to each of `SEEDED` alone, by our own runner."""
+def _repeating() -> list[Arrival]:
+    """Requests like `SEEDED`, in whose answers much comes again, so that there is something to guess."""
+    prompt = _tokenizer().encode("Once upon a time, in the forest, there lived a little fox named Mira. Mira")
+    return [replace(a, prompt=prompt, params=replace(a.params, max_tokens=24)) for a in SEEDED]
+
+
+@cache
+def _tokens_alone(guessing: bool = False) -> dict[tuple[str, int], list[int]]:
+    """What the embedded model answers to each request alone, by our own runner, which guesses nothing."""
     engine = replace_part(_embedded_engine(), ModelRunner)
-    outputs = [drive(engine, [Arrival(a.name, a.prompt, a.params)])[a.name] for a in SEEDED]
+    arrivals = _repeating() if guessing else SEEDED
+    outputs = [drive(engine, [Arrival(a.name, a.prompt, a.params)])[a.name] for a in arrivals]
     return {(o.request_id, answer.index): answer.token_ids for o in outputs for answer in o.outputs}
 
 
-def judge_runner(attempt: type) -> None:
+def judge_runner(attempt: type, guessing: bool = False) -> None:
     """Lets a reader's runner compute seeded requests with the embedded model.
 
     Args:
         attempt: a subclass of `folovllm.worker.model_runner.ModelRunner`.
+        guessing: whether tokens are guessed, in requests that repeat themselves.
 
     Raises:
         NotYet: if somebody gets other tokens than alone.
     """
     expect_subclass(attempt, ModelRunner)
-    alone = _tokens_alone()
+    alone, arrivals = _tokens_alone(guessing), _repeating() if guessing else SEEDED
     try:
-        engine = replace_part(_embedded_engine(), attempt)
+        engine = replace_part(_embedded_engine(guessing), attempt)
         Watch(engine)
         right = "our own runner gives it alone"
-        check_outputs(SEEDED, drive(engine, SEEDED), lambda a, index: alone[a.name, index], right)
+        check_outputs(arrivals, drive(engine, arrivals), lambda a, index: alone[a.name, index], right)
     except NotYet as error:
         raise NotYet(f"{str(error).rstrip('.')}.") from error
     except Exception as error:
         raise NotYet(f"{blame_part(error)}.") from error
     finally:
-        _forget_requests(_embedded_engine())
+        _forget_requests(_embedded_engine(guessing))
 
 
 ATTENTION_SETTINGS: tuple[dict[str, Any], ...] = (

@@ -45,6 +45,7 @@ MODULES = {
         "folovllm.worker.step_graph",
     ),
     "15_fewer_bits": ("folovllm.model.gptq", "folovllm.model.packing", "folovllm.model.quantized_files"),
+    "16_guess_and_check": ("folovllm.sample.speculative", "folovllm.core.guesses", "folovllm.worker.draft_model"),
     "17_searching": ("folovllm.engine.beam_search",),
     "18_only_what_fits": ("folovllm.sample.structured_output",),
 }

@@ -44,6 +44,7 @@ def judge(part: type[Any]) -> None:
         judge_grammars(part)
     elif issubclass(part, ModelRunner):
         judges.judge_runner(part)
+        judges.judge_runner(part, guessing=True)
     elif issubclass(part, WeightReader):
         judges.judge_reader(part)
     elif issubclass(part, AttentionBackend):

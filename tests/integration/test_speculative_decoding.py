@@ -23,6 +23,7 @@ from folovllm.request import Request
 from folovllm.tales import EMBEDDED_MODEL, draft_model
 from folovllm.tales.tokenizer import next_token_probs
 
+LOOKUP = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 ITSELF = {"method": "draft_model", "model": str(EMBEDDED_MODEL), "num_speculative_tokens": 4}
 
@@ -363,3 +364,50 @@ def joint_probs(llm: LLM, start: str):
         for second, q in next_token_probs(start + tokenizer.decode([first]), tokenizer).items():
             true[first, second] = p * q
     return exact, true
+
+
+class TestWhereItPays:
+    """Counts; tests/benchmarks/speculation.py has the seconds."""
+
+    def test_a_card_that_is_in_the_conversation_takes_a_third_of_the_passes(self, llm):
+        both = make_llm(speculative_config=LOOKUP)
+        conversation = [{"role": "user", "content": "Tell a tale about a wolf in the forest."}]
+        greedy = SamplingParams(temperature=0, max_tokens=120)
+        for question in ("Who is the hero?", "Write the card.", "Write the card."):
+            (output,) = both.chat(conversation, greedy, use_tqdm=False)
+            conversation += [
+                {"role": "assistant", "content": output.outputs[0].text},
+                {"role": "user", "content": question},
+            ]
+        (output,) = both.chat(conversation, greedy, use_tqdm=False)
+        assert output.outputs == llm.chat(conversation, greedy, use_tqdm=False)[0].outputs
+        metrics = output.metrics
+        assert metrics.tokens_per_pass > 3 and metrics.num_generated_tokens == len(output.outputs[0].token_ids)
+        assert metrics.spec_decoding.acceptance_length > 3
+        assert metrics.num_computed_tokens < 2 * len(output.prompt_token_ids)
+
+    @pytest.mark.parametrize("config", [LOOKUP, {**ITSELF, "model": draft_model()}])
+    def test_in_a_large_batch_nothing_is_guessed(self, config):
+        both = make_llm(speculative_config=config)
+        outputs = ask(both, [TALE] * 64, max_tokens=6, ignore_eos=True)
+        assert all(output.metrics.spec_decoding is None for output in outputs)
+        assert {output.metrics.tokens_per_pass for output in outputs} == {1.0}
+
+    def test_steps_say_what_guessing_gave(self):
+        both = make_llm(speculative_config={**ITSELF, "model": draft_model()})
+        outputs = ask(both, STARTS)
+        steps = both.engine.stats()
+        given = [step.spec_decoding for step in steps if step.spec_decoding is not None]
+        of_requests = [output.metrics.spec_decoding for output in outputs]
+        for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+            assert sum(getattr(g, name) for g in given) == sum(getattr(g, name) for g in of_requests)
+        assert sum(step.num_draft_tokens for step in steps) == sum(g.num_draft_tokens for g in given)
+        assert sum(step.num_generated_tokens for step in steps) == sum(len(o.outputs[0].token_ids) for o in outputs)
+        assert sum(step.num_passes for step in steps) == sum(o.metrics.num_passes for o in outputs)
+        assert sum(step.num_decode_tokens for step in steps) == sum(o.metrics.num_passes - 1 for o in outputs)
+        for g in of_requests:
+            assert (
+                g.num_draft_tokens_per_pos[0] == g.num_drafts and sum(g.num_draft_tokens_per_pos) == g.num_draft_tokens
+            )
+            assert sum(g.num_accepted_tokens_per_pos) == g.num_accepted_tokens
+            assert all(0 <= rate <= 1 for rate in g.acceptance_rates)

@@ -24,6 +24,7 @@ from folovllm.book.exercises.configs import check_budget, check_num_blocks, chec
 from folovllm.book.exercises.cost import check_crossing, check_ridge, check_tpot
 from folovllm.book.exercises.fits import check_allowed_tokens, check_bitmask, check_grammar, check_own_places
 from folovllm.book.exercises.generation import check_generate, check_tokens_computed
+from folovllm.book.exercises.guesses import check_proposer, check_seed_with_guesses, check_verifier
 from folovllm.book.exercises.loading import check_count_weights, check_kv_bytes, check_pad_batch, check_read_tensor
 from folovllm.book.exercises.paging import check_allocate_slots, check_block_pool, check_leak, check_slot_mapping
 from folovllm.book.exercises.passes import check_attention, check_mask, check_rope
@@ -76,12 +77,14 @@ __all__ = [
     "check_pad_batch",
     "check_passes",
     "check_prompt_order",
+    "check_proposer",
     "check_rambling",
     "check_read_tensor",
     "check_rescaled",
     "check_ridge",
     "check_rope",
     "check_scale",
+    "check_seed_with_guesses",
     "check_shown_text",
     "check_slot_mapping",
     "check_softmax",
@@ -92,6 +95,7 @@ __all__ = [
     "check_tokens_that_fit",
     "check_top_p",
     "check_tpot",
+    "check_verifier",
     "check_victim",
     "check_victims",
     "check_whole_characters",

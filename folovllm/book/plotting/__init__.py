@@ -26,6 +26,13 @@ from folovllm.book.plotting.cost import plot_cost_ratio, plot_machine, plot_roof
 from folovllm.book.plotting.engine import plot_steps
 from folovllm.book.plotting.fits import plot_allowed, plot_distortion, plot_token_path, plot_valid
 from folovllm.book.plotting.generation import plot_along_text, plot_pass_times, plot_tokens_computed
+from folovllm.book.plotting.guesses import (
+    expected_tokens,
+    plot_gain,
+    plot_guesses,
+    plot_overlap,
+    plot_tokens_per_pass,
+)
 from folovllm.book.plotting.loading import (
     plot_kv_capacity,
     plot_measured_against_predicted,
@@ -81,6 +88,7 @@ from folovllm.book.plotting.timeline import (
 __all__ = [
     "PATH",
     "STATUS_COLORS",
+    "expected_tokens",
     "flat_pass_of",
     "pages_of",
     "plot_admission",
@@ -106,10 +114,12 @@ __all__ = [
     "plot_flat_pass",
     "plot_fork_blocks",
     "plot_frontier",
+    "plot_gain",
     "plot_gain_by_rows",
     "plot_gantt",
     "plot_grid",
     "plot_group_sizes",
+    "plot_guesses",
     "plot_hash_tree",
     "plot_hit_rates",
     "plot_idle_processors",
@@ -128,6 +138,7 @@ __all__ = [
     "plot_moved_error",
     "plot_online_softmax",
     "plot_operations",
+    "plot_overlap",
     "plot_packed",
     "plot_pages",
     "plot_pass_times",
@@ -154,6 +165,7 @@ __all__ = [
     "plot_token_gaps",
     "plot_token_path",
     "plot_tokens_computed",
+    "plot_tokens_per_pass",
     "plot_ttft_by_turn",
     "plot_turns",
     "plot_used_blocks",
