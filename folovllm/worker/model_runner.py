@@ -263,8 +263,7 @@ class ModelRunner:
         hidden, logits, likeliest = self._forward(scheduler_output)
         seqs = [seq for seq, _ in scheduler_output.sampled]
         if scheduler_output.scheduled_spec_token_ids:
-            guesses = [scheduler_output.get_guesses(seq) for seq in seqs]
-            output = verify(self.sampler, logits, self._sampling_metadata(seqs), guesses, draft_probs)
+            output = self._verify(logits, seqs, [scheduler_output.get_guesses(seq) for seq in seqs], draft_probs)
         else:
             output = self._sample(logits, scheduler_output.sampled, likeliest)
         output.prompt_logprobs = _report_on_prompts(self.decoder, self.sampler, hidden, scheduler_output)
@@ -279,10 +278,7 @@ class ModelRunner:
             clear_begun_blocks(self.kv_cache, self.backend_cls.block_dim, self.block_size, scheduler_output)
 
     def _forward(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor, Likeliest | None]:
-        """The hidden state of every token of a step, and the logits of the rows that are sampled.
-
-        A recorded step has found their likeliest tokens as well, and the logits of these.
-        """
+        """Hidden states of all tokens, logits of the rows that are sampled, and what a recorded step finds likeliest."""
         input_ids, positions, metadata = self.prepare(scheduler_output)
         rows = scheduler_output.get_sampled_rows()
         if self.step_graphs is not None and metadata.max_query_len == 1:
@@ -306,6 +302,12 @@ class ModelRunner:
             [None if logprobs is None else [logprobs] for logprobs in output.logprobs],
             output.errors,
         )
+
+    def _verify(
+        self, logits: Tensor, seqs: list[Sequence], guesses: list[list[int]], draft_probs: Tensor | None
+    ) -> RunnerOutput:
+        """The tokens of each sequence: its guesses that are right, and one of the model's own."""
+        return verify(self.sampler, logits, self._sampling_metadata(seqs), guesses, draft_probs)
 
     def _sampling_metadata(self, seqs: list[Sequence]) -> SamplingMetadata:
         """What the sampler knows about these sequences: the same object for as long as they are the same."""
