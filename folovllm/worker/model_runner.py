@@ -278,7 +278,7 @@ class ModelRunner:
             clear_begun_blocks(self.kv_cache, self.backend_cls.block_dim, self.block_size, scheduler_output)
 
     def _forward(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor, Likeliest | None]:
-        """Hidden states of all tokens, logits of the rows that are sampled, and what a recorded step finds likeliest."""
+        """Hidden states of all tokens, logits of the sampled rows, and what a recorded step has found likeliest."""
         input_ids, positions, metadata = self.prepare(scheduler_output)
         rows = scheduler_output.get_sampled_rows()
         if self.step_graphs is not None and metadata.max_query_len == 1:

@@ -149,7 +149,7 @@ def plot_allowed(tokens: Sequence[str], counts: Sequence[int]) -> Axes:
                         family="monospace", **look)  # fmt: skip
                 if counts[place : place + 1] != counts[place + 1 : place + 2] or i == len(line) - 1:
                     label = str(counts[place]) if counts[place] > 1 else ""
-                    ax.text((alike + left + len(token) + 0.7) / 2, -row - 0.34, label, fontsize=8.5, color=DARK, **look)
+                    ax.text((alike + left + len(token) + 0.7) / 2, -row - 0.34, label, fontsize=9, color=DARK, **look)
                     alike = left + len(token) + 0.8
                 left, place = left + len(token) + 0.8, place + 1
         names = dict(zip(DECADES.values(), ("1 token fits", "2 to 10", "11 to 100", "more")))
