@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from folovllm.outputs import RunnerOutput
 from folovllm.request import NUM_RECENT_GUESSES, Sequence
 from folovllm.sample.sampler import Sampler, SamplerOutput, SamplingMetadata, draw
 from folovllm.sampling_params import SamplingParams, SamplingType
+from folovllm.utils.transfer import copy_to_device
 
 MAX_GUESSED_ROWS = 64
 """Most rows of a step that checks guesses. Few cost nearly nothing, since a pass reads all weights for a single one."""
@@ -152,8 +154,8 @@ def verify(
     ]
     rows = with_guesses(metadata, guesses)
     if draft_probs is not None:
-        checked = [token_id for found in guesses for token_id in (*found, -1)]
-        rows.draw = _Rejection(draft_probs, torch.tensor(checked, device=logits.device))
+        checked = np.array([token_id for found in guesses for token_id in (*found, -1)])
+        rows.draw = _Rejection(draft_probs, *copy_to_device([checked], logits.device))
     output = sampler.sample(logits, rows)
     verified, row = RunnerOutput([], []), 0
     for entry, found in enumerate(guesses):

@@ -12,6 +12,7 @@ import copy
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from folovllm.request import Sequence
 from folovllm.sample.sampler import Sampler, SamplingMetadata
 from folovllm.sample.speculative import draw_guesses, make_draft_generator
 from folovllm.utils import cdiv
+from folovllm.utils.transfer import copy_to_device
 from folovllm.worker.model_runner import ModelRunner, select_rows
 
 USUAL_LAG = 2
@@ -63,8 +65,8 @@ class DraftModel(ModelRunner):
         for seq, _ in scheduler_output.sampled:
             if guesses := scheduler_output.get_guesses(seq):
                 active.append((seq, guesses, num_rows))
-                self._catch_up(seq)
             num_rows += len(guesses) + 1
+        self._catch_up([seq for seq, _, _ in active])
         probs = torch.zeros((num_rows, self.decoder.config.vocab_size), device=self.decoder.device)
         place = 0
         while active:
@@ -74,7 +76,8 @@ class DraftModel(ModelRunner):
             )
             outputs = [seq.data.output_token_ids + guesses[:place] for seq, guesses, _ in active]
             token_ids, drawn_from = draw_guesses(self.sampler, logits, _metadata(seqs, outputs))
-            probs[[row + place for _, _, row in active]] = drawn_from
+            rows = np.array([row + place for _, _, row in active])
+            probs.index_copy_(0, *copy_to_device([rows], probs.device), drawn_from)
             for (_, guesses, _), token_id in zip(active, token_ids):
                 guesses[place] = token_id
             place += 1
@@ -106,11 +109,22 @@ class DraftModel(ModelRunner):
                 break
         return min(num_tokens, seq.get_len() + num_guesses - 1)  # the last is read for its logits
 
-    def _catch_up(self, seq: Sequence) -> None:
-        """Reads what a sequence has and the draft model has missed, the last tokens excepted."""
+    def _catch_up(self, seqs: list[Sequence]) -> None:
+        """Reads what the draft model has missed of these sequences, but for their last tokens, in usual steps."""
         most = cast(int, self.config.scheduler_config.max_num_batched_tokens)
-        while (first := self._count_filled(seq)) < (end := seq.get_len() - USUAL_LAG):
-            self._compute([(seq, first, min(first + most, end))])
+        work: list[tuple[Sequence, int, int]] = []
+        room = most
+        for seq in seqs:
+            first, end = self._count_filled(seq), seq.get_len() - USUAL_LAG
+            while first < end:
+                stop = min(first + room, end)
+                work.append((seq, first, stop))
+                first, room = stop, room - (stop - first)
+                if room == 0:
+                    self._compute(work)
+                    work, room = [], most
+        if work:
+            self._compute(work)
 
     def _compute(
         self, work: list[tuple[Sequence, int, int]], scheduler_output: SchedulerOutput | None = None

@@ -357,7 +357,7 @@ def joint_probs(llm: LLM, start: str):
         return {i: math.exp(found.logprob) for i, found in output.outputs[0].logprobs[0].items()}
 
     ids, exact, true = tokenizer.encode(start), {}, {}
-    likely = {i: p for i, p in probs(ids).items() if p > 1e-6}
+    likely = {i: p for i, p in probs(ids).items() if p > 1e-3}
     for first, p in likely.items():
         exact |= {(first, second): p * q for second, q in probs([*ids, first]).items()}
     for first, p in next_token_probs(start, tokenizer).items():

@@ -38,7 +38,7 @@ def looked_up(token_ids: list[int], num_tokens: int, min_n: int, max_n: int) -> 
 
 
 class TestNgrams:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(
         st.lists(st.sampled_from([0, 1, 2, 256, 2**40 + 1]), min_size=1, max_size=30),
         st.integers(1, 5),
@@ -106,7 +106,7 @@ PARAMS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(params=st.lists(PARAMS, min_size=1, max_size=4), seed=st.integers(0, 10**6), data=st.data())
 def test_looked_up_guesses_change_nothing(params, seed, data):
     """Each sequence alone and token by token, or all at once with guesses, right ones and wrong ones: the same."""
@@ -234,7 +234,7 @@ class TestRejection:
 
     def test_a_draft_that_is_no_number_is_refused_rightly(self):
         sampler, params = Sampler(), SamplingParams(max_tokens=None)
-        num = NUM_DRAWS
+        num = 4_000
         generators = [random.Random(i) for i in range(num)]
         metadata = SamplingMetadata([params] * num, generators=generators)
         token_ids, draft_probs = draw_guesses(sampler, torch.full((num, 3), torch.nan), metadata)
