@@ -90,6 +90,11 @@ class StructuredOutputGrammar(ABC):
     def copy(self) -> StructuredOutputGrammar:
         """Another one in the same place, which goes on by itself."""
 
+    @property
+    def error(self) -> str:
+        """Why it accepts nothing more, if it knows."""
+        return ""
+
     def validate_tokens(self, token_ids: SequenceOf[int]) -> list[int]:
         """As many of these tokens, from the first, as would be accepted."""
         ahead = self.copy()

@@ -329,7 +329,8 @@ def follow_grammars(scheduler_output: SchedulerOutput, runner_output: RunnerOutp
     for i, (seq, _) in enumerate(scheduler_output.sampled):
         token_ids = runner_output.sampled_token_ids[i]
         if seq.grammar is not None and not seq.grammar.accept_tokens(token_ids):
-            runner_output.errors[i] = f"tokens {token_ids} do not fit the structured_outputs of the request"
+            why = f" ({seq.grammar.error})" if seq.grammar.error else ""
+            runner_output.errors[i] = f"tokens {token_ids} do not fit the structured_outputs of the request{why}"
 
 
 def check_stop(seq: Sequence, eos_token_id: int | None, max_model_len: int) -> SequenceStatus | None:

@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLParserLimits
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import (
     allocate_token_bitmask,
@@ -80,12 +80,8 @@ class GuidanceBackend:
         name, grammar = _to_guidance(structured_outputs)
         limits = LLParserLimits(verbose_errors=False)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # here, in the caller's own time and not in a step
-        require(
-            not matcher.is_error(),
-            f"structured_outputs.{name} cannot be followed: {_reason(matcher.get_error())}",
-        )
+        reason = matcher.get_error() or _try(matcher)
+        require(not reason, f"structured_outputs.{name} cannot be followed: {_reason(reason)}")
         return GuidanceGrammar(matcher, self)
 
 
@@ -106,6 +102,11 @@ class GuidanceGrammar(StructuredOutputGrammar):
         copied = GuidanceGrammar(self.matcher.deep_copy(), self.backend)
         copied._num_after_end = self._num_after_end
         return copied
+
+    @property
+    def error(self) -> str:
+        """Why it is of no more use; empty as long as it is of use."""
+        return _reason(self.matcher.get_error()) if self.matcher.is_error() else ""
 
     def is_terminated(self) -> bool:
         """Whether nothing may follow but tokens that end a text."""
@@ -149,10 +150,8 @@ class GuidanceGrammar(StructuredOutputGrammar):
 
     def check(self) -> None:
         """Raises `ValueError` once the parser has given up; its masks would allow an end, wherever it is."""
-        if self.matcher.is_error():
-            raise ValueError(
-                f"structured_outputs could not be followed any further: {_reason(self.matcher.get_error())}"
-            )
+        if self.error:
+            raise ValueError(f"structured_outputs could not be followed any further: {self.error}")
 
 
 def fill_bitmasks(
@@ -207,13 +206,25 @@ def _get_executor() -> LLExecutor:
     return LLExecutor()
 
 
+def _try(matcher: LLMatcher) -> str:
+    """Computes the first mask, in the caller's own time and not in a step, and tries a token; returns what is wrong."""
+    allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+    ahead = matcher.deep_copy()
+    if not matcher.is_error():
+        ahead.consume_token(int(allowed.argmax()))
+    return matcher.get_error() or ahead.get_error()
+
+
 def _to_guidance(structured_outputs: StructuredOutputsParams) -> tuple[str, str]:
     """The field that is set, and a grammar in llguidance's own format."""
     asked = structured_outputs
     if asked.regex is not None:
         return "regex", LLMatcher.grammar_from_regex(asked.regex)
     if asked.choice is not None:
-        return "choice", grammar_from("choice", json.dumps(asked.choice))
+        # One word of the lexer: as rules of the parser, thousands of texts that begin alike are too many at once.
+        texts = " | ".join(json.dumps(text) for text in asked.choice if text)
+        start = "TEXT?" if "" in asked.choice else "TEXT"
+        return "choice", LLMatcher.grammar_from_lark(f"start: {start}\nTEXT: {texts}" if texts else 'start: ""')
     if asked.grammar is not None:
         return "grammar", LLMatcher.grammar_from_lark(asked.grammar)
     schema = cast(str, asked.json or '{"type": "object"}')

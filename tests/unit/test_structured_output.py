@@ -84,6 +84,13 @@ class TestMasks:
 
     def test_no_text_at_all(self):
         assert allowed(grammar_of(choice=[""])) == EOS
+        assert allowed(grammar_of(choice=["", "fox"])) > EOS
+
+    def test_many_texts_that_begin_alike(self):
+        texts = [f"number {i}" for i in range(20_000)]
+        for text in (texts[7], texts[-1]):
+            grammar = grammar_of(choice=texts)
+            assert grammar.accept_tokens(encode(text)) and allowed(grammar) >= EOS
 
     def test_ids_that_the_tokenizer_does_not_know_are_never_allowed(self):
         assert max(allowed(grammar_of(regex="(?s:.*)"))) < len(TOKENIZER)
@@ -276,6 +283,7 @@ class TestMistakes:
             ({"json": '{"items":' * 900 + "{}" + "}" * 900}, "recursion limit exceeded"),
             ({"json": {"$ref": "#"}}, "structured_outputs.json cannot be followed: "),
             ({"json": "5"}, "schema must be an object or boolean"),
+            ({"json": {"properties": {f"p{i}": {} for i in range(3000)}, "type": "object"}}, "max is 2000"),
         ],
     )
     def test_what_cannot_be_followed_is_one_sentence(self, asked, said):
