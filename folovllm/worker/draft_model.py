@@ -76,8 +76,8 @@ class DraftModel(ModelRunner):
             )
             outputs = [seq.data.output_token_ids + guesses[:place] for seq, guesses, _ in active]
             token_ids, drawn_from = draw_guesses(self.sampler, logits, _metadata(seqs, outputs))
-            rows = np.array([row + place for _, _, row in active])
-            probs.index_copy_(0, *copy_to_device([rows], probs.device), drawn_from)
+            (rows,) = copy_to_device([np.array([row + place for _, _, row in active])], probs.device)
+            probs.index_copy_(0, rows, drawn_from)
             for (_, guesses, _), token_id in zip(active, token_ids):
                 guesses[place] = token_id
             place += 1
