@@ -184,12 +184,10 @@ class SharedGenerator(ModelRunner):
 
     _generator: random.Random | None = None
 
-    def _sample(
-        self, logits: Tensor, sampled: list[tuple[Sequence, int]], likeliest: tuple[Tensor, Tensor] | None = None
-    ) -> RunnerOutput:
+    def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]], *likeliest: Tensor) -> RunnerOutput:
         for seq, _ in sampled:
             seq.generator = self._generator
-        output = super()._sample(logits, sampled, likeliest)
+        output = super()._sample(logits, sampled, *likeliest)
         if sampled:
             self._generator = sampled[0][0].generator
         return output

@@ -585,9 +585,7 @@ class Sampler:
             raise ValueError(f"row {row} {reason}")
         return output
 
-    def sample(
-        self, logits: Tensor, metadata: SamplingMetadata, likeliest: tuple[Tensor, Tensor] | None = None
-    ) -> SamplerOutput:
+    def sample(self, logits: Tensor, metadata: SamplingMetadata, likeliest: tuple[Tensor, ...] = ()) -> SamplerOutput:
         """Chooses one token for each row where that is possible; for the others ``errors`` has the reason.
 
         A row that cannot be sampled changes nothing for the others: same tokens, same random numbers.
@@ -717,7 +715,7 @@ class Sampler:
         logits: Tensor,
         metadata: SamplingMetadata,
         tensors: Mapping[str, Tensor],
-        likeliest: tuple[Tensor, Tensor] | None = None,
+        likeliest: tuple[Tensor, ...] = (),
     ) -> SamplerOutput:
         """A token for each row, with the log probabilities that it asks for, from what `_bring` has brought.
 
@@ -725,7 +723,7 @@ class Sampler:
         """
         batch = metadata._batch
         assert batch is not None  # `_bring` has made it
-        if likeliest is None or batch.random_rows or _CONSTRAINTS & tensors.keys():
+        if not likeliest or batch.random_rows or _CONSTRAINTS & tensors.keys():
             likeliest = _pick(_constrain(logits, tensors), batch, tensors, metadata.draw)
         tokens, largest = likeliest
         report = _report(logits, tokens, batch, tensors) if batch.reported_rows else ()

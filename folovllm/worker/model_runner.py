@@ -43,10 +43,6 @@ PROMPT_LOGPROBS_ROWS = 256
 """Prompt tokens whose logits are in memory at once when prompt log probabilities are asked for."""
 
 
-Likeliest = tuple[Tensor, Tensor]
-"""The likeliest token of each row, and its logit, ``[num_rows]`` each."""
-
-
 class Runner(Protocol):
     """Turns a scheduler output into tokens."""
 
@@ -260,12 +256,12 @@ class ModelRunner:
         """Computes a step: one forward pass over all its tokens, then tokens for each entry of ``sampled``."""
         self.prepare_blocks(scheduler_output)
         draft_probs = None if self.draft is None else self.draft.guess(scheduler_output)
-        hidden, logits, likeliest = self._forward(scheduler_output)
+        hidden, logits, *likeliest = self._forward(scheduler_output)
         seqs = [seq for seq, _ in scheduler_output.sampled]
         if scheduler_output.scheduled_spec_token_ids:
             output = self._verify(logits, seqs, [scheduler_output.get_guesses(seq) for seq in seqs], draft_probs)
         else:
-            output = self._sample(logits, scheduler_output.sampled, likeliest)
+            output = self._sample(logits, scheduler_output.sampled, *likeliest)
         output.prompt_logprobs = _report_on_prompts(self.decoder, self.sampler, hidden, scheduler_output)
         if self.proposer is not None:
             output.spec_token_ids = self.proposer.propose(seqs, output.sampled_token_ids)
@@ -277,21 +273,18 @@ class ModelRunner:
         if self.backend_cls.reads_whole_blocks:
             clear_begun_blocks(self.kv_cache, self.backend_cls.block_dim, self.block_size, scheduler_output)
 
-    def _forward(self, scheduler_output: SchedulerOutput) -> tuple[Tensor, Tensor, Likeliest | None]:
+    def _forward(self, scheduler_output: SchedulerOutput) -> list[Tensor]:
         """Hidden states of all tokens, logits of the sampled rows, and what a recorded step has found likeliest."""
         input_ids, positions, metadata = self.prepare(scheduler_output)
         rows = scheduler_output.get_sampled_rows()
         if self.step_graphs is not None and metadata.max_query_len == 1:
             hidden, *found = self.step_graphs.run(input_ids, positions, metadata)
-            logits, tokens, largest = select_rows(rows, *found)
-            return hidden, logits, (tokens, largest)
+            return [hidden, *select_rows(rows, *found)]
         self.attention.begin(metadata)
         hidden = self.decoder(input_ids, positions, self.attention)
-        return hidden, self.decoder.compute_logits(*select_rows(rows, hidden)), None
+        return [hidden, self.decoder.compute_logits(*select_rows(rows, hidden))]
 
-    def _sample(
-        self, logits: Tensor, sampled: list[tuple[Sequence, int]], likeliest: Likeliest | None = None
-    ) -> RunnerOutput:
+    def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]], *likeliest: Tensor) -> RunnerOutput:
         """A token, with log probabilities if asked for, for each sequence whose last token was computed."""
         if not sampled:
             return RunnerOutput([], [])

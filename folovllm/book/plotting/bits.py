@@ -51,8 +51,8 @@ def plot_grid(weights: Any, scale: float, bits: int = 4) -> Axes:
         errors = np.abs(nearest - numbers)
         worst = int(errors.argmax())
         ax.figure.alt = (
-            f"{len(numbers)} weights on a grid of {len(grid)} values from {grid[0]:.3g} to {grid[-1]:.3g}, {scale:.3g} "
-            f"apart, each joined to its nearest. The farthest is weight {worst}: {numbers[worst]:.3g} becomes "
+            f"A grid of {len(grid)} values from {grid[0]:.3g} to {grid[-1]:.3g}, {scale:.3g} apart, and {len(numbers)} "
+            f"weights, each joined to its nearest. The farthest is weight {worst}: {numbers[worst]:.3g} becomes "
             f"{nearest[worst]:.3g}."
         )
     return ax
@@ -80,7 +80,7 @@ def plot_packed(values: Sequence[int], bits: int = 4) -> Axes:
         ax.set(xlim=(-0.2, num_bits + 0.2), ylim=(-0.05, 1.6), xlabel="bit", yticks=[])
         ax.spines[["left", "bottom"]].set_visible(False)
         ax.figure.alt = (
-            f"{len(values)} boxes of {bits} bits in a row, the highest bits on the left and the lowest on the right: "
+            f"A row of {len(values)} boxes of {bits} bits, the highest bits on the left and the lowest on the right: "
             f"{listed(f'{value:0{bits}b} for {value}' for value in reversed(values))}."
         )
     return ax
@@ -255,5 +255,5 @@ def plot_gain_by_rows(
         told = "; ".join(
             f"{name} {course(list(gains.values()), [f'{row:,}' for row in gains])}" for name, gains in lines.items()
         )
-        ax.figure.alt = f"Lines of how many times as fast 4 bits are as 16, against rows. {told}."
+        ax.figure.alt = f"Lines of how many times as fast products are with few bits, against rows. {told}."
     return ax
