@@ -11,10 +11,10 @@ from folovllm.engine.beam_search import BeamSearch
 from folovllm.outputs import BeamSearchSequence, CompletionOutput
 from folovllm.sampling_params import BeamSearchParams
 
-Told = tuple[int, float, str]
+_Told = tuple[int, float, str]
 """Tokens, log probability and finish reason of an answer."""
 
-ANSWERS: tuple[tuple[tuple[Told, ...], int, float, tuple[int, ...], str], ...] = (
+ANSWERS: tuple[tuple[tuple[_Told, ...], int, float, tuple[int, ...], str], ...] = (
     (((3, -4.0, "stop"), (3, -2.0, "stop"), (3, -3.0, "length")), 2, 0.0, (1, 2), "three answers of 3 tokens"),
     (
         ((2, -4.0, "stop"), (8, -6.0, "length"), (4, -5.0, "stop"), (1, -3.9, "stop")),
