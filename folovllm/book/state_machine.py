@@ -18,9 +18,6 @@ from folovllm.validation import require
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-State = frozenset[int]
-"""Where a text is in the expression: the places at which its next byte may be. Empty: the text does not fit."""
-
 ASCII = range(128)
 MAX_REPEATS = 64
 """Most repetitions that ``{m,n}`` may ask for."""
@@ -28,6 +25,8 @@ MAX_REPEATS = 64
 
 class StateMachine:
     """A regular expression, read once, and then followed byte by byte.
+
+    A state is the set of places in the expression at which the next byte may be; empty: the text does not fit.
 
     A place of the expression is a number, and ``edges[place]`` says by which byte which other places are reached
     (Thompson 1968). A state of the machine is a set of places.
@@ -46,16 +45,16 @@ class StateMachine:
         self._text = pattern
         first, self.last = self._either()
         require(not self._text, f"pattern must close every bracket that it opens, and no other, got {pattern!r}")
-        self.start: State = self._close({first})
+        self.start: frozenset[int] = self._close({first})
         self.step = lru_cache(10_000)(self._step)
-        """``step(state, data)``: the state after some bytes, `State`; empty if they do not fit."""
+        """``step(state, data)``: the state after some bytes; empty if they do not fit."""
 
-    def _step(self, state: State, data: bytes) -> State:
+    def _step(self, state: frozenset[int], data: bytes) -> frozenset[int]:
         for byte in data:
             state = self._close({target for place in state for target in self.edges[place].get(byte, ())})
         return state
 
-    def accepts(self, state: State) -> bool:
+    def accepts(self, state: frozenset[int]) -> bool:
         """Whether a text may end here."""
         return self.last in state
 
@@ -63,12 +62,12 @@ class StateMachine:
         """Whether a text fits as a whole."""
         return self.accepts(self.step(self.start, text.encode()))
 
-    def next_bytes(self, state: State) -> dict[int, State]:
+    def next_bytes(self, state: frozenset[int]) -> dict[int, frozenset[int]]:
         """Each byte that may come next, and the state that it leads to."""
         found = sorted({byte for place in state for byte in self.edges[place]})
         return {byte: self.step(state, bytes([byte])) for byte in found}
 
-    def _close(self, places: Iterable[int]) -> State:
+    def _close(self, places: Iterable[int]) -> frozenset[int]:
         """These places, and those that are reached from them without a byte."""
         found, left = set(), list(places)
         while left:

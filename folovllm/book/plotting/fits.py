@@ -25,7 +25,7 @@ from folovllm.book.plotting.style import (
 )
 
 if TYPE_CHECKING:
-    from folovllm.book.state_machine import State, StateMachine
+    from folovllm.book.state_machine import StateMachine
 
 MARKERS = "osD^"
 LINE_CHARS = 62
@@ -72,7 +72,7 @@ def plot_token_path(machine: StateMachine, tokens: Sequence[str] = ()) -> Axes:
     return ax
 
 
-def _places_of(machine: StateMachine) -> dict[State, tuple[int, int]]:
+def _places_of(machine: StateMachine) -> dict[frozenset[int], tuple[int, int]]:
     """Where each state is drawn: how many characters from the start, and in which line."""
     places, found, lines = {machine.start: (0, 0)}, [machine.start], {0: 1}
     for state in found:
@@ -85,9 +85,9 @@ def _places_of(machine: StateMachine) -> dict[State, tuple[int, int]]:
     return places
 
 
-def _edges(machine: StateMachine, state: State) -> list[tuple[str, State]]:
+def _edges(machine: StateMachine, state: frozenset[int]) -> list[tuple[str, frozenset[int]]]:
     """The states that follow, each with the characters that lead there, as few letters as can be."""
-    bytes_to: dict[State, list[int]] = {}
+    bytes_to: dict[frozenset[int], list[int]] = {}
     for byte, target in machine.next_bytes(state).items():
         bytes_to.setdefault(target, []).append(byte)
     return [
@@ -96,7 +96,7 @@ def _edges(machine: StateMachine, state: State) -> list[tuple[str, State]]:
     ]
 
 
-def _characters(machine: StateMachine, places: Mapping[State, tuple[int, int]]) -> list[str]:
+def _characters(machine: StateMachine, places: Mapping[frozenset[int], tuple[int, int]]) -> list[str]:
     return list(dict.fromkeys(label for state in places for label, _ in _edges(machine, state)))
 
 
