@@ -26,10 +26,9 @@ MAX_REPEATS = 64
 class StateMachine:
     """A regular expression, read once, and then followed byte by byte.
 
-    A state is the set of places in the expression at which the next byte may be; empty: the text does not fit.
-
     A place of the expression is a number, and ``edges[place]`` says by which byte which other places are reached
-    (Thompson 1968). A state of the machine is a set of places.
+    (Thompson 1968). A state of the machine is the set of places at which the next byte may be; empty: the text does not
+    fit.
 
     Args:
         pattern: what a whole text must match.
