@@ -39,7 +39,6 @@ MAX_NUM_SEQUENCES = 16_384
 MAX_STRUCTURE_CHARS = 2**20
 """Characters of a JSON schema, a regular expression, all choices together, or a grammar."""
 
-
 MAX_LENGTH_PENALTY = 10.0
 """Largest exponent of a length in either direction, so that the power of any length is a finite number."""
 

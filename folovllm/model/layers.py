@@ -37,6 +37,8 @@ class LinearBase:
 
     kernel = "floats"
     """How it is computed."""
+    out_dtype: torch.dtype | None = None
+    """Of its outputs; None: that of its inputs."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, shards: Mapping[str, int] | None) -> None:
         self.weight, self.bias, self.shards = weight, bias, shards or {}

@@ -42,9 +42,9 @@ TYPICAL_NUM_KEYS = 256
 _PRODUCTS: ContextVar[list[LinearBase]] = ContextVar("products")
 """The products of the step that is running: compiled code knows them by number, so that it serves every such model."""
 _library = torch.library.Library("folovllm", "FRAGMENT")
-_library.define("product(Tensor x, int number, int num_out) -> Tensor")
-_library.impl("product", lambda x, number, num_out: _PRODUCTS.get()[number](x), "CPU")
-_library.impl("product", lambda x, number, num_out: x.new_empty(x.shape[0], num_out), "Meta")
+_library.define("product(Tensor x, int number, int num_out, ScalarType? dtype) -> Tensor")
+_library.impl("product", lambda x, number, num_out, dtype: _PRODUCTS.get()[number](x), "CPU")
+_library.impl("product", lambda x, number, num_out, dtype: x.new_empty(x.shape[0], num_out, dtype=dtype), "Meta")
 
 Part = TypeVar("Part")
 
@@ -58,12 +58,12 @@ class OpaqueLinear:
     """
 
     def __init__(self, linear: LinearBase, products: list[LinearBase]) -> None:
-        self.number, self.num_out = len(products), linear.num_out
+        self.number, self.num_out, self.out_dtype = len(products), linear.num_out, linear.out_dtype
         products.append(linear)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[num_tokens, num_in]`` to ``[num_tokens, num_out]``."""
-        return torch.ops.folovllm.product(x, self.number, self.num_out)
+        return torch.ops.folovllm.product(x, self.number, self.num_out, self.out_dtype)
 
 
 def hide_products(part: Part, products: list[LinearBase]) -> Part:

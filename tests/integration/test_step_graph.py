@@ -28,7 +28,7 @@ from folovllm.sample.sampler import find_likeliest
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
 from folovllm.worker import compiled_step, model_runner
-from folovllm.worker.compiled_step import CompiledSteps
+from folovllm.worker.compiled_step import CompiledSteps, OpaqueLinear
 from folovllm.worker.recorders import load_recorder
 from folovllm.worker.step_graph import (
     CudaGraphs,
@@ -295,6 +295,17 @@ class TestPadding:
             work.check(lens)
         reserved_slot = work.num_blocks * work.block_size
         assert seen == [([0] * size, [1] * size, [reserved_slot]) for size in (7, 2, 1)]
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16", "quantization": "int8"}])
+def test_a_compiler_is_told_what_comes_out_of_a_product(settings) -> None:
+    """A head of 8 bits gives float32 logits whatever it is given; taken for bfloat16, they would be other numbers."""
+    config = make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, num_blocks=4, **settings)
+    decoder = LLMEngine(config, "cpu").decoder
+    for linear in (decoder.layers[0].qkv_proj, decoder.head):
+        x = torch.zeros(2, decoder.config.hidden_size, dtype=decoder.dtype)
+        told, given = OpaqueLinear(linear, [])(x.to("meta")), linear(x)
+        assert (told.dtype, told.shape) == (given.dtype, given.shape)
 
 
 @pytest.fixture
