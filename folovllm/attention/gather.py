@@ -54,6 +54,13 @@ class GatherAttention(AttentionBackend):
         # it in turn, since a smaller buffer is more likely to stay in the processor's cache.
         self._scratch = kv_cache.new_empty(0)
 
+    def replays_well(self, metadata: AttentionMetadata, num_rows: int) -> bool:
+        """False where a step gathers too much for all heads at once, or blocks that its sequences share."""
+        shortest = int(metadata.seq_lens_cpu.min())
+        if self._heads_at_once(num_rows * metadata.max_seq_len) < self.num_kv_heads:
+            return False
+        return not self._count_shared(metadata.block_table[:, : (shortest - 1) // self.block_size])
+
     def begin(self, metadata: AttentionMetadata) -> None:
         """Sorts a step's sequences: those with one new token, whole prompts by length, and prompts with a past."""
         self.metadata = metadata

@@ -6,9 +6,8 @@ whatever stands between two of them becomes a loop or two. A product with a weig
 does not look into. So weights stay as they were packed, and are no part of what is compiled and kept on disk.
 
 Attention is written for the compiler here. It copies keys and values from their slots for all sequences at once, up to
-the longest: that length alone may differ from step to step. Once the copies would not stay in the processor's cache,
-the step is not run compiled: `GatherAttention` copies the keys of some heads at a time then, and those that sequences
-share only once, which counts for more.
+the longest: that length alone may differ from step to step. Where `GatherAttention` knows better, since the copies
+would not stay in the processor's cache or sequences share much, the step is left to it (`replays_well`).
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from folovllm.attention import AttentionBackend
-from folovllm.attention.gather import GATHER_BYTES, GatherAttention
+from folovllm.attention.gather import GatherAttention
 from folovllm.model.decoder import Decoder
 from folovllm.model.layers import LinearBase
 from folovllm.sample.sampler import find_likeliest
-from folovllm.worker.step_graph import Replay, StepInputs, StepOutputs, replay_eagerly
+from folovllm.worker.step_graph import Replay, StepInputs, StepOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -184,13 +183,9 @@ class CompiledSteps:
         took = time.perf_counter() - start
         logger.info("the decode step of %d rows was compiled in %.0f s", len(inputs.input_ids), took)
         single = places[:1].repeat(2)  # a dimension of 1 is a special case to a compiler; the second is masked
-        eager = replay_eagerly(decoder, attention, inputs)
-        place_bytes = len(inputs.input_ids) * attention.num_kv_heads * cache.shape[-1] * cache.itemsize
 
         def replay() -> StepOutputs:
             longest = step.max_seq_len
-            if longest * place_bytes > GATHER_BYTES:
-                return eager()
             return StepOutputs(*function(*tensors, places[:longest] if longest > 1 else single))
 
         return replay

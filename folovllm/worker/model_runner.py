@@ -277,7 +277,7 @@ class ModelRunner:
         """Hidden states of all tokens, logits of the sampled rows, and what a recorded step has found likeliest."""
         input_ids, positions, metadata = self.prepare(scheduler_output)
         rows = scheduler_output.get_sampled_rows()
-        if self.step_graphs is not None and metadata.max_query_len == 1:
+        if self.step_graphs is not None and self.step_graphs.takes(metadata):
             hidden, *found = self.step_graphs.run(input_ids, positions, metadata)
             return [hidden, *select_rows(rows, *found)]
         self.attention.begin(metadata)

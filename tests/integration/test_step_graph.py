@@ -23,11 +23,12 @@ from folovllm.attention.gather import GatherAttention
 from folovllm.attention.sdpa import SdpaAttention
 from folovllm.book import judges
 from folovllm.book.counting import OperationCounter
+from folovllm.book.exercises.verdict import NotYet
 from folovllm.llm import make_engine_config
 from folovllm.sample.sampler import find_likeliest
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
-from folovllm.worker import compiled_step, model_runner
+from folovllm.worker import model_runner
 from folovllm.worker.compiled_step import CompiledSteps, OpaqueLinear
 from folovllm.worker.recorders import load_recorder
 from folovllm.worker.step_graph import (
@@ -196,7 +197,7 @@ class TestTokens:
     def test_the_pretended_graph_notices_what_is_planned_on_the_cpu(self, tokens):
         params = SamplingParams(**GREEDY, max_tokens=MAX_TOKENS)
         asked = [judges.Arrival("greedy 3 0", prompts()[3], params)]
-        with pretended_graphs(), pytest.raises(judges.NotYet, match="other tokens"):
+        with pretended_graphs(), pytest.raises(NotYet, match="other tokens"):
             BACKENDS["sdpa"] = "folovllm.attention.sdpa.SdpaAttention"
             check(make_engine(CudaGraphs(), attention_backend="sdpa"), asked, tokens)
 
@@ -257,6 +258,32 @@ class Batches:
         torch.testing.assert_close(self.cache[:, :, :, :-1], self.plain.kv_cache[:, :, :, :-1], atol=1e-4, rtol=1e-4)
 
 
+class TestTakes:
+    """Which steps are replayed, and which are left to the engine's own attention."""
+
+    def test_decode_steps(self):
+        work = Batches()
+        assert work.graphs.takes(work.make([5, 9, 1])[2])
+
+    def test_no_prompts(self):
+        metadata = AttentionMetadata.from_arrays(*map(np.array, ([0, 2, 3], [2, 5], [0, 1, 4], [[0, 0], [1, 2]])))
+        assert not Batches().graphs.takes(metadata)
+
+    @pytest.mark.parametrize("num_rows, is_taken", [(4, True), (5, False)])  # which are filled up to 4 and 7
+    def test_no_more_keys_than_are_gathered_at_once(self, num_rows, is_taken, monkeypatch):
+        work = Batches()
+        longest, key_bytes = 8, work.cache.shape[2] * work.cache.shape[-1] * work.cache.itemsize
+        monkeypatch.setattr("folovllm.attention.gather.GATHER_BYTES", 4 * longest * key_bytes)
+        assert work.graphs.takes(work.make([longest] * num_rows)[2]) is is_taken
+
+    @pytest.mark.parametrize("enough, is_taken", [(4, False), (5, True)])
+    def test_no_blocks_that_are_computed_once_for_all(self, enough, is_taken, monkeypatch):
+        """Two sequences that share a block of four tokens: four need no second copy."""
+        monkeypatch.setattr("folovllm.attention.gather.SHARED_TOKENS", enough)
+        metadata = AttentionMetadata.from_arrays(*map(np.array, ([0, 1, 2], [6, 8], [9, 15], [[0, 2], [0, 3]])))
+        assert Batches().graphs.takes(metadata) is is_taken
+
+
 class TestPadding:
     @settings(max_examples=30)
     @given(batches=st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=7), min_size=1, max_size=5))
@@ -315,7 +342,7 @@ def _path_is_given_back(monkeypatch):
 
 
 @pytest.mark.usefixtures("_path_is_given_back")
-def test_a_compiled_step(caplog, monkeypatch) -> None:
+def test_a_compiled_step(caplog) -> None:
     """Of one layer, since compiling takes seconds; any length, whatever was written behind it, and full blocks."""
     if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
         pytest.skip(why_not)
@@ -323,13 +350,10 @@ def test_a_compiled_step(caplog, monkeypatch) -> None:
     with caplog.at_level(logging.INFO, "folovllm"):
         for seed, lens in enumerate([[5, 9], [1, 1], [2, 1], [16, 3], [4, 4], [1, 1], [30, 20]]):
             work.check(lens, seed)
-    operations = []
-    for limit in (compiled_step.GATHER_BYTES, 0):  # what would not fit is eager
-        monkeypatch.setattr(compiled_step, "GATHER_BYTES", limit)
-        with OperationCounter() as counter:
-            work.graphs.run(*work.make([7, 30]))
-        operations.append({operation.name for operation in counter.operations})
-    assert "product" in operations[0] - operations[1] and "_softmax" in operations[1] - operations[0]
+    with OperationCounter() as counter:
+        work.graphs.run(*work.make([7, 30]))
+    operations = {operation.name for operation in counter.operations}
+    assert "product" in operations and "_softmax" not in operations
     said = [record.message for record in caplog.records if record.name.startswith("folovllm")]
     assert len(said) == 1 and said[0].startswith("the decode step of 2 rows was compiled in ")
 
