@@ -12,7 +12,6 @@ from folovllm.attention import AttentionBackend
 from folovllm.book import faults, judges
 from folovllm.book.exercises.verdict import NotYet
 from folovllm.book.few_bits import WeightReader
-from folovllm.book.grammar_judge import judge_grammars
 from folovllm.book.in_place import InPlaceAttention
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
@@ -41,7 +40,7 @@ def judge(part: type[Any]) -> None:
     elif issubclass(part, BeamSearch):
         judges.judge_search(part)
     elif issubclass(part, GuidanceBackend):
-        judge_grammars(part)
+        judges.judge_grammars(part)
     elif issubclass(part, ModelRunner):
         judges.judge_runner(part)
         judges.judge_runner(part, guessing=True)

@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from folovllm import LLM, SamplingParams
-from folovllm.book.judges import expected_tokens, next_token
+from folovllm.book.judges.pretended import expected_tokens, next_token
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.outputs import RunnerOutput
 from folovllm.tales import EMBEDDED_MODEL

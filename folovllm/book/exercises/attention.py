@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from folovllm.book.exercises.verdict import NotYet, exercise, expect
+from folovllm.book.exercises.verdict import NotYet, exercise, expect, expect_subclass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +155,7 @@ def check_split(attempt: type) -> None:
     from folovllm.book import judges
     from folovllm.book.in_place import InPlaceAttention
 
-    judges.expect_subclass(attempt, InPlaceAttention)
+    expect_subclass(attempt, InPlaceAttention)
     _count_parts(attempt, 4)
     for num_splits in (4, 1, 2, 3):
         _compare_numbers(type("Attempt", (attempt,), {"num_splits": num_splits}), f" in {num_splits} parts")
@@ -169,7 +169,7 @@ def check_rescaled(attempt: type) -> None:
     """``attempt``: a subclass of `folovllm.book.faults.NeverRescales` that rescales."""
     from folovllm.book import faults, judges
 
-    judges.expect_subclass(attempt, faults.NeverRescales)
+    expect_subclass(attempt, faults.NeverRescales)
     _compare_numbers(attempt)
     judges.judge_attention(attempt)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.book.exercises.verdict import exercise, expect, expect_own, expect_subclass
 from folovllm.core.scheduler import Scheduler
 from folovllm.outputs import RequestMetrics
 
@@ -92,7 +92,7 @@ def check_mended_order(attempt: type) -> None:
     """``attempt`` mends `folovllm.book.faults.YoungestFirst`."""
     from folovllm.book import faults, judges
 
-    judges.expect_subclass(attempt, faults.YoungestFirst)
+    expect_subclass(attempt, faults.YoungestFirst)
     by_priority = {"policy": "priority", **FEW_PLACES[0]}
     judges.judge_scheduler(attempt, same_steps=True, settings=(FEW_PLACES[0], FEW_PLACES[2], by_priority))
 
@@ -126,8 +126,8 @@ def check_admit(attempt: type) -> None:
     """``attempt`` is a scheduler with an ``_admit`` of its own, for waiting requests."""
     from folovllm.book import judges
 
-    judges.expect_subclass(attempt, Scheduler)
-    judges.expect_own(attempt, Scheduler, "_admit")
+    expect_subclass(attempt, Scheduler)
+    expect_own(attempt, Scheduler, "_admit")
     judges.judge_scheduler(attempt, same_steps=True, settings=FEW_PLACES)
 
 
@@ -136,5 +136,5 @@ def check_mended_seed(attempt: type) -> None:
     """``attempt`` mends `folovllm.book.faults.SharedGenerator`."""
     from folovllm.book import faults, judges
 
-    judges.expect_subclass(attempt, faults.SharedGenerator)
+    expect_subclass(attempt, faults.SharedGenerator)
     judges.judge_runner(attempt)

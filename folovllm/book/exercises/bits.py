@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from folovllm.book.exercises.verdict import NotYet, blame_part, exercise, expect
+from folovllm.book.exercises.verdict import NotYet, blame_part, exercise, expect, expect_subclass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,7 +197,7 @@ def check_zeros(attempt: type) -> None:
     """``attempt``: a subclass of `folovllm.book.faults.ZerosAsStored` that looks at the version."""
     from folovllm.book import faults, judges
 
-    judges.expect_subclass(attempt, faults.ZerosAsStored)
+    expect_subclass(attempt, faults.ZerosAsStored)
     judges.judge_reader(attempt)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from folovllm.book import faults, judges
-from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.book.exercises.verdict import exercise, expect, expect_subclass
 from folovllm.core.scheduler import Scheduler, SchedulerOutput
 
 PASSES = (
@@ -93,7 +93,7 @@ CHUNKED: tuple[dict[str, Any], ...] = tuple(
 @exercise("small steps while somebody reads along, large ones while nobody does.")
 def check_considerate(attempt: type) -> None:
     """``attempt``: a `Scheduler` that uses the budget ``small`` in steps in which somebody decodes."""
-    judges.expect_subclass(attempt, Scheduler)
+    expect_subclass(attempt, Scheduler)
     asked: Any = getattr(attempt, "small", None)
     expect(isinstance(asked, int), "the small budget should be an attribute of the class, as in `small = 16`.")
     for small in (asked, 9):
@@ -138,5 +138,5 @@ def _compare_sizes(found: list[dict[str, int]], right: list[dict[str, int]], bud
 @exercise("streams first again, and every step is the engine's own.")
 def check_steady_stream(attempt: type) -> None:
     """``attempt``: a mended `folovllm.book.faults.LongestFirst`."""
-    judges.expect_subclass(attempt, faults.LongestFirst)
+    expect_subclass(attempt, faults.LongestFirst)
     judges.judge_scheduler(attempt, same_steps=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from folovllm.book.exercises.verdict import NotYet, exercise, expect
+from folovllm.book.exercises.verdict import NotYet, exercise, expect, expect_subclass
 
 WORDS = (
     (
@@ -87,8 +87,7 @@ def check_bitmask(attempt: Callable[[list[int], int], Any]) -> None:
 @exercise("the engine follows your machine, in any company, and every answer fits.")
 def check_grammar(attempt: type) -> None:
     """``attempt``: a subclass of `folovllm.book.state_machine.MachineGrammar`."""
-    from folovllm.book.grammar_judge import judge_grammars
-    from folovllm.book.judges import expect_subclass
+    from folovllm.book.judges import judge_grammars
     from folovllm.book.state_machine import MachineBackend, MachineGrammar
 
     expect_subclass(attempt, MachineGrammar)
@@ -138,7 +137,7 @@ def _walk(attempt: Any) -> None:
 
 def _mask(grammar: Any) -> set[int]:
     """The tokens that a grammar allows; in the middle of three rows, of which the others must stay as they are."""
-    from folovllm.book.grammar_judge import read_bitmask
+    from folovllm.book.judges.grammars import read_bitmask
 
     bitmask = np.full((3, 4), -1, dtype=np.int32)
     grammar.fill_bitmask(bitmask, 1)
@@ -164,8 +163,7 @@ def _name(token_id: int) -> str:
 def check_own_places(attempt: type) -> None:
     """``attempt``: a subclass of `folovllm.book.faults.OnePlaceForAll` in which copies are copies."""
     from folovllm.book import faults
-    from folovllm.book.grammar_judge import judge_grammars
-    from folovllm.book.judges import expect_subclass
+    from folovllm.book.judges import judge_grammars
 
     expect_subclass(attempt, faults.OnePlaceForAll)
     judge_grammars(attempt)

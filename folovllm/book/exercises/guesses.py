@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from folovllm.book import faults, judges
-from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.book.exercises.verdict import exercise, expect, expect_subclass
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.sample.speculative import NgramProposer
 
@@ -116,5 +116,5 @@ def _try(attempt: Verify, guesses: list[int], model: list[int]) -> None:
 @exercise("a guess that was wrong uses up no random number.")
 def check_seed_with_guesses(attempt: type) -> None:
     """``attempt``: a mended `folovllm.book.faults.UsesUpNumbers`."""
-    judges.expect_subclass(attempt, faults.UsesUpNumbers)
+    expect_subclass(attempt, faults.UsesUpNumbers)
     judges.judge_runner(attempt, guessing=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from folovllm.book import faults, judges
-from folovllm.book.exercises.verdict import NotYet, exercise, expect
+from folovllm.book.exercises.verdict import NotYet, exercise, expect, expect_own, expect_subclass
 from folovllm.core.kv_cache import BlockPool, KVCacheManager
 from folovllm.request import Sequence, SequenceData
 from folovllm.sampling_params import SamplingParams
@@ -144,8 +144,8 @@ def _live(pool: Any, num_blocks: int, num_steps: int = 200) -> None:
 @exercise("shared blocks are only read, and whoever writes has a copy first.")
 def check_allocate_slots(attempt: type) -> None:
     """``attempt``: a `KVCacheManager` with an ``allocate_slots`` of the reader's."""
-    judges.expect_subclass(attempt, KVCacheManager)
-    judges.expect_own(attempt, KVCacheManager, "allocate_slots")
+    expect_subclass(attempt, KVCacheManager)
+    expect_own(attempt, KVCacheManager, "allocate_slots")
     for size, num_tokens in ((4, 6), (8, 9)):
         _write_into_a_fork(attempt, size, num_tokens)
     _write_into_three(attempt)
@@ -234,7 +234,7 @@ def _too_few_blocks(attempt: type) -> None:
 @exercise("what was taken comes back, to the last block, whatever happens to a request.")
 def check_leak(attempt: type) -> None:
     """``attempt``: a subclass of `folovllm.book.faults.LeaksABlock` that leaks no more."""
-    judges.expect_subclass(attempt, faults.LeaksABlock)
+    expect_subclass(attempt, faults.LeaksABlock)
     _run_engines(attempt)
     cache = attempt(9, 4, True)
     seq = Sequence("a", "a", SequenceData(list(range(3, 15))), SamplingParams())

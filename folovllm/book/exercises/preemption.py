@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from folovllm.book import faults, judges
-from folovllm.book.exercises.verdict import exercise, expect, shown
+from folovllm.book.exercises.verdict import exercise, expect, expect_subclass, shown
 from folovllm.config import SchedulerConfig
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
@@ -65,7 +65,7 @@ def check_cheaper(attempt: Callable[[int, int, float, float], str]) -> None:
 @exercise("whoever has least to lose makes room, and nobody's text changes.")
 def check_victim(attempt: type) -> None:
     """``attempt``: a `Scheduler` whose ``_choose_victim`` takes the one with the fewest computed tokens."""
-    judges.expect_subclass(attempt, Scheduler)
+    expect_subclass(attempt, Scheduler)
     cases = (
         ([9, 4, 6], 1, "4 tokens are the fewest"),
         ([3, 8, 12], 0, "3 tokens are the fewest, though it came first"),
@@ -98,5 +98,5 @@ def check_victim(attempt: type) -> None:
 @exercise("a sequence without blocks has nothing computed, and says so.")
 def check_rambling(attempt: type) -> None:
     """``attempt``: a subclass of `folovllm.book.faults.KeepsItsCount` that is mended."""
-    judges.expect_subclass(attempt, faults.KeepsItsCount)
+    expect_subclass(attempt, faults.KeepsItsCount)
     judges.judge_scheduler(attempt, same_steps=True, settings=TIGHT[1:])

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from folovllm.book import faults, judges
-from folovllm.book.exercises.verdict import NotYet, exercise, expect
+from folovllm.book.exercises.verdict import NotYet, exercise, expect, expect_subclass
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.request import Sequence as TokenSequence
 from folovllm.request import SequenceData
@@ -219,5 +219,5 @@ def check_prompt_order(attempt: Callable[[list[dict[str, list[int]]]], list[str]
 @exercise("a block that is handed out forgets what it held.")
 def check_fresh_words(attempt: type) -> None:
     """``attempt``: a mended `folovllm.book.faults.StaleHashes`."""
-    judges.expect_subclass(attempt, faults.StaleHashes)
+    expect_subclass(attempt, faults.StaleHashes)
     judges.judge_cache(attempt)

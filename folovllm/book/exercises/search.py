@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from folovllm.book import faults, judges
-from folovllm.book.exercises.verdict import exercise, expect
+from folovllm.book.exercises.verdict import exercise, expect, expect_own, expect_subclass
 from folovllm.engine.beam_search import BeamSearch
 from folovllm.outputs import BeamSearchSequence, CompletionOutput
 from folovllm.sampling_params import BeamSearchParams
@@ -67,8 +67,8 @@ class Gnmt(BeamSearch):
 @exercise("a penalty that is gentle with short texts, in the running search.", gives="a number")
 def check_gnmt(attempt: type) -> None:
     """``attempt``: a `BeamSearch` whose ``score`` is that of GNMT."""
-    judges.expect_subclass(attempt, BeamSearch)
-    judges.expect_own(attempt, BeamSearch, "score")
+    expect_subclass(attempt, BeamSearch)
+    expect_own(attempt, BeamSearch, "score")
     for num_prompt, num_tokens, logprob, penalty in (
         (1, 1, -2.0, 1.0),
         (3, 7, -4.0, 1.0),
@@ -90,13 +90,13 @@ def check_gnmt(attempt: type) -> None:
 @exercise("text by text and step by step the search of the engine.")
 def check_beam_step(attempt: type) -> None:
     """``attempt``: a `BeamSearch` with a ``step`` of its own."""
-    judges.expect_subclass(attempt, BeamSearch)
-    judges.expect_own(attempt, BeamSearch, "step")
+    expect_subclass(attempt, BeamSearch)
+    expect_own(attempt, BeamSearch, "step")
     judges.judge_search(attempt)
 
 
 @exercise("an answer's length is its own, whatever was asked.")
 def check_own_length(attempt: type) -> None:
     """``attempt``: a mended `folovllm.book.faults.CountsThePrompt`."""
-    judges.expect_subclass(attempt, faults.CountsThePrompt)
+    expect_subclass(attempt, faults.CountsThePrompt)
     judges.judge_search(attempt)

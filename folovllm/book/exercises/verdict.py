@@ -7,6 +7,7 @@ and a loop without an end is ended.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import reprlib
 import sys
@@ -54,6 +55,28 @@ def expect(ok: bool, sentence: str) -> None:
     """Ends a check with ``sentence`` unless ``ok``."""
     if not ok:
         raise NotYet(sentence)
+
+
+def expect_subclass(attempt: Any, base: type) -> None:
+    """Raises `NotYet` unless the attempt is a class that inherits from ``base``."""
+    expect(
+        isinstance(attempt, type) and issubclass(attempt, base),
+        f"a class was asked for that begins with `class Name({base.__name__}):`, and yours does not.",
+    )
+
+
+def expect_own(attempt: type, base: type, name: str) -> None:
+    """Raises `NotYet` unless the attempt has a method ``name`` of its own, which does without that of ``base``."""
+    own = vars(attempt).get(name)
+    expect(
+        own is not None and own is not vars(base)[name],
+        f"your class has no {name} of its own, so it is still the engine's that runs.",
+    )
+    code = getattr(inspect.unwrap(own) if callable(own) else own, "__code__", None)  # checks wrap a class's methods
+    expect(
+        code is None or name not in code.co_names,
+        f"your {name} calls the engine's, and the exercise is to write it: do the work yourself.",
+    )
 
 
 def exercise(praise: str, gives: str = "") -> Callable[[Callable[[Any], None]], Callable[[Any], Verdict]]:

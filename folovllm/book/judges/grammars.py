@@ -1,4 +1,4 @@
-"""A judge of grammars and their masks in a running engine, as `folovllm.book.judges` has them for other parts."""
+"""A judge of grammars and of their masks in a running engine."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ import numpy as np
 
 from folovllm.book.exercises.verdict import NotYet, blame_part, expect
 from folovllm.book.faults import replace_part
-from folovllm.book.judges import VOCAB_SIZE, Arrival, PretendedRunner, drive, name_of
+from folovllm.book.judges.pretended import VOCAB_SIZE, Arrival, PretendedRunner, drive, name_of, tokenizer
 from folovllm.book.state_machine import machine_of, token_bytes
-from folovllm.config import ModelConfig
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.served_model import ServedModel
 from folovllm.llm import make_engine_config
-from folovllm.model_loader import ModelLoader
 from folovllm.request import Sequence, StructuredOutputGrammar
 from folovllm.sample.structured_output import GuidanceBackend, fill_bitmasks
 from folovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from folovllm.tales import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 REGEXES = ("(fox|frog)s?", "[a-f]{2,4}", "(red|blue) (hat|map)", "ab*", "(狐|狸)+")
 """What a judge's answers must match; in words that Python, llguidance and `StateMachine` read alike."""
@@ -37,12 +35,6 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 """Fields of the configs, for one run each: room for all, too few blocks for those who come, and swapping."""
 
 EOS_TOKEN_IDS = (0, 2)
-
-
-@cache
-def tokenizer() -> PreTrainedTokenizerBase:
-    """The embedded model's."""
-    return ModelLoader(ModelConfig(str(EMBEDDED_MODEL))).load_tokenizer(add_pad_token=False)
 
 
 def read_bitmask(words: np.ndarray) -> set[int]:
