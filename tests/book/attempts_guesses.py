@@ -26,6 +26,16 @@ def look_up(
     return []
 
 
+def as_a_string(ids: list[int], num: int, min_n: int, max_n: int) -> list[int]:
+    """Right as long as each token has a single digit."""
+    text = " ".join(map(str, ids))
+    for n in range(max_n, min_n - 1, -1):
+        ngram = " ".join(map(str, ids[-n:]))
+        if (place := text.find(ngram)) < len(text) - len(ngram):
+            return ids[place // 2 + n : place // 2 + n + num]
+    return []
+
+
 def eats_the_list(ids: list[int], num: int, min_n: int, max_n: int) -> list[int]:
     found = look_up(ids, num, min_n, max_n)
     ids.clear()
@@ -148,6 +158,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "nothing": lambda ids, num, a, b: [],
         "the last tokens": lambda ids, num, a, b: ids[-num:],
         "changes the list": eats_the_list,
+        "looked up in a string": as_a_string,
         "None where there is none": lambda ids, num, a, b: look_up(ids, num, a, b) or None,
     },
     "check_verifier": {

@@ -108,6 +108,11 @@ class IgnoresThePenalty(faults.CountsThePrompt):
         return text.cum_logprob
 
 
+class AlwaysTheMean(faults.CountsThePrompt):
+    def score(self, text: BeamSearchSequence) -> float:
+        return text.cum_logprob / (len(text.tokens) - len(self.prompt_token_ids))
+
+
 class OneTooMany(faults.CountsThePrompt):
     def score(self, text: BeamSearchSequence) -> float:
         return text.cum_logprob / (len(text.tokens) - len(self.prompt_token_ids) + 1) ** self.params.length_penalty
@@ -157,6 +162,9 @@ WRONG: dict[str, dict[str, Any]] = {
         "never enough": stepping(enough=lambda ended, width: False),
         "one is enough": stepping(enough=lambda ended, width: ended >= 1),
         "ranked by the sum": stepping(ranked_by=lambda search, text: text.cum_logprob),
+        "ranked by the mean": stepping(
+            ranked_by=lambda search, text: text.cum_logprob / (len(text.tokens) - len(search.prompt_token_ids))
+        ),
         "the newest token alone": stepping(start=lambda text: 0.0),
         "the least likely": stepping(reverse=False),
         "no logprobs": LosesTheLogprobs,
@@ -166,6 +174,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "check_own_length": {
         "as it was": StillCountsThePrompt,
         "no penalty": IgnoresThePenalty,
+        "always the mean": AlwaysTheMean,
         "one too many": OneTooMany,
         "another class": Unchanged,
     },

@@ -74,7 +74,10 @@ def test_numbers_of_width() -> None:
 def test_numbers_of_likelihoods() -> None:
     ax = plotting.plot_likelihoods(DRAWN, {"greedy": -21.0, "beam": -13.0})
     assert heights(ax) == [1, 0, 2, 1, 1] and [label.strip() for label in texts(ax)] == ["beam", "greedy"]
-    assert "greedy at -21, which 20% of them reach; beam at -13, which 0% of them reach" in ax.figure.alt
+    assert (
+        "greedy at -21, with 1 of them at least as likely; beam at -13, with 0 of them at least as likely"
+        in ax.figure.alt
+    )
 
 
 @pytest.fixture(scope="module")

@@ -40,18 +40,25 @@ def check_proposer(attempt: Callable[[list[int], int, int, int], list[int]]) -> 
     cases = list(LOOKUPS)
     for _ in range(200):
         min_n = rng.randint(1, 3)
-        text = [rng.randrange(3) for _ in range(rng.randint(1, 14))]
+        text = [rng.choice((1, 2, 12)) for _ in range(rng.randint(1, 14))]  # 12 is no 1 and 2 in a row
         cases.append((text, rng.randint(1, 4), min_n, min_n + rng.randint(0, 2)))
     for token_ids, num_tokens, min_n, max_n in cases:
         given = list(token_ids)
         found = list(attempt(given, num_tokens, min_n, max_n))
         expect(given == token_ids, f"the list that you were given is {given} afterwards: leave it as it is.")
         right = NgramProposer(min_n, max_n).propose(token_ids, num_tokens)
+        ngram = next((token_ids[-n:] for n in range(max_n, min_n - 1, -1) if _find(token_ids, n) is not None), [])
+        why = f"{ngram} came before, first at place {_find(token_ids, len(ngram))}" if ngram else "none came before"
         expect(
             found == right,
-            f"after {token_ids}, with n-grams of {min_n} to {max_n} tokens, at most {num_tokens} guesses are asked "
-            f"for: {right}, and yours are {found}.",
+            f"after {token_ids}, with n-grams of {min_n} to {max_n} tokens: {why}, so the guesses, at most "
+            f"{num_tokens}, are {right}, and yours are {found}.",
         )
+
+
+def _find(token_ids: list[int], n: int) -> int | None:
+    """The first place before the last n-gram at which the same tokens stand, if there is one."""
+    return next((i for i in range(len(token_ids) - n) if token_ids[i : i + n] == token_ids[-n:]), None)
 
 
 @exercise("a pass gives what it should, and no more numbers are drawn than tokens come out.", gives="a list of tokens")
@@ -103,8 +110,8 @@ def _try(attempt: Verify, guesses: list[int], model: list[int]) -> None:
     right = model[: wrong + 1]
     expect(
         found == right,
-        f"the guesses are {guesses}, and the model draws {model[: wrong + 1]} up to the first that is wrong: the pass "
-        f"gives {right}, yours {found}.",
+        f"the guesses are {guesses}: drawn until one of them is wrong, or none is left, the pass's tokens are {right}, "
+        f"and yours are {found}.",
     )
     expect(
         num_calls == len(right),

@@ -64,26 +64,33 @@ class Gnmt(BeamSearch):
         return text.cum_logprob / ((5 + length) / 6) ** self.params.length_penalty
 
 
+def _compare_scores(attempt: type[BeamSearch], ours: type[BeamSearch]) -> None:
+    """Texts of some lengths are to have the same score."""
+    for num_prompt, num_tokens, logprob, penalty in (
+        (3, 7, -4.0, 1.0),
+        (1, 1, -2.0, 1.0),
+        (9, 7, -5.0, 0.0),
+        (2, 19, -3.0, 0.6),
+        (40, 2, -8.0, 2.0),
+    ):
+        prompt, params = [5] * num_prompt, BeamSearchParams(2, 50, length_penalty=penalty)
+        text = BeamSearchSequence([5] * (num_prompt + num_tokens), [{}] * num_tokens, logprob)
+        right, got = (cls(prompt, params).score(text) for cls in (ours, attempt))
+        is_number = isinstance(got, (int, float))
+        expect(
+            is_number and math.isclose(got, right),
+            f"an answer of length {num_tokens} after a prompt of length {num_prompt}, with the log probability "
+            f"{logprob} and length_penalty {penalty}: the score should be {right:.4f}, yours is "
+            f"{f'{got:.4f}' if is_number else repr(got)}.",
+        )
+
+
 @exercise("a penalty that is gentle with short texts, in the running search.", gives="a number")
 def check_gnmt(attempt: type) -> None:
     """``attempt``: a `BeamSearch` whose ``score`` is that of GNMT."""
     expect_subclass(attempt, BeamSearch)
     expect_own(attempt, BeamSearch, "score")
-    for num_prompt, num_tokens, logprob, penalty in (
-        (1, 1, -2.0, 1.0),
-        (3, 7, -4.0, 1.0),
-        (9, 7, -5.0, 0.0),
-        (2, 19, -3.0, 0.6),
-        (40, 2, -8.0, 2.0),
-    ):
-        search = attempt([5] * num_prompt, BeamSearchParams(2, 50, length_penalty=penalty))
-        text = BeamSearchSequence([5] * (num_prompt + num_tokens), [], logprob)
-        right, got = Gnmt([5] * num_prompt, search.params).score(text), search.score(text)
-        expect(
-            isinstance(got, (int, float)) and math.isclose(got, right),
-            f"{num_tokens} tokens after a prompt of {num_prompt} with log probability {logprob} and length_penalty "
-            f"{penalty}: the score should be {right:.4f}, yours is {got!r}.",
-        )
+    _compare_scores(attempt, Gnmt)
     judges.judge_search(attempt, Gnmt)
 
 
@@ -95,8 +102,9 @@ def check_beam_step(attempt: type) -> None:
     judges.judge_search(attempt)
 
 
-@exercise("an answer's length is its own, whatever was asked.")
+@exercise("an answer's length is its own, whatever was asked.", gives="a number")
 def check_own_length(attempt: type) -> None:
     """``attempt``: a mended `folovllm.book.faults.CountsThePrompt`."""
     expect_subclass(attempt, faults.CountsThePrompt)
+    _compare_scores(attempt, BeamSearch)
     judges.judge_search(attempt)

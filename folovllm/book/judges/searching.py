@@ -35,6 +35,7 @@ SEARCHES: tuple[tuple[list[int], BeamSearchParams, tuple[int, ...]], ...] = (
     ([7] * 21, BeamSearchParams(1, 4, length_penalty=0.5), (3, 4)),
     ([6, 5], BeamSearchParams(5, 8), (0, 1)),
     ([8, 9, 10, 11, 12], BeamSearchParams(2, 9, length_penalty=-1.0), (1, 2, 3)),
+    ([5, 6, 7, 8, 9, 10], BeamSearchParams(4, 6, length_penalty=0.5), (0, 1, 2)),
 )
 """Prompt, params and end tokens of each search of a judge."""
 

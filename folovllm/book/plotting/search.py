@@ -162,7 +162,7 @@ def plot_likelihoods(drawn: Sequence[float], marks: Mapping[str, float]) -> Axes
             ax.text(value, height, f"{name} ", ha="right", va="center", color=DARK_RED, size=11)
         ax.set(xlabel="log probability of the whole text (nats)", ylabel=f"of {len(values)} texts drawn")
         told = "; ".join(
-            f"{name} at {value:.3g}, which {np.mean(values >= value):.0%} of them reach"
+            f"{name} at {value:.3g}, with {np.sum(values >= value)} of them at least as likely"
             for name, value in marks.items()
         )
         ax.figure.alt = (
