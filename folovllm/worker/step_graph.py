@@ -92,6 +92,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None
 
     @classmethod
     def unsupported(cls, backend_cls: type[AttentionBackend]) -> str | None:
@@ -108,12 +109,16 @@ class CudaGraphs:
         step = replay_eagerly(decoder, attention, inputs)
         # What a backend plans for by the lengths in the CPU's memory must serve every later step.
         inputs.metadata.seq_lens_cpu[:] = inputs.max_model_len
-        step()  # compiles kernels and allocates workspaces, which a capture must not do
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = step()
-        self._pool = graph.pool()
+        with torch.cuda.device(decoder.device):  # else a stream of the current GPU would be captured, and nothing in it
+            self._stream = self._stream or torch.cuda.Stream()
+            torch.cuda.synchronize()
+            with torch.cuda.stream(self._stream):
+                step()  # compiles kernels and allocates workspaces, which a capture must not do
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                outputs = step()
+            self._pool = graph.pool()
 
         def replay() -> StepOutputs:
             graph.replay()

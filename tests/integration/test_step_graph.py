@@ -74,7 +74,7 @@ def pretended_graphs():
     """CUDA graphs that run on a CPU; yields the pools that they are captured with."""
     pools = []
 
-    def capture(graph, pool):
+    def capture(graph, pool, stream):
         pools.append(pool)
         return graph
 
@@ -82,6 +82,9 @@ def pretended_graphs():
         patch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(torch.cuda, "Stream", lambda: "a stream")
+        for name in ("device", "stream"):
+            patch.setattr(torch.cuda, name, contextlib.nullcontext)
         patch.setitem(BACKENDS, "sdpa", f"{__name__}.DeviceAttention")
         yield pools
 
