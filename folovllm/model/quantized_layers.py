@@ -49,6 +49,8 @@ from folovllm.validation import require
 
 logger = logging.getLogger(__name__)
 
+WHOLE = 2.0**7
+"""What weights of 8 bits are divided by to be at most 1, which changes no digit of a float."""
 ROWS_AT_ONCE = 4096
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
 ROWS_FOR_FLOATS = 128
@@ -163,7 +165,8 @@ class Int8Linear(LinearBase):
     def __call__(self, x: Tensor) -> Tensor:
         """See `LinearBase`."""
         if self._packed is None:
-            out = F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+            # As whole numbers they would make sums that float16 has no room for, of scales that it has few digits for.
+            out = F.linear(x, self.weight.to(x.dtype).div_(WHOLE)) * (self.scales * WHOLE).to(x.dtype)
         elif len(x) == 1 and not self.is_head:
             out = multiply_int8(x.float(), self._packed)
         else:

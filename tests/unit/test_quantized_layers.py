@@ -188,6 +188,14 @@ class TestInt8:
         assert linear(x.to(dtype)).dtype is dtype
         assert error.abs().mean() < 0.15  # of about 7; 7 bits of activation are 1 % of the largest
 
+    def test_float16_has_room_for_the_sums_of_the_plain_path(self, monkeypatch):
+        monkeypatch.setattr(quantized_layers, "has_int8_kernel", lambda device: False)
+        weight = 1e-3 * torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+        linear = make_int8(weight, dtype=torch.float16)
+        linear.process_weights_after_loading()
+        x = 500 * torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+        assert (linear(x.half()).float() - x @ weight.T).abs().mean() < 0.3  # of about 11
+
     @needs_int8
     def test_sums_do_not_saturate(self):
         """The largest of all numbers, everywhere: on x86 before VNNI two products of 8 bits are more than 16."""
