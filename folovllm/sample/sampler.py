@@ -614,8 +614,10 @@ class Sampler:
         """The distribution each row's token is drawn from, ``[num_rows, vocab_size]``; one-hot for greedy rows."""
         scores = self.apply_constraints(logits, metadata)
         probs = truncate(scores, metadata.params).softmax(dim=-1)
-        greedy = [row for row, p in enumerate(metadata.params) if p.sampling_type is SamplingType.GREEDY]
-        probs[greedy] = torch.nn.functional.one_hot(scores[greedy].argmax(dim=-1), scores.shape[-1]).to(probs)
+        if greedy := [row for row, p in enumerate(metadata.params) if p.sampling_type is SamplingType.GREEDY]:
+            (rows,) = copy_to_device([np.array(greedy, np.int64)], logits.device)
+            likeliest = scores.index_select(0, rows).argmax(dim=-1)
+            probs.index_copy_(0, rows, torch.nn.functional.one_hot(likeliest, scores.shape[-1]).to(probs))
         return probs
 
     def apply_constraints(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:

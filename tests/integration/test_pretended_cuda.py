@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from folovllm.sample.sampler import (
     truncate,
 )
 from folovllm.utils.transfer import copy_to_device, copy_to_host
+from folovllm.worker.draft_model import DraftModel
 from folovllm.worker.model_runner import PROMPT_LOGPROBS_ROWS, ModelRunner
 
 CUDA = torch.device("cuda:0")
@@ -72,17 +74,22 @@ class AsciiTokenizer:
         return "".join(map(chr, token_ids))
 
 
-def make_runner(backend: str = "gather", num_layers: int = 1) -> ModelRunner:
+def make_runner(
+    backend: str = "gather", num_layers: int = 1, enforce_eager: bool | None = None, has_draft: bool = False
+) -> ModelRunner:
     """A runner on the pretended GPU, to be made inside it."""
     dtype, block_size = torch.bfloat16, BLOCK_SIZES.get(backend, 16)
     config = EngineConfig(
-        ModelConfig("pretended", dtype=dtype, max_model_len=2048, attention_backend=backend),
+        ModelConfig(
+            "pretended", dtype=dtype, max_model_len=2048, attention_backend=backend, enforce_eager=enforce_eager
+        ),
         CacheConfig(block_size=block_size, num_blocks=NUM_BLOCKS),
-        SchedulerConfig(max_num_batched_tokens=2048, max_num_seqs=16),
+        SchedulerConfig(max_num_batched_tokens=2048, max_num_seqs=16, max_model_len=2048),
     )
     decoder = Decoder(replace(SHAPE, num_layers=num_layers), 2048, dtype, CUDA)
     decoder.process_weights_after_loading()
-    runner = ModelRunner(decoder, Sampler(AsciiTokenizer()), config)
+    sampler = Sampler(AsciiTokenizer())
+    runner = ModelRunner(decoder, sampler, config, DraftModel(decoder, sampler, config) if has_draft else None)
     runner.initialize_kv_cache(NUM_BLOCKS, 4)
     return runner
 
@@ -206,6 +213,35 @@ def backend(request, monkeypatch):
     return name
 
 
+@pytest.fixture
+def recording(monkeypatch):
+    """CUDA graphs of which every replay is the capture; gives the sizes that were captured."""
+    sizes: list[int] = []
+
+    class Graph:
+        def pool(self):
+            return "a pool"
+
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream):
+        assert (pool, stream) == ("a pool" if sizes else None, "a stream")
+        forward = Decoder.__call__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Decoder, "__call__", lambda *args: sizes.append(len(args[1])) or forward(*args))
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream")
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    return sizes
+
+
 class TestSteps:
     @pytest.mark.parametrize(
         "params", [[GREEDY], [SamplingParams(**EVERYTHING, logprobs=2), GREEDY]], ids=["greedy", "everything"]
@@ -255,6 +291,49 @@ class TestSteps:
             runner._run_largest_batch()
         assert num_rows == [min(2048, 16 * longest)]  # the budget of a step, or all of its sequences
         assert counts["waits"] <= 2 and counts["loose"] == 0
+
+    def test_the_memory_that_is_left_for_the_cache(self, backend, monkeypatch):
+        peak, free, total = 1000, 500_000, 1_000_000
+        for name, value in (
+            ("reset_peak_memory_stats", None),
+            ("memory_allocated", 0),
+            ("max_memory_allocated", peak),
+            ("empty_cache", None),
+            ("mem_get_info", (free, total)),
+        ):
+            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+        with pretended_cuda():
+            runner = make_runner(backend)
+            runner.config.cache_config.num_blocks, runner.config.cache_config.gpu_memory_utilization = None, 0.75
+            num_blocks, _ = runner.count_blocks()
+        block_bytes = 2 * SHAPE.num_kv_heads * SHAPE.head_dim * torch.bfloat16.itemsize * runner.block_size
+        assert num_blocks == (free - total // 4 - peak) // block_bytes > 0
+
+    @pytest.mark.parametrize("shape", ["decodes", "one decode"])
+    @pytest.mark.parametrize("params", [GREEDY, SamplingParams(**EVERYTHING, logprobs=2)], ids=["greedy", "everything"])
+    def test_recorded_steps(self, backend, shape, params, recording):
+        if not load_backend(backend).capturable:
+            pytest.skip("it plans on the CPU")
+        with pretended_cuda() as counts:
+            runner = make_runner(backend, enforce_eager=False)
+            assert recording == [16, 8, 4, 2, 1]
+            found = run(runner, make_step(SHAPES[shape], [params], runner.block_size), counts)
+        assert (found["waits"], found["loose"]) == (1, 0) and found["packed"] <= 3
+
+    @pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_k=20)], ids=["greedy", "sampled"])
+    def test_guesses_of_a_draft_model(self, params):
+        """A pass of guesses waits twice: to know whether its logits are numbers, and for the guesses."""
+        with pretended_cuda() as counts:
+            runner = make_runner(has_draft=True)
+            step = make_step(SHAPES["decodes"], [params])
+            step.num_new_tokens = [2] * 3
+            step.scheduled_spec_token_ids = {seq.seq_id: [-1] for seq in step.seqs}
+            step.sampled = [(seq, 2 * i) for i, seq in enumerate(step.seqs)]
+            runner.draft._num_filled = [runner.block_size] * NUM_BLOCKS  # it has read what comes before
+            counts.clear()
+            output = runner.run(step)
+        assert [len(tokens) for tokens in output.sampled_token_ids] == [2] * 3 and not output.errors
+        assert (counts["waits"], counts["loose"]) == (2 + 1, 0)
 
     def test_swapping(self, backend):
         with pretended_cuda() as counts:
