@@ -23,13 +23,14 @@ settings.load_profile("folovllm")
 LOGGERS = ("", "folovllm", "huggingface_hub", "torch", "transformers")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGALRM)
 UNSTABLE = (
+    "CUDA_MODULE_LOADING",
     "PYTEST_CURRENT_TEST",
     "PYTEST_VERSION",
     "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 )
-"""Environment variables that pytest changes itself, and those that torch sets when its compiler is first used."""
+"""Environment variables that pytest changes itself, and those that torch sets when a GPU or its compiler is used."""
 
 
 def process_state() -> dict[str, Any]:

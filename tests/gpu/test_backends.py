@@ -18,6 +18,8 @@ SERVED = {name: HALVES if name == "flash" else tuple(ROUNDING) for name in BACKE
 """What each must be able to compute in."""
 PAGES = (256, 512)
 """Block sizes that every backend can read."""
+ALLOWED = {dtype: 2 * rounding for dtype, rounding in ROUNDING.items()}
+"""What an output may be off by, as a share of itself or of 1: a GPU's exponentials and quotients are approximations."""
 NUM_STEPS = 30
 NEAR_TIE = {torch.float16: 0.1, torch.bfloat16: 0.5}
 """Two log probabilities are a near tie if they are no further apart: a few units in the last place of a logit of 16."""
@@ -31,6 +33,13 @@ def cases(*dtypes: torch.dtype) -> list:
         for dtype in served
         if dtype in dtypes
     ]
+
+
+def skip_without_flash(name: str) -> None:
+    """torch reads block tables since 2.13, and a GPU may be too old; whatever else a backend lacks is a failure."""
+    why_not = load_backend(name).unsupported(CUDA, torch.float16, 64, PAGES[0]) if name == "flash" else None
+    if why_not is not None:
+        pytest.skip(why_not)
 
 
 def random_step(seed: int, dtype: torch.dtype, block_sizes: tuple[int, ...]) -> Step:
@@ -54,15 +63,17 @@ def random_step(seed: int, dtype: torch.dtype, block_sizes: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize(("name", "dtype"), cases(*ROUNDING))
 def test_within_rounding_of_float64(name, dtype, record_property):
+    skip_without_flash(name)
     backend, largest = load_backend(name), 0.0
     for seed in range(NUM_STEPS):
         step = random_step(seed, dtype, PAGES if name == "flash" else (1, 3, 16, *PAGES))
         assert backend.unsupported(CUDA, dtype, step.q.shape[2], step.block_size) is None
-        error = float((step.run(backend).double() - step.expected()).abs().max())
-        assert error <= ROUNDING[dtype], f"seed {seed}: off by {error:.1e}"
+        found, expected = step.run(backend).double(), step.expected()
+        error = float(((found - expected) / expected.abs().clamp(min=1)).abs().max())
+        assert error <= ALLOWED[dtype], f"seed {seed}: off by {error:.1e}"
         largest = max(largest, error)
     kind = str(dtype).removeprefix("torch.")
-    record_property(f"{name}, {kind}: largest error in {NUM_STEPS} steps", f"{largest:.1e} of {ROUNDING[dtype]:.1e}")
+    record_property(f"{name}, {kind}: largest error in {NUM_STEPS} steps", f"{largest:.1e} of {ALLOWED[dtype]:.1e}")
 
 
 def tell(name: str, device: str, dtype: torch.dtype) -> list[tuple[list[int], list[float]]]:
@@ -92,6 +103,7 @@ def test_the_tokens_are_those_of_the_cpu(name, dtype, told_by_the_cpu):
 
 @pytest.mark.parametrize(("name", "dtype"), cases(*HALVES))
 def test_in_16_bits_tokens_part_at_near_ties_only(name, dtype, record_property):
+    skip_without_flash(name)
     equal, total = 0, 0
     for (tokens, _), (others, ahead) in zip(tell(name, "cuda", dtype), tell("sdpa", "cuda", dtype)):
         place = next((i for i, (a, b) in enumerate(zip(tokens, others)) if a != b), len(tokens))
