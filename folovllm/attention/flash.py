@@ -30,8 +30,8 @@ class FlashAttention(KernelBackend):
     @classmethod
     def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
         """A sentence that says why it cannot serve such a cache; None if it can."""
-        if device.type != "cuda":
-            return f"FlashAttention runs on CUDA only, not on {device.type}"
+        if device.type != "cuda" or torch.version.hip:
+            return f"FlashAttention runs on CUDA only, not on {'ROCm' if torch.version.hip else device.type}"
         attend = getattr(varlen, "varlen_attn_out", None)
         if attend is None or "block_table" not in inspect.signature(attend).parameters:
             return f"torch {torch.__version__} has no FlashAttention with block tables; 2.13 has"
@@ -59,6 +59,7 @@ class FlashAttention(KernelBackend):
     def begin(self, metadata: AttentionMetadata) -> None:
         """Adds up the lengths, which the kernel asks for besides the lengths themselves."""
         self.metadata = metadata
+        self._longest = metadata.max_query_len, metadata.max_seq_len  # found once, not for each layer
         self._key_start_loc = torch.nn.functional.pad(metadata.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
     def write(self, layer: int, kv: Tensor, slot_mapping: Tensor) -> None:
@@ -81,8 +82,7 @@ class FlashAttention(KernelBackend):
             self.kv_cache[layer, 1],
             step.query_start_loc,
             self._key_start_loc,
-            step.max_query_len,
-            step.max_seq_len,
+            *self._longest,
             window_size=(-1, 0),  # causal
             enable_gqa=True,
             seqused_k=step.seq_lens,

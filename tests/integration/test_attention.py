@@ -130,6 +130,13 @@ class TestChoice:
         why = FlashAttention.unsupported(CUDA, torch.float16, 64, 256)
         assert why is not None and "has no FlashAttention with block tables; 2.13 has" in why
 
+    def test_flash_takes_no_block_tables_on_rocm(self, monkeypatch):
+        """There torch ignores them, and says nothing."""
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert (
+            FlashAttention.unsupported(CUDA, torch.float16, 64, 256) == "FlashAttention runs on CUDA only, not on ROCm"
+        )
+
     def test_flash_needs_a_new_enough_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         why = FlashAttention.unsupported(CUDA, torch.float16, 64, 256)
