@@ -107,7 +107,8 @@ def load_kernel(kernel: Callable[..., None]) -> Any:
     import triton
     import triton.language as tl
 
-    return triton.jit(kernel)
+    # Where these begin in a step's one copy changes. Triton would compile a kernel anew for an address of 16 bytes.
+    return triton.jit(kernel, do_not_specialize_on_alignment=["positions", "slot_mapping"])
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[None]:

@@ -132,6 +132,20 @@ def test_fused_operations_compile_for_gpus(monkeypatch, tmp_path, capability, dt
         assert compile_launched(compiled[kernel], launch, capability).asm["ptx"]
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("kernel", "parts"),
+    [
+        (triton.load_kernel, {"block_table", "query_start_loc", "seq_lens"}),
+        (lambda: fused.load_kernel(fused.rotate_and_write_kernel), {"positions", "slot_mapping"}),
+    ],
+    ids=["attention", "rotation"],
+)
+def test_no_kernel_is_compiled_anew_for_where_a_step_has_its_parts(kernel, parts) -> None:
+    """A step brings them in one copy, so that their addresses are multiples of 16 in some steps, and not in others."""
+    assert {param.name for param in kernel().params if param.do_not_specialize_on_alignment} == parts
+
+
 def test_attention_on_a_pretended_gpu() -> None:
     with FakeTensorMode(), torch.device("cuda"):
         q, cache = torch.empty(9, 8, 32, dtype=torch.bfloat16), torch.empty(2, 2, 5, 16, 32, dtype=torch.bfloat16)
