@@ -69,7 +69,7 @@ def paged_attention_kernel(
     for first in range(0, end, TILE_KEYS):
         places = first + tl.arange(0, TILE_KEYS)
         blocks = tl.load(block_table + seq * table_stride + places // BLOCK_SIZE, mask=places < end, other=0)
-        slots = blocks * BLOCK_SIZE + places % BLOCK_SIZE
+        slots = blocks.to(tl.int64) * BLOCK_SIZE + places % BLOCK_SIZE
         kv_places = kv_head * kv_head_stride + slots[:, None] * HEAD_DIM + dims[None, :]
         there = (places < end)[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(keys + kv_places, mask=there, other=0.0)
