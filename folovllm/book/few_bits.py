@@ -99,7 +99,8 @@ class TruthMeter:
         lengths = [len(sequence) for sequence in self.sequences]
         input_ids = torch.tensor([token_id for sequence in self.sequences for token_id in sequence])
         positions = torch.cat([torch.arange(length) for length in lengths])
-        logits = decoder.compute_logits(decoder(input_ids, positions, attend_within(lengths)))
+        there = input_ids.to(decoder.device), positions.to(decoder.device)
+        logits = decoder.compute_logits(decoder(*there, attend_within(lengths))).cpu()
         logprobs = logits.double().log_softmax(-1)[self._rows, self._tokens]
         kl = float((self._probs * (self._probs.log() - logprobs)).sum()) / len(lengths)
         # Greedily every token of an answer is written if each is the likeliest after those before it.

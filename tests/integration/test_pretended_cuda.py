@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from folovllm import EngineConfig, ModelConfig, SamplingParams
 from folovllm.attention import BACKENDS, load_backend
 from folovllm.book.counting import FREE
+from folovllm.book.few_bits import TruthMeter
+from folovllm.book.tracing import trace_pass
 from folovllm.config import CacheConfig, SchedulerConfig
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.model import fused
@@ -24,6 +26,7 @@ from folovllm.model.checkpoint import Checkpoint
 from folovllm.model.decoder import Decoder, DecoderConfig
 from folovllm.model.quantization import QuantizationConfig, read_quantization
 from folovllm.model.quantized_layers import QuantizedLinearMethod
+from folovllm.model_loader import ModelLoader
 from folovllm.request import Sequence, SequenceData, StructuredOutputGrammar
 from folovllm.sample import sampler as sampler_module
 from folovllm.sample.sampler import (
@@ -37,6 +40,7 @@ from folovllm.sample.sampler import (
     gather_logprobs,
     truncate,
 )
+from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils.transfer import copy_to_device, copy_to_host
 from folovllm.worker.draft_model import DraftModel
 from folovllm.worker.model_runner import PROMPT_LOGPROBS_ROWS, ModelRunner
@@ -458,6 +462,25 @@ class TestFewerBits:
                 assert linear.kernel.endswith("plain") or linear is decoder.head
                 assert linear(rows[size]).device == CUDA
             assert not counts
+
+
+class TestTheBook:
+    """What pages do with the decoder of an engine that may be on a GPU."""
+
+    @pytest.fixture
+    def tokenizer(self):
+        return ModelLoader(ModelConfig(str(EMBEDDED_MODEL))).load_tokenizer()
+
+    def test_how_far_a_model_is_from_the_grammar(self, tokenizer):
+        meter = TruthMeter(tokenizer, 1)
+        with pretended_cuda():
+            meter.measure(make_runner().decoder)
+
+    def test_what_a_pass_makes(self, tokenizer):
+        token_ids = tokenizer.encode("Once upon a time")
+        with pretended_cuda():
+            trace = trace_pass(make_runner().decoder, token_ids)
+        assert trace.stream.device == trace.probs.device == CUDA
 
 
 class TestWhatItFinds:
