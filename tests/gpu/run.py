@@ -2,7 +2,8 @@
 
 Parts, all of them when none is named; together they take under ten minutes on an H100:
 
-backends     attention, fused operations and the sampler on the GPU: against float64, and against the CPU's tokens
+backends     attention, fused operations, the sampler, few bits and guesses on the GPU: against float64, and against the
+             CPU's tokens
 integration  the integration and property tests of the engine, on "cuda"
 captured     captured steps: the tokens of eager ones
 notebooks    every page run again on the GPU and compared with what it stores
@@ -30,7 +31,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "gpu_report.md"
-WORKERS = str(min(4, os.cpu_count() or 1))
+WORKERS = str(min(8, os.cpu_count() or 1))
 TAIL_LINES = 30
 """Lines of output that the report keeps of a part that did not come to its end."""
 
@@ -45,15 +46,13 @@ class Part:
 
 # test_soak.py and others replace the model, or look at files: a GPU changes nothing there.
 INTEGRATION = ("engine", "owners", "decoder", "embedded_model")
+ALONE = ("backends", "fused", "sampling", "features")
 PARTS = {
-    "backends": Part(
-        120,
-        ("-n", WORKERS, "--dist=load", *(f"tests/gpu/test_{name}.py" for name in ("backends", "fused", "sampling"))),
-    ),
+    "backends": Part(110, ("-n", WORKERS, "--dist=load", *(f"tests/gpu/test_{name}.py" for name in ALONE))),
     "integration": Part(
-        150, ("-n", WORKERS, "--dist=load", *(f"tests/integration/test_{name}.py" for name in INTEGRATION))
+        140, ("-n", WORKERS, "--dist=load", *(f"tests/integration/test_{name}.py" for name in INTEGRATION))
     ),
-    "captured": Part(60, ("tests/gpu/test_captured.py",)),
+    "captured": Part(80, ("tests/gpu/test_captured.py",)),
     "notebooks": Part(120, ("-n", WORKERS, "--nbval", "notebooks")),
     "speed": Part(140, ("tests/gpu/test_speed.py",)),
 }
