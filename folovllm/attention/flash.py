@@ -83,7 +83,8 @@ class FlashAttention(KernelBackend):
             step.query_start_loc,
             self._key_start_loc,
             *self._longest,
-            window_size=(-1, 0),  # causal
+            # Causal. Where each sequence has one new token it says nothing, but without it torch fills a copy of `out`.
+            window_size=(-1, 0),
             enable_gqa=True,
             seqused_k=step.seq_lens,
             block_table=step.block_table,
