@@ -27,6 +27,7 @@ from llguidance.numpy import (
 from folovllm.request import StructuredOutputGrammar
 from folovllm.sampling_params import StructuredOutputsParams
 from folovllm.utils import cdiv
+from folovllm.utils.large_stack import run_on_large_stack
 from folovllm.validation import MAX_SHOWN, require
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 MAX_GRAMMARS = 128
 """Compiled grammars that a backend keeps, the least recently used dropped first."""
+
+COMPILER_STACK_BYTES = 2**29
+"""llguidance follows rules that name each other by recursion, some KiB for each, and where a stack ends, so does the
+process. This is more than the longest chain that fits into `MAX_STRUCTURE_CHARS` takes; memory is used as it goes."""
 
 
 class GuidanceBackend:
@@ -78,11 +83,15 @@ class GuidanceBackend:
 
     def _compile(self, structured_outputs: StructuredOutputsParams) -> GuidanceGrammar:
         name, grammar = _to_guidance(structured_outputs)
-        limits = LLParserLimits(verbose_errors=False)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
-        reason = matcher.get_error() or _try(matcher)
+        matcher, reason = run_on_large_stack(lambda: self._match(grammar), COMPILER_STACK_BYTES)
         require(not reason, f"structured_outputs.{name} cannot be followed: {_reason(reason)}")
         return GuidanceGrammar(matcher, self)
+
+    def _match(self, grammar: str) -> tuple[LLMatcher, str]:
+        """A parser at the beginning of a grammar, and what is wrong with it."""
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        return matcher, matcher.get_error() or _try(matcher)
 
 
 class GuidanceGrammar(StructuredOutputGrammar):

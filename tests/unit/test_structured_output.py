@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -289,6 +291,24 @@ class TestMistakes:
     def test_what_cannot_be_followed_is_one_sentence(self, asked, said):
         message = error_of(grammar_of, **asked)
         assert said in message and "\n" not in message and len(message) < 700
+
+    def test_rules_that_name_each_other_a_thousandfold_do_not_end_the_process(self):
+        """In a process of its own, and with the tokens of single bytes, so that it imports little."""
+        script = (
+            "import sys, types; sys.modules['transformers'] = types.SimpleNamespace(PreTrainedTokenizerFast=object)\n"
+            "import json\nfrom llguidance import LLTokenizer\n"
+            "from folovllm.sample import structured_output\n"
+            "from folovllm.sampling_params import StructuredOutputsParams\n"
+            "structured_output.from_tokenizer = lambda *_: LLTokenizer('byte')\n"
+            "backend = structured_output.GuidanceBackend(None, 262, [261])\n"
+            "array = {'type': 'array', 'minItems': 1}\n"
+            "rules = {f'd{i}': {**array, 'items': {'$ref': f'#/$defs/d{i + 1}'}} for i in range(2999)}\n"
+            "schema = {'$defs': {**rules, 'd2999': {'const': 5}}, '$ref': '#/$defs/d0'}\n"
+            "asked = StructuredOutputsParams(json=schema)\n"
+            "print(backend.compile_grammar(asked).accept_tokens(b'[' * 2999 + b'5'))\n"
+        )
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (0, "True\n"), ran.stderr
 
     def test_a_mistake_is_made_again(self):
         assert error_of(grammar_of, regex="a(") == error_of(grammar_of, regex="a(")
