@@ -104,22 +104,15 @@ class GuidanceGrammar(StructuredOutputGrammar):
 
     def __init__(self, matcher: LLMatcher, backend: GuidanceBackend) -> None:
         self.matcher, self.backend, self.vocab_size = matcher, backend, backend.vocab_size
-        self._num_after_end = 0  # end tokens that the parser, which had stopped, was not told of
 
     def copy(self) -> GuidanceGrammar:
         """Another one in the same place, which goes on by itself."""
-        copied = GuidanceGrammar(self.matcher.deep_copy(), self.backend)
-        copied._num_after_end = self._num_after_end
-        return copied
+        return GuidanceGrammar(self.matcher.deep_copy(), self.backend)
 
     @property
     def error(self) -> str:
         """Why it is of no more use; empty as long as it is of use."""
         return _reason(self.matcher.get_error()) if self.matcher.is_error() else ""
-
-    def is_terminated(self) -> bool:
-        """Whether nothing may follow but tokens that end a text."""
-        return self.matcher.is_stopped()
 
     def accept_tokens(self, token_ids: Sequence[int]) -> bool:
         """Goes on by these tokens; False if they do not fit, after which it is of no more use."""
@@ -129,8 +122,6 @@ class GuidanceGrammar(StructuredOutputGrammar):
                     return False
             elif self.matcher.is_error() or token_id not in self.backend.eos_token_ids:
                 return False
-            else:
-                self._num_after_end += 1
         return True
 
     def validate_tokens(self, token_ids: Sequence[int]) -> list[int]:
@@ -138,15 +129,9 @@ class GuidanceGrammar(StructuredOutputGrammar):
         num_valid = 0 if self.matcher.is_stopped() else self.matcher.validate_tokens(list(token_ids))
         return list(token_ids[:num_valid])
 
-    def rollback(self, num_tokens: int) -> None:
-        """Goes back by so many of the tokens that it has accepted."""
-        num_after_end = min(num_tokens, self._num_after_end)
-        self._num_after_end -= num_after_end
-        self.matcher.rollback(num_tokens - num_after_end)
-
     def compute_ff_tokens(self) -> list[int]:
         """The tokens that must follow, if there is but one way to go on and to write it."""
-        return self.matcher.compute_ff_tokens()
+        return self.matcher.deep_copy().compute_ff_tokens()
 
     def fill_bitmask(self, bitmask: np.ndarray, row: int) -> None:
         """Sets the bits of the tokens that may come next, and of no others.
@@ -179,34 +164,52 @@ def fill_bitmasks(
     guessed = [[] for _ in grammars] if guesses is None else [list(tokens) for tokens in guesses]
     starts = np.cumsum([0, *(1 + len(tokens) for tokens in guessed)]).tolist()
     bitmask = allocate_token_bitmask(starts[-1], grammars[0].vocab_size)
-    alone: list[tuple[LLMatcher, int]] = []
     ahead: list[tuple[LLMatcher, int, list[int]]] = []
     for grammar, row, tokens in zip(grammars, starts, guessed):
-        if not isinstance(grammar, GuidanceGrammar):
-            _fill_one_by_one(grammar, bitmask, row, tokens)
-        elif tokens:
-            ahead.append((grammar.matcher, row, tokens))
+        if not tokens:
+            continue
+        if isinstance(grammar, GuidanceGrammar):
+            ahead.append((grammar.matcher.deep_copy(), row, tokens))
             # The rows behind the end of a text are left as they are: nothing may follow but another end.
             bitmask[row + 1 : row + 1 + len(tokens)] = grammar.backend.end_bitmask
         else:
-            alone.append((grammar.matcher, row))
-    if alone:
-        fill_next_token_bitmask_par(_get_executor(), alone, bitmask)
+            _fill_ahead(grammar, bitmask, row, tokens)
     if ahead:
         fill_next_token_bitmask_par_with_draft_tokens(_get_executor(), ahead, bitmask)
-    for grammar in grammars:
-        if isinstance(grammar, GuidanceGrammar):
-            grammar.check()
+    for matcher, row, tokens in ahead:
+        if matcher.is_error():  # it gave up behind some guess, which may be wrong
+            bitmask[row + 1 : row + 1 + len(tokens)] = 0
+    _fill_first(grammars, bitmask, starts)
     return bitmask
 
 
-def _fill_one_by_one(grammar: StructuredOutputGrammar, bitmask: np.ndarray, row: int, guesses: list[int]) -> None:
-    """The masks of one sequence whose grammar is not llguidance's."""
-    grammar.fill_bitmask(bitmask, row)
+def _fill_first(grammars: Sequence[StructuredOutputGrammar], bitmask: np.ndarray, rows: Sequence[int]) -> None:
+    """The masks of the next tokens, one row for each grammar."""
+    matchers: list[tuple[LLMatcher, int]] = []
+    for grammar, row in zip(grammars, rows):
+        if isinstance(grammar, GuidanceGrammar):
+            matchers.append((grammar.matcher, row))
+        else:
+            grammar.fill_bitmask(bitmask, row)
+    if matchers:
+        fill_next_token_bitmask_par(_get_executor(), matchers, bitmask)
+    for grammar in grammars:
+        if isinstance(grammar, GuidanceGrammar):
+            grammar.check()
+
+
+def _fill_ahead(grammar: StructuredOutputGrammar, bitmask: np.ndarray, row: int, guesses: list[int]) -> None:
+    """The masks behind the guesses of a sequence whose grammar is not llguidance's: none behind one that is wrong."""
+    bitmask[row + 1 : row + 1 + len(guesses)] = 0
     ahead = grammar.copy()
     for i, token_id in enumerate(guesses, 1):
-        ahead.accept_tokens([token_id])
-        ahead.fill_bitmask(bitmask, row + i)
+        if not ahead.accept_tokens([token_id]):
+            return
+        try:
+            ahead.fill_bitmask(bitmask, row + i)
+        except ValueError:  # which is raised again if the guess becomes a token
+            bitmask[row + i] = 0
+            return
 
 
 @cache

@@ -67,9 +67,9 @@ class TestMasks:
 
     def test_where_it_ends_every_end_token_and_nothing_else(self):
         grammar = grammar_of(choice=["fox"])
-        assert not allowed(grammar) & EOS and not grammar.is_terminated()
+        assert not allowed(grammar) & EOS
         assert grammar.accept_tokens(encode("fox"))
-        assert allowed(grammar) == EOS and grammar.is_terminated()
+        assert allowed(grammar) == EOS
 
     def test_after_the_end_there_are_only_ends(self):
         """As they come where ``ignore_eos`` is set."""
@@ -162,7 +162,7 @@ def encode_with(tokenizer, text: str) -> list[int]:
 
 
 class TestPlaces:
-    """Copies, guesses and going back: the place in a grammar is what its tokens say, however it got there."""
+    """Copies and guesses: the place in a grammar is what its tokens say, however it got there."""
 
     REGEXES = ("(fox|frog)+", "a?b{2,3}", "[a-f]*x?", "狐狸?")
 
@@ -183,20 +183,6 @@ class TestPlaces:
         for i in [*range(5), 4, 4]:
             grammar_of(backend, regex=f"a{i}")
         assert backend._compile_once.cache_info()[::3] == (2, 3)
-
-    @given(st.data())
-    def test_back_and_forth(self, data):
-        """Rolled back by any number of tokens, a grammar is where it was; the end tokens after the end count, too."""
-        grammar = grammar_of(regex=data.draw(st.sampled_from(self.REGEXES)))
-        masks, tokens = [allowed(grammar)], []
-        for _ in range(data.draw(st.integers(1, 8))):
-            tokens.append(data.draw(st.sampled_from(sorted(masks[-1]))))
-            assert grammar.accept_tokens(tokens[-1:])
-            masks.append(allowed(grammar))
-        back = data.draw(st.integers(0, len(tokens)))
-        grammar.rollback(back)
-        assert allowed(grammar) == masks[len(tokens) - back]
-        assert grammar.accept_tokens(tokens[len(tokens) - back :]) and allowed(grammar) == masks[-1]
 
     @given(st.data())
     def test_guesses(self, data):
@@ -241,6 +227,34 @@ class TestPlaces:
         forced = grammar.compute_ff_tokens()
         assert forced and grammar.validate_tokens(forced) == forced
         assert TOKENIZER.decode(forced).startswith(" fox is"[: len(TOKENIZER.decode(forced))])
+
+    def test_a_grammar_of_somebody_elses_is_asked_nothing_behind_a_wrong_guess(self):
+        class Strict(StructuredOutputGrammar):
+            """An A, then whatever it cannot tell; and it complains of being used after a token that did not fit."""
+
+            vocab_size = 64
+
+            def __init__(self, tokens=()):
+                self.tokens = list(tokens)
+
+            def accept_tokens(self, token_ids):
+                assert set(self.tokens) <= {1}
+                self.tokens += token_ids
+                return set(self.tokens) <= {1}
+
+            def fill_bitmask(self, bitmask, row):
+                assert set(self.tokens) <= {1}
+                if len(self.tokens) == 2:
+                    raise ValueError("I do not know")
+                bitmask[row] = (2, 0)
+
+            def copy(self):
+                return Strict(self.tokens)
+
+        found = fill_bitmasks([Strict(), Strict()], [[1, 7, 7], [1, 1, 1]])
+        assert [bits(words) for words in found] == [{1}, {1}, set(), set()] * 2
+        with pytest.raises(ValueError, match="I do not know"):
+            fill_bitmasks([Strict([1, 1])], [[1]])
 
     def test_a_grammar_of_somebody_elses(self):
         class Countdown(StructuredOutputGrammar):
@@ -335,6 +349,18 @@ class TestMistakes:
             assert error_of(fill_bitmasks, [grammar_of(regex="a"), grammar]).startswith(said)
         assert not grammar.accept_tokens(encode("1")) and grammar.validate_tokens(encode("1")) == []
         assert not grammar.accept_tokens([min(EOS)])
+
+    def test_a_parser_that_gives_up_behind_a_wrong_guess_goes_on(self):
+        """What only the guess has made too much is no mistake of the text; no token is said to fit behind it."""
+        lark = 'start: "x" | "a" /[0-9]/ /[-_]/ b\nb: "c" ("d"|"e"){0,50} | "c" ("d"|"f"){0,50}'
+        tight = structured_output.LLParserLimits(step_max_items=40, verbose_errors=False)
+        matcher = structured_output.LLMatcher(
+            BACKEND._tokenizer, structured_output.LLMatcher.grammar_from_lark(lark), limits=tight, log_level=0
+        )
+        grammar, guesses = GuidanceGrammar(matcher, BACKEND), [encode(letter)[0] for letter in "a1-c"]
+        first, *behind = fill_bitmasks([grammar], [guesses])
+        assert texts(bits(first)) == {"x", "a"} and not any(bits(words) for words in behind)
+        assert grammar.accept_tokens(encode("x")) and allowed(grammar) == EOS
 
 
 class TestApplyGrammarBitmask:
