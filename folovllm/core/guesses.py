@@ -16,11 +16,11 @@ def fit_guesses(grammar: StructuredOutputGrammar | None, guesses: list[int]) -> 
 
     Args:
         grammar: where the sequence is in what it must be; None: it may be anything.
-        guesses: -1 for those that a draft model will make; these stay as they are.
+        guesses: -1 for those that a draft model will make, which follows the grammar itself.
     """
-    if grammar is None or -1 in guesses:
+    if grammar is None:
         return guesses
-    return max(grammar.validate_tokens(guesses), grammar.compute_ff_tokens(), key=len)
+    return max(guesses if -1 in guesses else grammar.validate_tokens(guesses), grammar.compute_ff_tokens(), key=len)
 
 
 def take_guesses(seq: Sequence, cache: KVCacheManager, budget: int, max_model_len: int) -> list[int]:

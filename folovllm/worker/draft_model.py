@@ -9,7 +9,7 @@ where it reads all that the model reads.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from folovllm.config import EngineConfig
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.model.decoder import Decoder
-from folovllm.request import Sequence
+from folovllm.request import Sequence, StructuredOutputGrammar
 from folovllm.sample.sampler import Sampler, SamplingMetadata
 from folovllm.sample.speculative import draw_guesses, make_draft_generator
 from folovllm.utils import cdiv
@@ -55,33 +55,31 @@ class DraftModel(ModelRunner):
         """Makes the guesses of a step and writes them into ``scheduled_spec_token_ids``, before the model computes it.
 
         Returns:
-            what each was drawn from, ``[num_sampled_rows, vocab_size]``, 0 in rows that check none; None if there are
-            no guesses.
+            what each was drawn from, ``[num_sampled_rows, vocab_size]``, 0 in rows that check none of them; None if
+            there are none.
         """
         self._follow(scheduler_output)
-        if not scheduler_output.scheduled_spec_token_ids:
-            return None
         active, num_rows = [], 0
         for seq, _ in scheduler_output.sampled:
-            if guesses := scheduler_output.get_guesses(seq):
-                active.append((seq, guesses, num_rows))
+            guesses = scheduler_output.get_guesses(seq)
+            if -1 in guesses:  # others are known: a grammar allows nothing else
+                active.append(_Draft(seq, guesses, num_rows, seq.grammar and seq.grammar.copy()))
             num_rows += len(guesses) + 1
-        self._catch_up([seq for seq, _, _ in active])
+        if not active:
+            return None
+        self._catch_up([draft.seq for draft in active])
         probs = torch.zeros((num_rows, self.decoder.config.vocab_size), device=self.decoder.device)
         place = 0
         while active:
-            seqs = [seq for seq, _, _ in active]
-            logits = self._compute(
-                [(seq, self._count_filled(seq, place), seq.get_len() + place) for seq in seqs], scheduler_output
-            )
-            outputs = [seq.data.output_token_ids + guesses[:place] for seq, guesses, _ in active]
-            token_ids, drawn_from = draw_guesses(self.sampler, logits, _metadata(seqs, outputs))
-            (rows,) = copy_to_device([np.array([row + place for _, _, row in active])], probs.device)
+            work = [(d.seq, self._count_filled(d.seq, place), d.seq.get_len() + place) for d in active]
+            logits = self._compute(work, scheduler_output)
+            token_ids, drawn_from = draw_guesses(self.sampler, logits, _metadata(active, place))
+            (rows,) = copy_to_device([np.array([draft.row + place for draft in active])], probs.device)
             probs.index_copy_(0, rows, drawn_from)
-            for (_, guesses, _), token_id in zip(active, token_ids):
-                guesses[place] = token_id
+            for draft, token_id in zip(active, token_ids):
+                draft.set(place, token_id)
             place += 1
-            active = [entry for entry in active if len(entry[1]) > place]
+            active = [draft for draft in active if len(draft.guesses) > place]
         return probs
 
     def _follow(self, scheduler_output: SchedulerOutput) -> None:
@@ -152,14 +150,34 @@ class DraftModel(ModelRunner):
         return self.decoder.compute_logits(*select_rows(last_rows, hidden))
 
 
-def _metadata(seqs: list[Sequence], outputs: list[list[int]]) -> SamplingMetadata:
-    """What the sampler is told of sequences whose outputs end in guesses."""
+@dataclass
+class _Draft:
+    """A sequence's guesses in the making."""
+
+    seq: Sequence
+    guesses: list[int]
+    row: int
+    """Of the flat batch of sampled rows: that in which the first guess is checked."""
+    grammar: StructuredOutputGrammar | None
+    """Where the guesses are in what the sequence must be."""
+
+    def set(self, place: int, token_id: int) -> None:
+        """Makes a guess."""
+        self.guesses[place] = token_id
+        if self.grammar is not None and not self.grammar.accept_tokens([token_id]):
+            self.grammar = None  # what follows a guess that will be refused does not matter
+
+
+def _metadata(drafts: list[_Draft], place: int) -> SamplingMetadata:
+    """What the sampler is told of sequences whose outputs end in guesses, up to this place."""
+    seqs = [draft.seq for draft in drafts]
     for seq in seqs:
         if seq.draft_generator is None:
             seq.draft_generator = make_draft_generator(seq.sampling_params, seq.index)
     return SamplingMetadata(
         [seq.sampling_params for seq in seqs],
         [seq.data.prompt_token_ids for seq in seqs],
-        outputs,
+        [draft.seq.data.output_token_ids + draft.guesses[:place] for draft in drafts],
         [seq.draft_generator for seq in seqs if seq.draft_generator is not None],
+        [draft.grammar for draft in drafts],
     )
