@@ -21,6 +21,9 @@ from folovllm.logprobs import Logprob
 from folovllm.sampling_params import SamplingParams
 from folovllm.validation import check_token_ids, require
 
+MAX_GUESSED_ROWS = 64
+"""Most rows of a step that checks guesses. Few cost nearly nothing, since a pass reads all weights for a single one."""
+
 NUM_RECENT_GUESSES = 32
 """Checked guesses of a sequence that are remembered."""
 

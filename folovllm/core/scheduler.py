@@ -18,7 +18,7 @@ from folovllm.core.guesses import drop_refused, fit_guesses, take_guesses
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.logprobs import Logprob
 from folovllm.outputs import RunnerOutput
-from folovllm.request import Request, Sequence, SequenceStatus
+from folovllm.request import MAX_GUESSED_ROWS, Request, Sequence, SequenceStatus
 
 
 @dataclass
@@ -290,7 +290,7 @@ def add_guesses(output: SchedulerOutput, cache: KVCacheManager, max_num_tokens: 
 
     They come last, so that they keep nobody waiting and take nobody's blocks.
     """
-    room = max_num_tokens - sum(output.num_new_tokens)
+    room = min(max_num_tokens - sum(output.num_new_tokens), MAX_GUESSED_ROWS - len(output.seqs))
     for i, seq in enumerate(output.seqs):
         if seq.spec_token_ids and seq.num_computed_tokens + output.num_new_tokens[i] == seq.get_len():
             guesses = take_guesses(seq, cache, room, max_model_len)

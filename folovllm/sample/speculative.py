@@ -21,13 +21,11 @@ from torch import Tensor
 
 from folovllm.config import SpeculativeConfig
 from folovllm.outputs import RunnerOutput
-from folovllm.request import NUM_RECENT_GUESSES, Sequence
+from folovllm.request import MAX_GUESSED_ROWS, NUM_RECENT_GUESSES, Sequence
 from folovllm.sample.sampler import Sampler, SamplerOutput, SamplingMetadata, draw
 from folovllm.sampling_params import SamplingParams, SamplingType
 from folovllm.utils.transfer import copy_to_device
 
-MAX_GUESSED_ROWS = 64
-"""Most rows of a step that checks guesses. Few cost nearly nothing, since a pass reads all weights for a single one."""
 MIN_ACCEPTED = 1 / 8
 """The share of a sequence's last guesses that must have been right for a guess to be worth its row."""
 PAUSE = 64

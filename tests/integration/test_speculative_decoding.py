@@ -19,7 +19,7 @@ from folovllm.core.scheduler import Scheduler
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.logprobs import Logprob
 from folovllm.outputs import RunnerOutput
-from folovllm.request import Request
+from folovllm.request import MAX_GUESSED_ROWS, Request
 from folovllm.tales import EMBEDDED_MODEL, draft_model
 from folovllm.tales.tokenizer import next_token_probs
 
@@ -147,6 +147,16 @@ class TestRoom:
     def test_running_and_waiting_sequences_come_first(self):
         scheduler, seq = make_scheduler(num_blocks=5, max_num_batched_tokens=8)
         scheduler.add_request(Request("1", None, [9] * 5, SamplingParams(), num_pending=1))
+    def test_a_step_that_checks_guesses_has_few_rows(self):
+        """Also where a grammar says what must follow, which is guessed however many sequences there are."""
+        scheduler, _ = make_scheduler(num_blocks=40, max_num_batched_tokens=512, max_model_len=256)
+        for i in range(1, 4):
+            scheduler.add_request(Request(str(i), None, [9], SamplingParams(max_tokens=None), num_pending=1))
+        scheduler.update_from_output(scheduler.schedule(), RunnerOutput([[50]] * 4, [None] * 4))
+        for other in scheduler.running:
+            other.spec_token_ids = [60] * 40
+        assert len(scheduler.schedule().get_sampled_rows()) == MAX_GUESSED_ROWS
+
         seq.spec_token_ids = [60, 61, 62, 63]
         output = scheduler.schedule()
         assert output.num_new_tokens == [3, 5]  # 8 tokens in all: two guesses are left
