@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from folovllm.model.checkpoint import Checkpoint
     from folovllm.model.decoder import Decoder
     from folovllm.model_loader import LoadReport
     from folovllm.worker.model_runner import Runner
@@ -57,6 +58,7 @@ def load_model(config: EngineConfig, device: str | torch.device | None = None) -
         ValueError: if the budget of a step is too small, or the draft model has other tokens.
     """
     # Here, since torch takes seconds to import and a simulated engine does without.
+    from folovllm.model.decoder import load_decoder
     from folovllm.model_loader import ModelLoader, read_generation_config
     from folovllm.sample.sampler import Sampler
     from folovllm.worker.draft_model import DraftModel
@@ -66,19 +68,9 @@ def load_model(config: EngineConfig, device: str | torch.device | None = None) -
     settle_lengths(config, checkpoint.model_max_len)
     tokenizer = loader.load_tokenizer(add_pad_token=False)
     eos_token_ids, default_params = read_generation_config(checkpoint, tokenizer)
-    decoder = loader.load_decoder(checkpoint)
-    sampler, draft, speculative = Sampler(tokenizer, eos_token_ids), None, config.speculative_config
-    if speculative is not None and speculative.method == "draft_model":
-        draft_config = replace(config.model_config, model=cast(str, speculative.model), quantization=None)
-        draft_loader = ModelLoader(draft_config)
-        draft_decoder = draft_loader.load_decoder(draft_loader.open(device))
-        sizes = draft_decoder.config.vocab_size, decoder.config.vocab_size
-        require(
-            sizes[0] == sizes[1],
-            f"a draft model must have the model's tokens: {speculative.model} has {sizes[0]}, and "
-            f"{config.model_config.model} {sizes[1]}",
-        )
-        draft = DraftModel(draft_decoder, sampler, config)
+    draft_checkpoint = _open_draft(config, checkpoint, device)
+    decoder, sampler = loader.load_decoder(checkpoint), Sampler(tokenizer, eos_token_ids)
+    draft = None if draft_checkpoint is None else DraftModel(load_decoder(draft_checkpoint), sampler, config)
     runner = ModelRunner(decoder, sampler, config, draft)
     return ServedModel(
         runner,
@@ -90,6 +82,33 @@ def load_model(config: EngineConfig, device: str | torch.device | None = None) -
         decoder,
         loader.report,
     )
+
+
+def _open_draft(config: EngineConfig, checkpoint: Checkpoint, device: str | torch.device | None) -> Checkpoint | None:
+    """The checkpoint of the draft model, if there is to be one, before a weight of either is read.
+
+    Raises:
+        ModelLoadError: if it cannot be loaded.
+        ValueError: if it cannot guess for the model.
+    """
+    from folovllm.model_loader import ModelLoader
+
+    speculative, model_config = config.speculative_config, config.model_config
+    if speculative is None or speculative.method != "draft_model":
+        return None
+    name, longest = cast(str, speculative.model), checkpoint.max_model_len
+    draft_config = replace(model_config, model=name, quantization=None, max_model_len=None)
+    draft = ModelLoader(draft_config).open(device)
+    sizes = draft.hf_config.vocab_size, checkpoint.hf_config.vocab_size
+    require(
+        sizes[0] == sizes[1],
+        f"a draft model must have the model's tokens: {name} has {sizes[0]}, and {model_config.model} {sizes[1]}",
+    )
+    require(
+        draft.model_max_len >= longest,
+        f"max_model_len must be at most the {draft.model_max_len} tokens of the draft model {name}, got {longest}",
+    )
+    return replace(draft, max_model_len=longest)
 
 
 def settle_lengths(config: EngineConfig, model_max_len: int) -> int:

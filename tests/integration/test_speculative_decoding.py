@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.logprobs import Logprob
+from folovllm.model import decoder
 from folovllm.outputs import RunnerOutput
 from folovllm.request import MAX_GUESSED_ROWS, Request
 from folovllm.tales import EMBEDDED_MODEL, draft_model
@@ -144,9 +147,6 @@ class TestRoom:
         assert output.sampled == [(seq, 0)] and output.get_sampled_rows() == list(range(num + 1))
         scheduler.cache.check_integrity([seq])
 
-    def test_running_and_waiting_sequences_come_first(self):
-        scheduler, seq = make_scheduler(num_blocks=5, max_num_batched_tokens=8)
-        scheduler.add_request(Request("1", None, [9] * 5, SamplingParams(), num_pending=1))
     def test_a_step_that_checks_guesses_has_few_rows(self):
         """Also where a grammar says what must follow, which is guessed however many sequences there are."""
         scheduler, _ = make_scheduler(num_blocks=40, max_num_batched_tokens=512, max_model_len=256)
@@ -157,6 +157,9 @@ class TestRoom:
             other.spec_token_ids = [60] * 40
         assert len(scheduler.schedule().get_sampled_rows()) == MAX_GUESSED_ROWS
 
+    def test_running_and_waiting_sequences_come_first(self):
+        scheduler, seq = make_scheduler(num_blocks=5, max_num_batched_tokens=8)
+        scheduler.add_request(Request("1", None, [9] * 5, SamplingParams(), num_pending=1))
         seq.spec_token_ids = [60, 61, 62, 63]
         output = scheduler.schedule()
         assert output.num_new_tokens == [3, 5]  # 8 tokens in all: two guesses are left
@@ -310,6 +313,16 @@ def test_a_model_that_drafts_for_itself_is_always_right(llm, kwargs):
 def test_a_draft_model_of_other_tokens_is_refused(llm, tmp_path):
     with pytest.raises(ValueError, match=r"must have the model's tokens: .* has 8, and .* 1294"):
         make_llm(speculative_config={**ITSELF, "model": str(other_model(tmp_path))})
+
+
+def test_a_draft_model_for_shorter_texts_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "iterate_weights", lambda checkpoint: pytest.fail("a weight was read"))
+    config = json.loads((Path(draft_model()) / "config.json").read_text())
+    for file in Path(draft_model()).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
+    with pytest.raises(ValueError, match=r"^max_model_len must be at most the 100 tokens of the draft .*, got 256"):
+        make_llm(speculative_config={**ITSELF, "model": str(tmp_path)})
 
 
 class TestTheEmbeddedDraft:
