@@ -73,9 +73,7 @@ class InputProcessor:
             largest < self.vocab_size,
             f"prompt has the token id {largest}, but the vocabulary has {self.vocab_size} tokens",
         )
-        if params.seed is None:
-            params.seed = self._random.getrandbits(64)
-        return Request(
+        request = Request(
             request_id,
             text,
             token_ids,
@@ -87,6 +85,9 @@ class InputProcessor:
             num_pending=cast(int, params.best_of),
             grammar=self._compile_grammar(params),
         )
+        if params.seed is None:  # last, so that the seeds of others do not depend on what was refused
+            params.seed = self._random.getrandbits(64)
+        return request
 
     @cached_property
     def structured_output_backend(self) -> StructuredOutputBackend:

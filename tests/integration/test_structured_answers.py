@@ -344,8 +344,10 @@ class TestMistakes:
         engine = llm.engine
         engine.add_request("good", "A", good)
         engine.step()
+        random_numbers = engine.input_processor._random.getstate()
         with pytest.raises(ValueError, match=r"^structured_outputs\.json cannot be followed: Invalid type: strin$"):
             engine.add_request("bad", "A", SamplingParams(structured_outputs=structured(json={"type": "strin"})))
+        assert engine.input_processor._random.getstate() == random_numbers  # or later requests got other seeds
         outputs = []
         while engine.has_unfinished_requests():
             outputs += engine.step()
