@@ -331,6 +331,7 @@ def follow_grammars(scheduler_output: SchedulerOutput, runner_output: RunnerOutp
         if seq.grammar is not None and not seq.grammar.accept_tokens(token_ids):
             why = f" ({seq.grammar.error})" if seq.grammar.error else ""
             runner_output.errors[i] = f"tokens {token_ids} do not fit the structured_outputs of the request{why}"
+            runner_output.sampled_token_ids[i] = []
 
 
 def check_stop(seq: Sequence, eos_token_id: int | None, max_model_len: int) -> SequenceStatus | None:

@@ -381,7 +381,10 @@ class TestMistakes:
             engine.add_request(name, "A", params)
         finished = {}
         while engine.has_unfinished_requests():
-            finished |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
+            for output in engine.step():
+                if output.finished:
+                    finished[output.request_id] = output.outputs[0]
+                    assert output.metrics.num_generated_tokens == len(output.outputs[0].token_ids)
         assert finished["good"].text == "under a leaf"
         assert finished["bad"].finish_reason == "abort" and "under a leaf".startswith(finished["bad"].text)
         said = f"tokens [{wrong}] do not fit the structured_outputs of the request ("
