@@ -224,7 +224,7 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
         if field.name in SAMPLING_OPTIONS and field.name not in taken:
             _add_option(group, SamplingParams, field, show_default=False)
     fitting = group.add_mutually_exclusive_group()
-    fitting.add_argument("--json-schema", metavar="FILE", type=_json_file, help="The answer is JSON of this schema.")
+    fitting.add_argument("--json-schema", metavar="FILE", type=_schema_file, help="The answer is JSON of this schema.")
     fitting.add_argument("--regex", metavar="TEXT", help="The answer matches this regular expression as a whole.")
 
 
@@ -307,6 +307,13 @@ def _text_file(path: str) -> str:
 def _json_file(path: str) -> Any:
     """The object in a JSON file, for argparse."""
     return _json(_text_file(path))
+
+
+def _schema_file(path: str) -> str:
+    """The text of a JSON schema's file, for argparse: an object would be no option where it is null."""
+    text = _text_file(path)
+    _json(text)
+    return text
 
 
 def _json(text: str) -> Any:

@@ -168,6 +168,11 @@ class TestOptions:
         found = [params.structured_outputs for params in llm.params]
         assert found == [StructuredOutputsParams(json={"type": "integer"}), StructuredOutputsParams(regex="[0-9]+")]
 
+    def test_a_schema_that_is_null_is_not_as_if_there_were_none(self, llm, tmp_path):
+        (tmp_path / "schema.json").write_text("null")
+        assert main(["generate", "a", "--json-schema", str(tmp_path / "schema.json")]) == 0
+        assert llm.params[0].structured_outputs.json == "null"  # which no engine takes
+
     def test_what_is_left_out_is_as_the_checkpoint_recommends(self, llm):
         llm.engine.default_params = SamplingParams(temperature=0.3, min_p=0.1)
         assert main(["generate", "a", "--min-p", "0.2"]) == 0
