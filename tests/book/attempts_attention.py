@@ -18,6 +18,7 @@ def online(
     shift: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
     factor: Callable[[Tensor], Tensor | float] = torch.exp,
     normal: bool = True,
+    parts: tuple[bool, bool] = (True, True),
 ) -> Callable[[Any], Tensor]:
     """An online softmax; each part may be got wrong."""
 
@@ -26,7 +27,8 @@ def online(
         for scores, values in pieces:
             new = shift(maximum, scores.max())
             weights, old = (scores - new).exp(), factor(maximum - new)
-            total, output, maximum = total * old + weights.sum(), output * old + weights @ values, new
+            olds = [old if part else 1 for part in parts]
+            total, output, maximum = total * olds[0] + weights.sum(), output * olds[1] + weights @ values, new
         return output / total if normal else output
 
     return attempt
@@ -92,6 +94,13 @@ def neighbours(i: int, num: int, size: int) -> range:
     return range(min(i * each, size), min((i + 1) * each, size))
 
 
+class ForgetsToReturn(InPlaceAttention):
+    num_splits = 4
+
+    def average(self, layer: int, rows: Tensor, positions: Tensor, block_table: Any) -> Any:
+        self.read(layer, rows, positions, block_table, range(len(block_table)))
+
+
 class MeanOfParts(InPlaceAttention):
     num_splits = 4
 
@@ -134,6 +143,9 @@ WRONG: dict[str, dict[str, Any]] = {
         "the maximum begins at -inf": online(least=-torch.inf),
         "the newest maximum": online(shift=lambda old, new: new),
         "not divided": online(normal=False),
+        "the sum of weights alone": online(parts=(True, False)),
+        "the sum of values alone": online(parts=(False, True)),
+        "upside down": online(factor=lambda difference: (-difference).exp()),
         "a number": lambda pieces: 1.0,
     },
     "check_join": {
@@ -143,6 +155,8 @@ WRONG: dict[str, dict[str, Any]] = {
         "logarithms as weights": join(lambda log_sums: log_sums / log_sums.sum(dim=0)),
         "not normal": join(lambda log_sums: (log_sums - log_sums.amax(dim=0)).exp()),
         "overflow": join(lambda log_sums: log_sums.exp() / log_sums.exp().sum(dim=0)),
+        "over all": join(lambda log_sums: log_sums.flatten().softmax(dim=0).view_as(log_sums)),
+        "the logarithms of the weights": join(lambda log_sums: log_sums.log_softmax(dim=0)),
         "the first part": lambda averages, log_sums: averages[0],
         "in place": join_in_place,
         "weights": lambda averages, log_sums: log_sums.softmax(dim=0),
@@ -156,12 +170,37 @@ WRONG: dict[str, dict[str, Any]] = {
         "by the least maximum": splits(maximum=torch.amin),
         "every block but the last": splits(indices=lambda i, num, size: range(i, size - 1, num)),
         "all blocks in each part": splits(indices=lambda i, num, size: range(size)),
+        "without what is left over": splits(
+            indices=lambda i, num, size: range(i * (size // num), (i + 1) * (size // num))
+        ),
+        "no return": ForgetsToReturn,
     },
     "check_rescaled": {
         "still not": type("Same", (faults.NeverRescales,), {}),
         "the sum only": SumOnly,
         "another class": InPlaceAttention,
+        "an object for a class": type("Object", (faults.NeverRescales,), {"softmax_cls": OnlineSoftmax((), 8)}),
     },
+}
+
+SAYS: dict[str, dict[str, str]] = {
+    "check_online_softmax": {
+        "all pieces at once": "keep nothing of it but sums",
+        "the sum of weights alone": "the weighted sum of values is not",
+        "the sum of values alone": "the sum of weights is not",
+        "upside down": "are never above 1",
+    },
+    "check_join": {
+        "over heads": "the softmax runs over heads",
+        "over all": "the weights of each head should add up to 1",
+        "the logarithms of the weights": "these are the logarithms of the weights",
+    },
+    "check_split": {
+        "without what is left over": "7 blocks in 4 parts: each block is to be read once, yours reads [1, 1, 1, 1]",
+        "no return": "as if a return were missing",
+        "the mean of parts": "relative to its own maximum",
+    },
+    "check_rescaled": {"an object for a class": "the engine cannot work with what your class gives"},
 }
 
 RIGHT: dict[str, dict[str, Any]] = {

@@ -100,6 +100,11 @@ def step_changes_factor(block: Tensor, column: int, rounded: Tensor, factor: Ten
     return step(divide=False)(block, column, rounded, factor)
 
 
+class OnlyTheFirstRow(faults.ZerosAsStored):
+    def read_zeros(self, qzeros: Tensor, num_out: int, version: int) -> Tensor:
+        return super().read_zeros(qzeros + (version == 1), num_out, version)
+
+
 class AlwaysOneMore(faults.ZerosAsStored):
     def read_zeros(self, qzeros: Tensor, num_out: int, version: int) -> Tensor:
         return super().read_zeros(qzeros, num_out, version) + 1
@@ -146,6 +151,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "one for all rows": scale(largest=lambda group: group.abs().amax().repeat(len(group))),
         "half": scale(width=1),
         "a step too many": scale(steps=lambda bits: 2**bits),
+        "the largest on the last value": scale(steps=lambda bits: 2**bits - 2),
         "always 4 bits": scale(steps=lambda bits: 15),
         "zero": scale(mend=lambda scales: scales),
         "one over": scale(mend=lambda scales: 1 / scales),
@@ -172,9 +178,16 @@ WRONG["check_zeros"] = {
     "still not": type("Same", (faults.ZerosAsStored,), {}),
     "always one more": AlwaysOneMore,
     "always eight": Eight,
+    "only the first row": OnlyTheFirstRow,
     "the other version": TheOtherVersion,
     "another class": WeightReader,
     "a function": step(),
+}
+
+SAYS: dict[str, dict[str, str]] = {
+    "check_packing": {"gives text": "yours gives '124076833' (a str)"},
+    "check_scale": {"the largest on the last value": "half a step beyond the last value"},
+    "check_zeros": {"only the first row": "of row 1 are [15], yours reads [14]"},
 }
 
 RIGHT: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ PARTS = {
     InPlaceAttention: "other tokens",
     GuidanceBackend: "allowed|aborted",
     Detokenizer: "yours shows|should see",
-    WeightReader: "zero points of the first row",
+    WeightReader: "zero points of row 0",
     BeamSearch: "and by yours",
 }
 """The kinds of parts, and what the judges' sentences about them look like."""

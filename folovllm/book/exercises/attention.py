@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from folovllm.book.exercises.verdict import NotYet, exercise, expect, expect_subclass
+from folovllm.book.exercises.verdict import NotYet, blame_part, exercise, expect, expect_subclass
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 GONE = "a piece is gone when the next one comes, so keep nothing of it but sums"
+ABOVE_ONE = "exp(old - new) and exp(score - new) are never above 1, so look whether one of yours is the other way round"
 OVERFLOW = "exp of a large score is infinite, so take away the largest score so far first"
 UNDERFLOW = "exp of a very small score is 0, and so is the sum; take away the largest score so far first"
-NOT_SEEN = "-inf minus -inf is none, so let the maximum begin at a very small number instead"
+NOT_SEEN = "-inf minus -inf is not a number, so let the maximum begin at a very small number instead"
 
 PIECES: tuple[tuple[tuple[int, ...], float, float, tuple[int, ...], str, str], ...] = (
     ((2, 3, 2), 4, 0, (), "three pieces of 2, 3 and 2 keys", GONE),
@@ -50,7 +51,10 @@ def check_online_softmax(attempt: Callable[[Iterator[Any]], Tensor]) -> None:
             continue
         for wrong, why in _wrong_softmaxes(scores, values):
             expect(not _close(got, wrong), f"{case}: {why}.")
-        expect(bool(torch.isfinite(got).all()), f"{case}: yours is not a number; {why_not_a_number}.")
+        if not bool(torch.isfinite(got).all()):
+            # Where pieces stay, only those who kept them get a number.
+            is_kept = why_not_a_number != GONE or bool(torch.isfinite(attempt(zip(scores, values))).all())
+            raise NotYet(f"{case}: yours is not a number; {why_not_a_number if is_kept else ABOVE_ONE}.")
         raise NotYet(f"{case}: the average is not the softmax's; work two pieces out by hand.")
 
 
@@ -83,11 +87,14 @@ def _wrong_softmaxes(scores: Sequence[Tensor], values: Sequence[Tensor]) -> Iter
         )
         yield torch.stack(each).sum(dim=0), "that adds up each piece's own average"
         maxima = torch.stack([score.max() for score in scores]).cummax(dim=0).values
-        weights = torch.cat([(score - most).exp() for score, most in zip(scores, maxima)])
-        yield (
-            weights @ torch.cat([*values]) / weights.sum(),
-            "what was added up by an old maximum is never rescaled to the new one",
-        )
+        old = torch.cat([(score - most).exp() for score, most in zip(scores, maxima)])
+        new = (torch.cat([*scores]) - maxima[-1]).exp()
+        for of_values, of_weights, why in (
+            (old, old, "what was added up by an old maximum is never rescaled to the new one"),
+            (old, new, "the sum of weights is rescaled to a new maximum, and the weighted sum of values is not"),
+            (new, old, "the weighted sum of values is rescaled to a new maximum, and the sum of weights is not"),
+        ):
+            yield of_values @ torch.cat([*values]) / of_weights.sum(), why
     every = torch.cat([*scores])
     weights = (every - every.max()).exp()
     yield weights @ torch.cat([*values]), "the weights should add up to 1: divide by their sum at the end"
@@ -101,8 +108,8 @@ def check_join(attempt: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     generator = torch.Generator().manual_seed(1)
     for num_heads, sizes, shift, case in (
-        (1, (3, 3), 0.0, "two parts of 3 keys, one head"),
         (2, (5, 2, 4), 0.0, "three parts of 5, 2 and 4 keys, two heads"),
+        (1, (3, 3), 0.0, "two parts of 3 keys, one head"),
         (3, (4,), 0.0, "a single part"),
         (2, (3, 2), 700.0, "log sums of about 700"),
         (2, (3, 4, 1), -700.0, "log sums of about -700"),
@@ -135,9 +142,13 @@ def _wrong_joins(averages: Tensor, log_sums: Tensor) -> Iterator[tuple[Tensor, s
     yield averages.sum(dim=0), "the averages are added up, and not weighted"
     weights = (log_sums - log_sums.amax(dim=0)).exp()
     yield (averages * weights.unsqueeze(-1)).sum(dim=0), "the weights of the parts should add up to 1"
-    yield (averages * log_sums.softmax(dim=1).unsqueeze(-1)).sum(dim=0), "the softmax runs over heads, not over parts"
-    weights = log_sums / log_sums.sum(dim=0)
-    yield (averages * weights.unsqueeze(-1)).sum(dim=0), "log_sums are logarithms: a part's weight is their exp"
+    for weights, why in (
+        (log_sums.softmax(dim=1), "the softmax runs over heads, not over parts"),
+        (log_sums.flatten().softmax(dim=0).view_as(log_sums), "the weights of each head should add up to 1"),
+        (log_sums / log_sums.sum(dim=0), "log_sums are logarithms: a part's weight is their exp"),
+        (log_sums.log_softmax(dim=0), "these are the logarithms of the weights"),
+    ):
+        yield (averages * weights.unsqueeze(-1)).sum(dim=0), why
 
 
 STEPS: tuple[tuple[tuple[int, ...], tuple[int, ...], int, int, int, int], ...] = (
@@ -156,11 +167,13 @@ def check_split(attempt: type) -> None:
     from folovllm.book.in_place import InPlaceAttention
 
     expect_subclass(attempt, InPlaceAttention)
-    _count_parts(attempt, 4)
+    why = "; the total and the output of a part are relative to its own maximum, and both are 0 if it may see nothing"
+    for num_blocks in (12, 7, 3):
+        _count_parts(attempt, 4, num_blocks)
     for num_splits in (4, 1, 2, 3):
-        _compare_numbers(type("Attempt", (attempt,), {"num_splits": num_splits}), f" in {num_splits} parts")
+        _compare_numbers(type("Attempt", (attempt,), {"num_splits": num_splits}), f" in {num_splits} parts", why)
     for num_splits in (2, 4):
-        _count_parts(type("Attempt", (attempt,), {"num_splits": num_splits}), num_splits)
+        _count_parts(type("Attempt", (attempt,), {"num_splits": num_splits}), num_splits, 12)
     judges.judge_attention(attempt)
 
 
@@ -174,8 +187,8 @@ def check_rescaled(attempt: type) -> None:
     judges.judge_attention(attempt)
 
 
-def _compare_numbers(attempt: type, how: str = "") -> None:
-    """Compares what a backend makes of random steps with what the reference does."""
+def _compare_numbers(attempt: type, how: str = "", why: str = "") -> None:
+    """Compares what a backend makes of random steps with what the reference does; ``why`` they may differ."""
     import torch
 
     from folovllm.attention.sdpa import SdpaAttention
@@ -184,13 +197,8 @@ def _compare_numbers(attempt: type, how: str = "") -> None:
     for seed, (seq_lens, num_new, block_size, num_heads, num_kv_heads, head_dim) in enumerate(STEPS):
         kv_cache, metadata, q, kv = make_step(seq_lens, num_new, block_size, num_heads, num_kv_heads, head_dim, seed)
         q[:, 0] *= 40 if seed % 2 else 1  # a head whose scores are far larger than those of the others
-        found = []
-        for cls in (SdpaAttention, attempt):
-            backend = cls(kv_cache.clone())
-            backend.begin(metadata)
-            found.append(backend(0, q.clone(), kv.clone()))
-        right, got = found
         case = f"blocks of {block_size}{how}"
+        right, got = (_attend(cls, case, kv_cache.clone(), metadata, q, kv) for cls in (SdpaAttention, attempt))
         expect(
             isinstance(got, torch.Tensor) and got.shape == right.shape,
             f"{case}: a tensor of {[*right.shape]} is asked for, a row per new token, yours is {_kind(got)}.",
@@ -198,11 +206,21 @@ def _compare_numbers(attempt: type, how: str = "") -> None:
         starts = metadata.query_start_loc.tolist()
         for i, (length, new) in enumerate(zip(seq_lens, num_new)):
             same = _close(got[starts[i] : starts[i + 1]], right[starts[i] : starts[i + 1]], atol=1e-3)
-            expect(same, f"{case}: a text of {length} tokens, {new} of them new, gets other numbers than by sdpa.")
+            expect(same, f"{case}: a text of {length} tokens, {new} of them new, gets other numbers than by sdpa{why}.")
 
 
-def _count_parts(attempt: Any, num_splits: int) -> None:
-    """A text of twelve blocks must be read in so many parts of equal size."""
+def _attend(cls: type, case: str, kv_cache: Tensor, metadata: Any, q: Tensor, kv: Tensor) -> Any:
+    """What a backend gives for one layer of a step."""
+    try:
+        backend = cls(kv_cache)
+        backend.begin(metadata)
+        return backend(0, q.clone(), kv.clone())
+    except Exception as error:
+        raise NotYet(f"{case}: {blame_part(error)}.") from error
+
+
+def _count_parts(attempt: Any, num_splits: int, num_blocks: int) -> None:
+    """A text of so many blocks must be read in so many parts: each block once, and as many in each if that can be."""
     from folovllm.book.in_place import OnlineSoftmax, make_step
 
     read: list[int] = []
@@ -217,16 +235,16 @@ def _count_parts(attempt: Any, num_splits: int) -> None:
             read[self.number] += 1
             super().add(scores, values)
 
-    kv_cache, metadata, q, kv = make_step((48,), (1,), 4)
-    backend = type("Attempt", (attempt,), {"softmax_cls": Counted})(kv_cache)
-    backend.begin(metadata)
-    backend(0, q, kv)
+    Counted.__name__ = OnlineSoftmax.__name__
+    case = f"{num_blocks} blocks in {num_splits} parts"
+    _attend(type("Attempt", (attempt,), {"softmax_cls": Counted}), case, *make_step((4 * num_blocks,), (1,), 4))
+    each, rest = divmod(num_blocks, num_splits)
     parts = [blocks for blocks in read if blocks]
-    each = 12 // num_splits
     expect(
-        parts == [each] * num_splits,
-        f"12 blocks in {num_splits} parts are {each} blocks for each `read`, yours reads {parts or 'none'}.",
+        rest > 0 or parts == [each] * num_splits,
+        f"{case} are {each} blocks for each `read`, yours reads {parts or 'none'}.",
     )
+    expect(sum(parts) == num_blocks, f"{case}: each block is to be read once, yours reads {parts or 'none'}.")
 
 
 def _kind(got: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from folovllm.book.exercises.verdict import NotYet, blame_part, exercise, expect, expect_subclass
+from folovllm.book.exercises.verdict import NotYet, blame_part, exercise, expect, expect_subclass, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,8 @@ def check_packing(attempt: type) -> None:
         given = list(values)
         got = packing.pack(given)
         expect(given == list(values), f"{list(values)}: the list is another afterwards, and it is not yours to change.")
-        expect(isinstance(got, int) and not isinstance(got, bool), f"{list(values)}: pack should give an int.")
+        is_int = isinstance(got, int) and not isinstance(got, bool)
+        expect(is_int, f"{list(values)}: pack should give an int, yours gives {shown(got)}.")
         expect(got != _pack(values[::-1]) or got == right, f"{list(values)}: the first value has the lowest bits.")
         expect(
             got != right % 2**32 or got == right,
@@ -44,7 +45,8 @@ def check_packing(attempt: type) -> None:
         )
         expect(got == right, f"{list(values)}: {right:,} is right (hexadecimal {right % 2**32:08x}), yours is {got:,}.")
         back = packing.unpack(right)
-        expect(isinstance(back, (list, tuple)), f"{right:,}: unpack should give a list of eight values.")
+        is_list = isinstance(back, (list, tuple))
+        expect(is_list, f"{right:,}: unpack should give a list of eight values, yours gives a {type(back).__name__}.")
         expect(len(back) == 8, f"{right:,}: unpack should give eight values, yours gives {len(back)}.")
         expect(list(back) == list(values), f"{right:,}: unpack should give {list(values)}, yours gives {list(back)}.")
 
@@ -64,9 +66,7 @@ GROUPS = (
 """Bits, rows, weights in each, how large they are, and in words."""
 
 
-@exercise(
-    "the largest weight of each row reaches the end of the grid, and nothing is divided by zero.", gives="a tensor"
-)
+@exercise("the largest weight of each row fits on the grid, and nothing is divided by zero.", gives="a tensor")
 def check_scale(attempt: Callable[[Tensor, int], Tensor]) -> None:
     """``attempt(group, bits)``: ``[num_rows, group_size]`` to the scale of each row, ``[num_rows]``."""
     import torch
@@ -118,6 +118,10 @@ def _wrong_scales(group: Tensor, bits: int) -> Iterator[tuple[Tensor, str]]:
     yield 2 * group.abs().amax() / steps + 0 * group[:, 0], "each row has a scale of its own"
     yield group.abs().amax(dim=1) / steps, "the grid reaches as far below 0 as above, twice the largest weight in all"
     yield 2 * group.abs().amax(dim=1) / (steps + 1), f"between {steps + 1} values there are {steps} steps"
+    yield (
+        2 * group.abs().amax(dim=1) / (steps - 1),
+        f"the largest weight in size is {steps / 2} steps from 0, half a step beyond the last value, and not on it",
+    )
     yield steps / (2 * group.abs().amax(dim=1)), "that is one over the scale"
 
 
@@ -158,7 +162,7 @@ def _wrong_steps(block: Tensor, column: int, rounded: Tensor, factor: Tensor) ->
         return
     lost, row = block[:, column] - rounded, factor[column, column + 1 :]
     for amount, why in (
-        (0 * lost, "nothing has changed in the columns after it: change block in place"),
+        (0 * lost, "nothing has changed in the columns after it: change block in place, by a row of factor"),
         (-lost / factor[column, column], "the error has the wrong sign: it is what the weight was less what it became"),
         (lost, "the error is to be divided by factor[column, column] first"),
     ):

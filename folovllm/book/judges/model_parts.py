@@ -166,17 +166,14 @@ def judge_reader(attempt: type) -> None:
     for seed, (num_out, num_groups) in enumerate(((8, 1), (24, 3), (16, 2), (40, 1))):
         weight = _random_weight(num_out, num_groups, seed)
         for version in (2, 1):
-            tensors, case = pack_gptq(weight, version), f"{num_out} rows, {num_groups} groups, version {version}"
+            groups = "1 group" if num_groups == 1 else f"{num_groups} groups"
+            tensors, case = pack_gptq(weight, version), f"{num_out} rows, {groups}, version {version}"
             try:
                 zeros = attempt().read(tensors, version).zeros
             except Exception as error:
                 raise NotYet(f"{case}: {blame_part(error)}.") from error
-            same = zeros.shape == weight.zeros.shape and bool((zeros == weight.zeros).all())
-            expect(
-                same,
-                f"{case}: the zero points of the first row are {weight.zeros[0].tolist()}, yours reads "
-                f"{zeros[0].tolist()}.",
-            )
+            for row, (right, read) in enumerate(zip(weight.zeros.tolist(), zeros.tolist(), strict=True)):
+                expect(right == read, f"{case}: the zero points of row {row} are {right}, yours reads {read}.")
     for version in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             found = _tokens_read(Path(folder) / "model", attempt, version)
