@@ -21,7 +21,7 @@ from folovllm.attention import AttentionBackend, AttentionMetadata
 from folovllm.utils import cdiv
 
 LEAST = torch.finfo(torch.float32).min
-"""Where a maximum begins: a number, since the difference of two infinities is none."""
+"""Where a maximum begins: not at -inf, since the difference of two infinities is not a number."""
 
 
 class OnlineSoftmax:
