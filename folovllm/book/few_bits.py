@@ -1,7 +1,7 @@
 """The embedded model in fewer bits, and how far it is from the truth then. Chapter 15.
 
-`quantize_decoder` keeps weights of any width from 2 to 8 bits as the float32 numbers that they stand for, so that one
-plain decoder can be measured with all of them. `TruthMeter` is the book's measure of quality, KL(grammar || model).
+`make_decoder` takes weights of any width from 2 to 8 bits as the float32 numbers that they stand for, so that one plain
+decoder can be measured with all of them. `TruthMeter` is the book's measure of quality, KL(grammar || model).
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def check_group_size(num_in: int, group_size: int) -> int:
 
 
 def find_scales(group: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
-    """How far apart the values of each row are, so that its largest number is at the end of them: float16.
+    """How far apart the values of each row are, so that its largest number is half a step beyond the last: float16.
 
     Args:
         group: ``[num_out, group_size]``.

@@ -59,7 +59,7 @@ def test_numbers_of_packed() -> None:
 
 def test_numbers_of_group_sizes() -> None:
     ax = plotting.plot_group_sizes([16, 128], [5.0, 4.125], [0.004, 0.008])
-    assert line(ax) == ([5.0, 4.125], [0.4, 0.8]) and texts(ax) == ["16", "128"]
+    assert line(ax) == ([5.0, 4.125], [0.4, 0.8]) and texts(ax) == ["16", "128 share a scale"]
     assert "16 weights: 5 bits, 0.4 %" in ax.figure.alt
 
 

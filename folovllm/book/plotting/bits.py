@@ -98,7 +98,8 @@ def plot_group_sizes(group_sizes: Sequence[int], bits_per_weight: Sequence[float
     with new_figure(3.4) as ax:
         ax.plot(bits_per_weight, percent, "o-", color=BLUE, lw=2, ms=7)
         for size, x, y in zip(group_sizes, bits_per_weight, percent):
-            ax.annotate(f"{size}", (x, y), (6, 5), textcoords="offset points", size=11)
+            label = f"{size} share a scale" if size == max(group_sizes) else f"{size}"
+            ax.annotate(label, (x, y), (6, 5), textcoords="offset points", size=11)
         ax.set(xlabel="bits per weight, scales included", ylabel="squared error (%)", ylim=(0, None))
         ax.margins(x=0.08)
         told = "; ".join(
