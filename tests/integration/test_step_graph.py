@@ -42,6 +42,7 @@ from folovllm.worker.step_graph import (
 MAX_MODEL_LEN, MAX_TOKENS, NUM_PROMPTS = 64, 12, 8
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True, "seed": 5}
+LOOKUP = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}  # steps with guesses run eagerly
 
 
 class PretendedGraph(TorchDispatchMode):
@@ -171,6 +172,7 @@ def engine_settings(draw):
         "max_num_seqs": draw(st.integers(1, 9)),
         "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
         "swap_space": draw(st.sampled_from([0.0, 1e-4, 0.01])),
+        "speculative_config": draw(st.sampled_from([None, LOOKUP])),
     }
 
 
