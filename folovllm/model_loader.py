@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from folovllm.model.checkpoint import (
     ModelLoadError,
     check_room,
     check_shapes,
-    count_bytes,
     count_numbers,
     find_folder,
     find_weight_files,
@@ -44,7 +42,7 @@ from folovllm.model.checkpoint import (
 from folovllm.model.checkpoint import (
     read_safetensors_header as read_safetensors_header,
 )
-from folovllm.model.decoder import Decoder, check_weights, load_decoder
+from folovllm.model.decoder import Decoder, load_decoder, make_empty_decoder
 from folovllm.model.hf_config import check_sizes, load_hf_config, read_config, read_json
 from folovllm.model.quantization import QuantizationConfig, read_quantization, settle_quantization
 from folovllm.model.quantized_layers import describe_products, has_int4_kernel, iterate_dequantized, settle_version
@@ -58,6 +56,7 @@ DEFAULT_MAX_MODEL_LEN = 2048
 """Tokens, for a checkpoint that does not say how long its sequences may be."""
 PROGRESS_BAR_BYTES = 2**30
 """A checkpoint of at least this size (1 GiB) is worth a progress bar."""
+_ADVICE = "choose a 16-bit dtype or a smaller model"
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
 
 
@@ -141,8 +140,9 @@ class ModelLoader:
         checkpoint = self.open(device)
         if checkpoint.quantization is None:
             _check_model(checkpoint)
-            code = self.model_config.trust_remote_code
-            with _transformers_progress_bar(checkpoint.num_bytes >= PROGRESS_BAR_BYTES):
+            num_bytes, code = checkpoint.num_elements * checkpoint.dtype.itemsize, self.model_config.trust_remote_code
+            check_room(f"the weights of {checkpoint.folder}", num_bytes, checkpoint.device, _ADVICE)
+            with _transformers_progress_bar(num_bytes >= PROGRESS_BAR_BYTES):
                 model = _load_weights(checkpoint.folder, checkpoint.hf_config, checkpoint.dtype, code)
         else:
             model = _load_dequantized(checkpoint)
@@ -205,14 +205,8 @@ class ModelLoader:
         model_max_len = get_model_max_len(hf_config)
         max_model_len = self.model_config.resolve_max_model_len(model_max_len)
         dtype = self._pick_dtype(hf_config, target, quantization)
-        num_bytes = sum(count_bytes(name, tensor, dtype, quantization) for name, tensor in headers.items())
-        advice = "choose a 16-bit dtype or a smaller model" + ("" if target.type == "cpu" else ", or device='cpu'")
-        check_room(f"the weights of {folder}", num_bytes, target, advice)
-        return settle_version(
-            Checkpoint(
-                folder, hf_config, files, headers, num_bytes, dtype, target, max_model_len, model_max_len, quantization
-            )
-        )
+        found = folder, hf_config, files, headers, num_elements, dtype, target, max_model_len, model_max_len
+        return settle_version(Checkpoint(*found, quantization))
 
     def load_tokenizer(self, add_pad_token: bool = True) -> PreTrainedTokenizerBase:
         """The tokenizer, padding on the left, with a pad token.
@@ -373,10 +367,9 @@ def _load_dequantized(checkpoint: Checkpoint) -> PreTrainedModel:
     assert checkpoint.quantization is not None
     if checkpoint.quantization.method == "int8":
         raise ValueError("quantization='int8' is for the engine alone: transformers' model has no products of 8 bits")
-    shapes = Decoder(check_weights(checkpoint), 0, checkpoint.dtype, "meta").weight_shapes()
-    num_bytes = sum(math.prod(shape) for shape in shapes.values()) * checkpoint.dtype.itemsize
-    what = f"the weights of {checkpoint.folder} in floats"
-    check_room(what, num_bytes, torch.device("cpu"), "choose a 16-bit dtype or a smaller model")
+    decoder = Decoder(make_empty_decoder(checkpoint).config, 0, checkpoint.dtype, "meta")
+    shapes, what = decoder.weight_shapes(), f"the weights of {checkpoint.folder} in floats"
+    check_room(what, decoder.num_bytes, torch.device("cpu"), _ADVICE)
     with torch.random.fork_rng(devices=[]):  # its first weights are random, and replaced
         model = AutoModelForCausalLM.from_config(checkpoint.hf_config, dtype=checkpoint.dtype).eval()
     with torch.no_grad():

@@ -52,7 +52,7 @@ class ModelLoadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole and fits its device, and none of whose weights has been read."""
+    """A checkpoint that was found whole, and none of whose weights has been read."""
 
     folder: Path
     hf_config: Any
@@ -60,8 +60,8 @@ class Checkpoint:
     weight_files: list[Path]
     headers: dict[str, dict[str, Any]]
     """Name of each tensor in them -> its ``dtype`` and ``shape``."""
-    num_bytes: int
-    """Bytes of all its tensors in memory, those that are floats there in ``dtype``."""
+    num_elements: int
+    """Numbers that its tensors stand for."""
     dtype: torch.dtype
     device: torch.device
     max_model_len: int
@@ -237,16 +237,6 @@ def count_numbers(name: str, entry: Mapping[str, Any]) -> int:
     return math.prod(entry["shape"]) * (PACK_FACTOR if is_packed else 1)
 
 
-def count_bytes(name: str, entry: Mapping[str, Any], dtype: torch.dtype, config: QuantizationConfig | None) -> int:
-    """How many bytes a tensor of a file takes in memory."""
-    num, last = math.prod(entry["shape"]), name.rpartition(".")[2]
-    if config is not None and last in INTEGER_TENSORS:
-        return num * torch.int32.itemsize
-    if config is not None and config.method == "int8" and name.endswith(("_proj.weight", "lm_head.weight")):
-        return num
-    return num * dtype.itemsize
-
-
 def is_buffer(name: str) -> bool:
     """Whether a tensor of this name is no weight, but follows from the config."""
     return _BUFFER.search(name) is not None
@@ -319,7 +309,7 @@ def check_room(what: str, num_bytes: int, device: torch.device, advice: str) -> 
     if num_bytes > free:
         raise ModelLoadError(
             f"{what} take {num_bytes / 2**30:.2f} GiB and {device} has {free / 2**30:.2f} GiB free; "
-            f"end what else runs there, {advice}"
+            f"end what else runs there, {advice}" + ("" if is_cpu else ", or device='cpu'")
         )
 
 

@@ -213,6 +213,8 @@ class Decoder:
         self.layers = [DecoderLayer(config, i, method) for i in range(config.num_layers)]
         self.norm = RMSNorm(method.empty(config.hidden_size), config.rms_norm_eps)
         self.head = method.create_head({"lm_head": config.vocab_size}, self.embedding, config.tie_word_embeddings)
+        self._is_embedding = isinstance(self.head, Linear) and self.head.weight is self.embedding
+        self._copies_embedding = self._is_embedding and method.packs_floats
         self._has_fused = False
         wide = torch.promote_types(dtype, torch.float32)
         angles = torch.outer(torch.arange(num_positions, dtype=wide), rotary_frequencies(config, wide))
@@ -290,12 +292,18 @@ class Decoder:
     def num_bytes(self) -> int:
         """Bytes of all weights as they are held, once they are loaded."""
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
-        shared = isinstance(self.head, Linear) and self.head.weight is self.embedding  # a tied head, not packed
+        is_shared = self._is_embedding and not self._copies_embedding
         return (
             self.embedding.nbytes
             + sum(norm.weight.nbytes for norm in norms)
-            + sum(linear.num_bytes for linear in self.linears[: -1 if shared else None])
+            + sum(linear.num_bytes for linear in self.linears[: -1 if is_shared else None])
         )
+
+    @property
+    def num_bytes_to_load(self) -> int:
+        """Bytes that are taken while the weights are loaded; afterwards `num_bytes` of them are."""
+        linears = self.linears[: -1 if self._is_embedding else None]  # the copy of an embedding stays
+        return self.num_bytes + max(linear.num_bytes_meanwhile for linear in linears)
 
     @property
     def num_parameters(self) -> int:
@@ -336,29 +344,30 @@ def load_decoder(checkpoint: Checkpoint) -> Decoder:
     Raises:
         ModelLoadError: if the engine has no such architecture, or config and weights do not belong together.
     """
-    config = check_weights(checkpoint)
+    empty, int8 = make_empty_decoder(checkpoint), "" if checkpoint.quantization else "quantization='int8', "
     num_positions, dtype, device = checkpoint.max_model_len, checkpoint.dtype, checkpoint.device
     check_room(
-        f"the rotary tables of {checkpoint.folder} for {num_positions:,} positions",
-        2 * num_positions * config.head_dim * dtype.itemsize,
+        f"the weights of {checkpoint.folder} and its rotary tables for {num_positions:,} positions",
+        empty.num_bytes_to_load + 2 * num_positions * empty.config.head_dim * dtype.itemsize,
         device,
-        "or lower max_model_len",
+        f"choose a 16-bit dtype, {int8}a smaller model, or a lower max_model_len",
     )
-    decoder = Decoder(config, num_positions, dtype, device, linear_method(checkpoint, device))
+    decoder = Decoder(empty.config, num_positions, dtype, device, linear_method(checkpoint, device))
     decoder.load_weights(iterate_weights(checkpoint))
     decoder.process_weights_after_loading()
     return decoder
 
 
-def check_weights(checkpoint: Checkpoint) -> DecoderConfig:
-    """The shape of an opened checkpoint's decoder, to which all its weights belong; none of them is read.
+def make_empty_decoder(checkpoint: Checkpoint) -> Decoder:
+    """An opened checkpoint's decoder without its numbers, to which all its weights belong; none of them is read.
 
     Raises:
         ModelLoadError: if the engine has no such architecture, or config and weights do not belong together.
     """
     config, meta = DecoderConfig.from_hf(checkpoint.hf_config), torch.device("meta")  # nothing is allocated there
-    shapes = Decoder(config, 0, checkpoint.dtype, meta, linear_method(checkpoint, meta)).weight_shapes()
+    decoder = Decoder(config, 0, checkpoint.dtype, meta, linear_method(checkpoint, meta))
+    shapes = decoder.weight_shapes()
     check_shapes(checkpoint, shapes, sum(math.prod(shape) for shape in shapes.values()))
     if missing := sorted(shapes.keys() - checkpoint.headers.keys()):
         raise missing_weights(checkpoint.folder, missing)
-    return config
+    return decoder

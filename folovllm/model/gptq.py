@@ -15,6 +15,7 @@ all layers after it: in float32 two machines, which add up in different orders, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folovllm.model.checkpoint import Checkpoint, iterate_weights
-from folovllm.model.decoder import Attend, Decoder, DecoderLayer, check_weights
-from folovllm.model.layers import Linear, LinearMethod
+from folovllm.model.checkpoint import Checkpoint, check_room, iterate_weights
+from folovllm.model.decoder import Attend, Decoder, DecoderLayer, make_empty_decoder
+from folovllm.model.layers import Linear
 from folovllm.model.packing import QuantizedWeight, column_groups
 from folovllm.validation import require
 
@@ -35,6 +36,8 @@ DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 """Shares of its mean that are added to a Hessian's diagonal: the first with which it can be inverted."""
 DTYPE = torch.float64
 """Of weights and activations while a model is quantized."""
+NUM_ROWS = 64
+"""Places whose logits are computed at a time."""
 SMALLEST_SCALE = 2.0**-24
 """The smallest number of float16, for a group of zeros, which any scale serves."""
 
@@ -133,9 +136,11 @@ def find_scales(group: Tensor, bits: int, importance: Tensor | None = None) -> T
     require(bool(scales.isfinite().all()), "the weight has a number that is too large for a scale in float16")
     if importance is None:
         return scales[0]
-    wide = scales.to(group.dtype).unsqueeze(-1)
-    errors = ((group / wide).round_().clamp_(-zero, zero - 1).mul_(wide) - group).square_() @ importance
-    return scales.gather(0, errors.argmin(dim=0, keepdim=True))[0]
+    errors = []
+    for scale in scales.to(group.dtype).unsqueeze(-1):  # one by one: a group may be a whole weight
+        rounded = (group / scale).round_().clamp_(-zero, zero - 1).mul_(scale)
+        errors.append(rounded.sub_(group).square_() @ importance)
+    return scales.gather(0, torch.stack(errors).argmin(dim=0, keepdim=True))[0]
 
 
 def carry_error(block: Tensor, column: int, rounded: Tensor, factor: Tensor) -> Tensor:
@@ -203,23 +208,43 @@ class Calibration:
         sequences: token ids of each text.
 
     Raises:
-        ValueError: if there is no token.
-        ModelLoadError: if the engine has no such architecture, or config and weights do not belong together.
+        ValueError: if there is no token, or the model has no embedding for one.
+        ModelLoadError: if the engine has no such architecture, config and weights do not belong together, or there is
+            not enough memory.
     """
 
     def __init__(self, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> None:
         require(any(sequences), "the calibration must have at least one token")
-        self.checkpoint, self.config = checkpoint, check_weights(checkpoint)
-        lengths = [len(sequence) for sequence in sequences]
-        # Without its layers: each is made when its turn comes.
-        self.decoder = Decoder(replace(self.config, num_layers=0), max(lengths), DTYPE)
-        for name in self.decoder.weight_shapes():
-            self.decoder.load_weights(iterate_weights(checkpoint, name))
+        empty, lengths = make_empty_decoder(checkpoint), [len(sequence) for sequence in sequences]
+        self.checkpoint, self.config = checkpoint, empty.config
+        check_room(
+            f"the layers of {checkpoint.folder}, one at a time, and what {sum(lengths):,} tokens of calibration become "
+            "in them",
+            estimate_bytes(empty, sum(lengths)),
+            torch.device("cpu"),
+            "or give a shorter calibration or a smaller model",
+        )
         input_ids = torch.tensor([token_id for sequence in sequences for token_id in sequence])
+        largest, vocab_size = int(input_ids.max()), self.config.vocab_size
+        require(
+            largest < vocab_size,
+            f"the calibration has a token {largest}, but the model has embeddings for {vocab_size:,}; take model and "
+            "tokenizer from the same checkpoint",
+        )
+        tables = Decoder(replace(self.config, num_layers=0, vocab_size=0), max(lengths), DTYPE)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        self.cos, self.sin = self.decoder.cos[positions], self.decoder.sin[positions]
+        self.cos, self.sin = tables.cos[positions], tables.sin[positions]
         self.attend = attend_within(lengths)
-        self.hidden = self.reference = F.embedding(input_ids, self.decoder.embedding)
+        (_, embedding) = next(iterate_weights(checkpoint, "model.embed_tokens.weight"))
+        self.hidden = self.reference = F.embedding(input_ids, embedding).to(DTYPE)
+
+    @functools.cached_property
+    def head(self) -> Decoder:
+        """The model without its layers: norm and head, for when all layers have had their turn."""
+        decoder = Decoder(replace(self.config, num_layers=0), 0, DTYPE)
+        for name in decoder.weight_shapes():
+            decoder.load_weights(iterate_weights(self.checkpoint, name))
+        return decoder
 
     @torch.inference_mode()
     def quantize_layer(self, index: int, quantize: Quantize) -> QuantizedLayer:
@@ -240,7 +265,7 @@ class Calibration:
         return QuantizedLayer(weights, output_errors, float(difference / square))
 
     @torch.inference_mode()
-    def compute_kl(self, num_rows: int = 256) -> float:
+    def compute_kl(self, num_rows: int = NUM_ROWS) -> float:
         """KL(before || after) of the next token, in nats, the mean over all places; after the last layer.
 
         Args:
@@ -248,16 +273,32 @@ class Calibration:
         """
         total = 0.0
         for rows in zip(self.reference.split(num_rows), self.hidden.split(num_rows), strict=True):
-            before, after = (self.decoder.compute_logits(self.decoder.norm(x)).log_softmax(-1) for x in rows)
+            before, after = (self.head.compute_logits(self.head.norm(x)).log_softmax(-1) for x in rows)
             total += float(F.kl_div(after, before, reduction="sum", log_target=True))
         return total / len(self.hidden)
 
     def _load_layer(self, index: int) -> DecoderLayer:
-        prefix, decoder = f"model.layers.{index}.", self.decoder
-        decoder.layers = [DecoderLayer(self.config, 0, LinearMethod(DTYPE, decoder.device))]
+        prefix, decoder = f"model.layers.{index}.", Decoder(replace(self.config, num_layers=1, vocab_size=0), 0, DTYPE)
         weights = iterate_weights(self.checkpoint, prefix)
         decoder.load_weights((f"model.layers.0.{name.removeprefix(prefix)}", tensor) for name, tensor in weights)
-        return decoder.layers.pop()
+        return decoder.layers[0]
+
+
+def estimate_bytes(decoder: Decoder, num_tokens: int) -> int:
+    """About how many bytes a `Calibration` of so many tokens takes at most.
+
+    Args:
+        decoder: the model, which may be without its numbers.
+        num_tokens: of all texts.
+    """
+    config, shapes = decoder.config, [linear.weight.shape for linear in decoder.layers[0].linears]
+    streams = 2 * config.hidden_size * num_tokens
+    # A layer with its activations, and the weight or the Hessian that is worked on, with what is made of it.
+    activations = (3 * config.intermediate_size + 4 * config.hidden_size) * num_tokens
+    at_work = max(9 * num_in**2 + 4 * num_out * num_in for num_out, num_in in shapes)
+    layer = sum(map(math.prod, shapes)) + activations + at_work
+    head = config.vocab_size * (config.hidden_size * (1 if config.tie_word_embeddings else 2) + 9 * NUM_ROWS)
+    return DTYPE.itemsize * (streams + max(layer, head))
 
 
 class _Calibrated:

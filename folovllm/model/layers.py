@@ -62,6 +62,11 @@ class LinearBase:
         """Bytes that weight and bias take, once they are loaded."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
+    @property
+    def num_bytes_meanwhile(self) -> int:
+        """Bytes taken beside them while `process_weights_after_loading` runs: those of the weight in its new order."""
+        return self.weight.nbytes
+
     def process_weights_after_loading(self) -> None:
         """Stores the weight as it is used."""
         raise NotImplementedError
@@ -122,11 +127,17 @@ class LinearMethod:
 
     Args:
         dtype: of weights and activations.
-        device: where they are.
+        device: where they are; "meta" only tells their shapes and bytes.
+        target: the device whose kernels compute with them; None: the same.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device, target: torch.device | None = None) -> None:
+        self.dtype, self.device, self.target = dtype, device, target or device
+
+    @property
+    def packs_floats(self) -> bool:
+        """Whether a weight of floats is stored in an order of its own, so that a tied head is a copy."""
+        return self.target.type == "cpu" and has_onednn(torch.empty(0, dtype=self.dtype))
 
     def create(self, shards: Mapping[str, int], num_in: int, bias: bool = False) -> LinearBase:
         """A product whose weights are not loaded yet; see `LinearBase`."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from folovllm.model.checkpoint import Checkpoint, iterate_weights
-from folovllm.model.decoder import Decoder, check_weights
+from folovllm.model.decoder import make_empty_decoder
 from folovllm.model.gptq import Calibration, QuantizedLayer, check_group_size, choose_method, quantize_layers
 from folovllm.model.hf_config import read_json
 from folovllm.model.packing import PACK_FACTOR, QuantizedWeight, pack_compressed, pack_gptq
@@ -126,8 +126,8 @@ def _check_shapes(checkpoint: Checkpoint, group_size: int) -> set[str]:
         f"{checkpoint.folder} is quantized already; give the checkpoint in float32, bfloat16 or float16 from which it "
         "was made",
     )
-    decoder = Decoder(check_weights(checkpoint), 0, checkpoint.dtype, "meta")
-    names = {f"{part}.weight" for layer in decoder.layers for linear in layer.linears for part in linear.shards}
+    layers = make_empty_decoder(checkpoint).layers
+    names = {f"{part}.weight" for layer in layers for linear in layer.linears for part in linear.shards}
     for name in sorted(names):
         num_out, num_in = checkpoint.headers[name]["shape"]
         try:

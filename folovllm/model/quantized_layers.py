@@ -154,6 +154,11 @@ class Int8Linear(LinearBase):
         """See `LinearBase`."""
         return super().num_bytes + self.scales.nbytes
 
+    @property
+    def num_bytes_meanwhile(self) -> int:
+        """See `LinearBase`; torch makes a tensor of the weight with its scales, and packs that."""
+        return 2 * self.weight.nbytes
+
     def process_weights_after_loading(self) -> None:
         """Stores the weight in the order of torch's kernel, where there is one."""
         if self.tied is not None:
@@ -309,6 +314,7 @@ class Int4Linear(LinearBase):
     ) -> None:
         super().__init__(method.empty(0), method.create_bias(shards, bias), shards)
         self.method, self.num_in = method, num_in
+        self.products: list[PackedInt4 | PlainInt4] = []
         self.tensors = {
             module: {
                 name: torch.empty(shape, dtype=dtype, device=method.device)
@@ -320,8 +326,14 @@ class Int4Linear(LinearBase):
 
     @property
     def num_bytes(self) -> int:
-        """See `LinearBase`."""
-        return super().num_bytes + sum(product.num_bytes for product in self.products)
+        """See `LinearBase`; until they are unpacked the tensors as the files have them."""
+        held = (tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+        return super().num_bytes + sum(held) + sum(product.num_bytes for product in self.products)
+
+    @property
+    def num_bytes_meanwhile(self) -> int:
+        """See `LinearBase`; values are unpacked to bytes, fused, and made int32 to be packed anew."""
+        return (1 + 1 + 2 * torch.int32.itemsize) * self.num_in * self.num_out
 
     def places(self) -> dict[str, Place]:
         """Where each tensor of a checkpoint goes."""
@@ -340,7 +352,7 @@ class Int4Linear(LinearBase):
         if all(bool((weight.g_idx == weights[0].g_idx).all()) for weight in weights):
             values, scales, zeros = map(torch.cat, zip(*((w.values, w.scales, w.zeros) for w in weights)))
             weights = [QuantizedWeight(values, scales, zeros, weights[0].g_idx)]
-        packs = has_int4_kernel(self.method.dtype, self.method.device) and all(map(kernel_group_size, weights))
+        packs = has_int4_kernel(self.method.dtype, self.method.target) and all(map(kernel_group_size, weights))
         self.products = [(PackedInt4 if packs else PlainInt4)(weight) for weight in weights]
         self.kernel = self.products[0].kernel
 
@@ -396,11 +408,11 @@ class QuantizedLinearMethod(LinearMethod):
 
     Args:
         checkpoint: whose config says how they are quantized.
-        device: where they are.
+        device: where they are; "meta" only tells their shapes and bytes.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        super().__init__(checkpoint.dtype, device)
+        super().__init__(checkpoint.dtype, device, checkpoint.device)
         assert checkpoint.quantization is not None
         self.config, self.stored = checkpoint.quantization, checkpoint.headers.keys()
 
@@ -425,7 +437,7 @@ class QuantizedLinearMethod(LinearMethod):
     def create_head(self, shards: Mapping[str, int], embedding: Tensor, tied: bool) -> LinearBase:
         """The head; in 8 bits too where the other products are packed, since in 16 it would take longer than they."""
         num_in, is_int4 = embedding.shape[1], not tied and any(self._scheme(module) for module in shards)
-        if self.config.method == "int8" or (has_int4_kernel(self.dtype, self.device) and not is_int4):
+        if self.config.method == "int8" or (has_int4_kernel(self.dtype, self.target) and not is_int4):
             return Int8Linear(self, shards, num_in, tied=embedding if tied else None, is_head=True)
         return super().create_head(shards, embedding, tied)
 
@@ -437,7 +449,7 @@ class QuantizedLinearMethod(LinearMethod):
 def linear_method(checkpoint: Checkpoint, device: torch.device) -> LinearMethod:
     """What makes a checkpoint's products on a device."""
     if checkpoint.quantization is None:
-        return LinearMethod(checkpoint.dtype, device)
+        return LinearMethod(checkpoint.dtype, device, checkpoint.device)
     return QuantizedLinearMethod(checkpoint, device)
 
 

@@ -240,7 +240,7 @@ def bytes_to_read(folder: Path, lens: list[tuple[int, int]], num_steps: int) -> 
     checkpoint = ModelLoader(ModelConfig(str(folder), dtype="bfloat16")).open("cpu")
     tokens = sum(sum(range(prompt, prompt + output)) for prompt, output in lens)
     per_token = kv_cache_bytes_per_token(checkpoint.hf_config, checkpoint.dtype)
-    return num_steps * checkpoint.num_bytes + tokens * per_token
+    return num_steps * checkpoint.num_elements * checkpoint.dtype.itemsize + tokens * per_token
 
 
 @dataclass(frozen=True)

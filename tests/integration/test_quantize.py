@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,15 @@ from folovllm import ModelConfig, ModelLoader
 from folovllm.__main__ import _cut_texts, main
 from folovllm.model import quantized_files
 from folovllm.model.checkpoint import Checkpoint, ModelLoadError
-from folovllm.model.gptq import PRODUCTS, Calibration, QuantizedLayer, choose_method, quantize_layers
+from folovllm.model.decoder import make_empty_decoder
+from folovllm.model.gptq import (
+    PRODUCTS,
+    Calibration,
+    QuantizedLayer,
+    choose_method,
+    estimate_bytes,
+    quantize_layers,
+)
 from folovllm.model.packing import unpack_compressed, unpack_gptq
 from folovllm.model.quantized_files import quantize_checkpoint
 from folovllm.tales import EMBEDDED_MODEL
@@ -82,7 +91,7 @@ def test_both_walks_are_the_models(name: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for hidden, weights in ((texts.reference, {}), (texts.hidden, dequantized(layers))):
         model.load_state_dict(weights, strict=False)
-        found = texts.decoder.compute_logits(texts.decoder.norm(hidden))
+        found = texts.head.compute_logits(texts.head.norm(hidden))
         wanted = torch.cat([model(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
         assert (found - wanted).abs().max() < 1e-3 and wanted.abs().max() > 1
     assert len(dequantized(layers)) == 7 * SHAPE["num_hidden_layers"]
@@ -234,6 +243,25 @@ def test_a_checkpoint_that_lacks_a_weight(tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=name):
             quantize_checkpoint(checkpoint, tmp_path / "out", SEQUENCES, group_size=32, use_tqdm=False)
         checkpoint.headers[name] = entry
+
+
+def test_the_room_that_is_asked_for_is_that_of_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save(CONFIGS["qwen2, a bias"], tmp_path)
+    empty = make_empty_decoder(checkpoint)
+    room = estimate_bytes(empty, 86)
+    empty.layers *= 50
+    assert estimate_bytes(empty, 86) == room < 8 * empty.num_bytes
+    for num_bytes, is_refused in ((room - 1, True), (room, False)):
+        free = SimpleNamespace(available=num_bytes)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
+        with pytest.raises(ModelLoadError, match="one at a time") if is_refused else contextlib.nullcontext():
+            Calibration(checkpoint, SEQUENCES)
+
+
+def test_a_token_without_an_embedding(tmp_path: Path) -> None:
+    checkpoint = save(CONFIGS["qwen3"], tmp_path)
+    with pytest.raises(ValueError, match="the calibration has a token 300, but the model has embeddings for 300;"):
+        Calibration(checkpoint, [[1, 2], [300]])
 
 
 def test_how_texts_are_cut() -> None:

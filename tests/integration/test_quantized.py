@@ -8,7 +8,9 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,7 @@ from test_engine import GREEDY, SEEDED, VOCAB_SIZE, arrivals, engine_settings, m
 
 from folovllm import LLM, ModelConfig, ModelLoader, SamplingParams
 from folovllm.book import judges
+from folovllm.model.checkpoint import ModelLoadError
 from folovllm.model.quantized_layers import has_int4_kernel, has_int8_kernel
 from folovllm.tales import EMBEDDED_MODEL
 
@@ -194,16 +197,39 @@ class TestSettings:
         assert "4 bits" in llm.engine.load_report.quantization
         assert LLM(str(EMBEDDED_MODEL), device="cpu").engine.load_report.quantization is None
 
-    def test_the_room_that_is_asked_for_is_that_of_the_bits(self, tales):
-        sizes = {
-            quantization: ModelLoader(ModelConfig(str(folder), quantization=quantization, dtype="float32")).open("cpu")
-            for folder, quantization in ((EMBEDDED_MODEL, None), (EMBEDDED_MODEL, "int8"), (tales, "gptq"))
-        }
-        floats, int8, gptq = (sizes[name].num_bytes for name in (None, "int8", "gptq"))
-        assert gptq < int8 < 0.5 * floats
-
 
 class TestMemory:
+    @pytest.fixture
+    def free(self, monkeypatch):
+        """Sets how many bytes of memory the machine has free."""
+
+        def set_free(num_bytes: int) -> None:
+            monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=num_bytes))
+
+        return set_free
+
+    @pytest.mark.parametrize("quantization, dtype", [(None, "float32"), ("int8", "auto"), ("gptq", "auto")])
+    @pytest.mark.parametrize("name", ["qwen2", "llama, llama3 RoPE, tied"])
+    def test_the_room_that_is_asked_for_is_what_is_held_and_one_product(
+        self, floats, tmp_path, free, name, quantization, dtype
+    ):
+        is_gptq, tables = quantization == "gptq", 2 * 20 * 32 * 4
+        folder = quantize(floats[name], tmp_path / "bits", "gptq") if is_gptq else floats[name]
+        config = {"quantization": quantization, "dtype": dtype, "max_model_len": 20}
+        decoder, loader = load(folder, **config)
+        largest = max(linear.num_out for linear in decoder.linears) * 256
+        free(loader.report.num_bytes - 1)
+        with pytest.raises(ModelLoadError, match="rotary tables for 20 positions take"):
+            load(folder, **config)
+        free(int(1.05 * loader.report.num_bytes) + (10 if is_gptq else 4) * largest + tables)
+        load(folder, **config)
+
+    def test_8_bits_fit_where_floats_do_not(self, free):
+        free(3 * 2**20)
+        with pytest.raises(ModelLoadError, match="quantization='int8'"):
+            load(EMBEDDED_MODEL)
+        load(EMBEDDED_MODEL, quantization="int8")
+
     def test_no_weight_is_ever_whole_in_floats(self, monkeypatch):
         """8 bits: what is allocated before loading is all that is kept, but for the embedding and the norms."""
         decoder, loader = None, ModelLoader(ModelConfig(str(EMBEDDED_MODEL), quantization="int8"))
