@@ -109,7 +109,7 @@ class Int8Rows:
             rows = slice(start, start + ROWS_AT_ONCE)
             floats = weight[rows].to(self.scales.device, torch.float32)
             scales = floats.abs().amax(-1) / int8_max()
-            scales = scales.where(scales > 0, 1)  # for a row of zeros
+            scales = scales.where(scales != 0, 1)  # a row of zeros; one that is not a number stays that
             self.scales[rows] = scales
             self.values[rows].copy_((floats / scales.unsqueeze(-1)).round_())
 
@@ -319,7 +319,7 @@ class Int4Linear(LinearBase):
             module: {
                 name: torch.empty(shape, dtype=dtype, device=method.device)
                 for name, (shape, dtype) in tensors_of_a_weight(method.config, scheme, size, num_in).items()
-                if name not in ("g_idx", "weight_g_idx") or scheme.desc_act or f"{module}.{name}" in method.stored
+                if is_needed(name, scheme) or f"{module}.{name}" in method.stored
             }
             for module, size in shards.items()
         }
@@ -375,13 +375,19 @@ def tensors_of_a_weight(
             "scales": ((num_groups, num_out), floats),
             "g_idx": ((num_in,), ints),
         }
-    zeros = {} if scheme.symmetric else {"weight_zero_point": ((cdiv(num_out, 8), num_groups), ints)}
-    return zeros | {
+    return {
+        "weight_zero_point": ((cdiv(num_out, 8), num_groups), ints),
         "weight_packed": ((num_out, cdiv(num_in, 8)), ints),
         "weight_scale": ((num_out, num_groups), floats),
         "weight_shape": ((2,), torch.int64),
         "weight_g_idx": ((num_in,), ints),
     }
+
+
+def is_needed(name: str, scheme: Scheme) -> bool:
+    """Whether a weight of 4 bits must have a tensor of this name; others are read where they are stored."""
+    optional = {"g_idx": scheme.desc_act, "weight_g_idx": scheme.desc_act, "weight_zero_point": not scheme.symmetric}
+    return optional.get(name, True)
 
 
 def unpack_weight(
@@ -481,7 +487,7 @@ def iterate_dequantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, 
         shapes: of the weights in floats, by their names.
 
     Raises:
-        ModelLoadError: if the tensors of a weight do not belong together; the message names the module.
+        ModelLoadError: if a weight is unknown, or its tensors do not belong together; the message names the module.
     """
     config = checkpoint.quantization
     assert config is not None
@@ -493,8 +499,11 @@ def iterate_dequantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, 
         else:
             yield name, tensor
     for module, tensors in modules.items():
-        num_out, num_in = shapes[f"{module}.weight"]
-        yield f"{module}.weight", unpack_weight(config, module, tensors, (num_out, num_in)).dequantize(checkpoint.dtype)
+        name = f"{module}.weight"
+        if name not in shapes:
+            raise ModelLoadError(f"the checkpoint has a quantized weight {module}, which the model does not know")
+        num_out, num_in = shapes[name]
+        yield name, unpack_weight(config, module, tensors, (num_out, num_in)).dequantize(checkpoint.dtype)
 
 
 def describe_products(linears: Sequence[LinearBase]) -> str:

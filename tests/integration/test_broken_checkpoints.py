@@ -395,6 +395,17 @@ class TestQuantized:
         folder = self.change(fresh("compressed"), weight_shape=lambda _: torch.tensor(shape))
         refusal(folder, f"{self.MODULE} is wrong", ways=LOADING)
 
+    @pytest.mark.parametrize("module", ["lm_head", "model.layers.2.mlp.up_proj"])
+    def test_a_module_that_there_is_not(self, fresh, module):
+        folder = fresh("gptq")
+        edit(folder, tie_word_embeddings=True)
+        weights = load_file(folder / "model.safetensors")
+        weights |= {f"{module}.{name}": weights[f"{self.MODULE}.{name}"].clone() for name in TENSORS["gptq"]}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for way in LOADING:
+            message = outcome(way, folder)
+            assert message and module in message and "does not know" in message
+
     @pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
     def test_a_config_without_the_weights(self, copy, method):
         edit(copy, quantization_config=config_of(method))

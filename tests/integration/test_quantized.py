@@ -22,6 +22,7 @@ from test_engine import GREEDY, SEEDED, VOCAB_SIZE, arrivals, engine_settings, m
 from folovllm import LLM, ModelConfig, ModelLoader, SamplingParams
 from folovllm.book import judges
 from folovllm.model.checkpoint import ModelLoadError
+from folovllm.model.packing import GPTQ_SYMMETRIC_ZEROS
 from folovllm.model.quantized_layers import has_int4_kernel, has_int8_kernel
 from folovllm.tales import EMBEDDED_MODEL
 
@@ -124,6 +125,17 @@ class TestWeights:
         (folder / "config.json").write_text(json.dumps(raw))
         found.pop("quant_method")
         (folder / "quantize_config.json").write_text(json.dumps(found))
+        assert torch.equal(logits(folder, dtype="float32"), expected)
+
+    def test_zeros_that_a_symmetric_weight_need_not_have(self, floats, tmp_path):
+        folder = quantize(floats["qwen2"], tmp_path / "bits", "compressed-tensors")
+        expected = logits(folder, dtype="float32")
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            num_out, num_groups = tensors[name].shape
+            zeros = torch.full((num_out // 8, num_groups), GPTQ_SYMMETRIC_ZEROS, dtype=torch.int32)
+            tensors[name.replace("weight_scale", "weight_zero_point")] = zeros
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         assert torch.equal(logits(folder, dtype="float32"), expected)
 
     def test_modules_that_were_left_in_floats(self, floats, tmp_path):

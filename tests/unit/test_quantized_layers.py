@@ -216,6 +216,14 @@ class TestInt8:
         for row in (0, 3, 5):
             assert (together[row] - alone[row]).abs().max() < 0.2 < together[row].abs().mean()
 
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_a_weight_that_is_not_a_number_does_not_vanish(self, bad):
+        weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+        weight[3, 5] = bad
+        linear = make_int8(weight)
+        linear.process_weights_after_loading()
+        assert linear(torch.randn(2, 64)).isnan().any(0).nonzero().tolist() == [[3]]
+
     @needs_int8
     def test_a_head_whose_only_row_is_not_a_number_says_so(self):
         linear = make_int8(torch.randn(16, 64), is_head=True)
