@@ -309,7 +309,11 @@ class _Calibrated:
 
     def __call__(self, x: Tensor) -> Tensor:
         hessian = compute_hessian(x)
-        self.quantized = self.quantize(self.weight, hessian)
+        try:
+            self.quantized = self.quantize(self.weight, hessian)
+        except ValueError as error:
+            parts = ", ".join(name.removeprefix("model.layers.0.") for name in self.shards)
+            raise ValueError(f"{parts} cannot be quantized: {error}") from None
         self.error = output_error(self.weight, self.quantized, hessian)
         return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
 
@@ -362,6 +366,13 @@ def quantize_layers(calibration: Calibration, quantize: Quantize) -> Iterator[Qu
     Args:
         calibration: at its beginning.
         quantize: how; see `choose_method`.
+
+    Raises:
+        ValueError: if a weight or its inputs have a number that is not finite; the message names layer and weight.
     """
     for index in range(calibration.config.num_layers):
-        yield calibration.quantize_layer(index, quantize)
+        try:
+            layer = calibration.quantize_layer(index, quantize)
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from None
+        yield layer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -157,7 +158,7 @@ def _estimate_bytes(checkpoint: Checkpoint, names: set[str], group_size: int) ->
 
 def _check_folder(out: Path, num_bytes: int) -> None:
     """Refuses a folder that is there, or that there is no room for."""
-    require(not out.exists(), f"{out} exists already; name a folder that does not, and it will be made")
+    require(not os.path.lexists(out), f"{out} exists already; name a folder that does not, and it will be made")
     require(out.parent.is_dir(), f"there is no folder {out.parent} to make {out.name} in")
     free = shutil.disk_usage(out.parent).free
     require(

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -187,6 +187,8 @@ class TestCommand:
     def test_a_folder_that_is_there(self, short: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         self.check(self.quantize(str(EMBEDDED_MODEL), str(tmp_path)), "exists already; name a folder", capsys)
         self.check(self.quantize(str(EMBEDDED_MODEL), str(tmp_path / "no" / "out")), "there is no folder", capsys)
+        (tmp_path / "link").symlink_to("nowhere")
+        self.check(self.quantize(str(EMBEDDED_MODEL), str(tmp_path / "link")), "exists already", capsys)
         self.check(self.quantize("no/such/folder", str(tmp_path / "out")), "no/such/folder", capsys)
 
     def test_no_room(
@@ -256,6 +258,17 @@ def test_the_room_that_is_asked_for_is_that_of_one_layer(tmp_path: Path, monkeyp
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
         with pytest.raises(ModelLoadError, match="one at a time") if is_refused else contextlib.nullcontext():
             Calibration(checkpoint, SEQUENCES)
+
+
+def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path) -> None:
+    save(CONFIGS["qwen3"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"layer 1: self_attn\.o_proj cannot be quantized: the weight has a number that"
+    ):
+        run(open_checkpoint(tmp_path), SEQUENCES, "gptq", group_size=32)
 
 
 def test_a_token_without_an_embedding(tmp_path: Path) -> None:
