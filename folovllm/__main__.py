@@ -61,6 +61,8 @@ TRACED_LOGPROBS = 4
 """Tokens whose probabilities are on the page of a run, beside the one that was drawn."""
 CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 2**14
 """Tokens of a piece of the calibration, and of all pieces."""
+CALIBRATION_CHARACTERS, CALIBRATION_CUTS = 2**20, 64
+"""Characters of a text that become tokens; of a longer text so many cuts from all over, so that a file may be huge."""
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -430,6 +432,9 @@ def _cut_texts(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]
     room = length - len(first)
     pieces = []
     for text in texts:
+        if len(text) > CALIBRATION_CHARACTERS:
+            size, starts = CALIBRATION_CHARACTERS // CALIBRATION_CUTS, range(CALIBRATION_CUTS)
+            text = "".join(text[(at := i * len(text) // CALIBRATION_CUTS) : at + size] for i in starts)
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces += [first + token_ids[i : i + room] for i in range(0, len(token_ids), room)]
     step = max(1, sum(map(len, pieces)) / CALIBRATION_TOKENS)
