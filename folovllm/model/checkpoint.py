@@ -225,8 +225,9 @@ def read_headers(files: Sequence[Path], quantization: QuantizationConfig | None 
                 headers[name] = entry
     if known and not any(name.rpartition(".")[2] in known for name in headers):
         raise ModelLoadError(
-            f"{files[0].parent / 'config.json'} says that the weights are quantized by {method!r}, but "
-            "the files hold none that is; take config and weights from the same checkpoint"
+            f"the config of {files[0].parent} (config.json, or a quantize_config.json beside it) says that the weights "
+            f"are quantized by {method!r}, but the files hold none that is; take config and weights from the same "
+            "checkpoint"
         )
     return headers
 

@@ -111,7 +111,7 @@ def _read_method(name: str, found: dict[str, Any]) -> QuantizationConfig:
 def _read_gptq(found: dict[str, Any]) -> QuantizationConfig:
     """AutoGPTQ's and GPTQModel's fields."""
     version = {"gptq": 1, "gptq_v2": 2}
-    named = found.get("checkpoint_format", found.get("format", "gptq"))
+    named = next((found[name] for name in ("checkpoint_format", "format") if found.get(name) is not None), "gptq")
     named = "marlin" if found.get("is_marlin_format") is True else named
     require(
         isinstance(named, str) and named in version,

@@ -411,6 +411,10 @@ class TestQuantized:
         edit(copy, quantization_config=config_of(method))
         refusal(copy, f"quantized by {method!r}, but the files hold none")
 
+    def test_what_autogptq_has_left_beside_a_config(self, copy):
+        (copy / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
+        refusal(copy, "quantize_config.json", "the files hold none")
+
     def test_weights_without_the_config(self, fresh):
         folder = fresh("gptq")
         edit(folder, quantization_config=...)

@@ -33,6 +33,7 @@ class TestGptq:
     @pytest.mark.parametrize("name", ["checkpoint_format", "format"])
     def test_its_version(self, name):
         assert gptq(**{name: "gptq_v2"}).version == 2 and gptq(**{name: "gptq"}).version == 1
+        assert gptq(**{name: None}).version == 1
 
     def test_an_order_of_whole_columns_is_none(self):
         assert gptq(group_size=-1, desc_act=True).scheme(UP) == Scheme(-1, symmetric=True, desc_act=False)
