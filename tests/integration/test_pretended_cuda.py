@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graph_helpers import patch_graphs
 from pretended_cuda import pretended_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -237,12 +238,7 @@ def recording(monkeypatch):
             patch.setattr(Decoder, "__call__", lambda *args: sizes.append(len(args[1])) or forward(*args))
             yield
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream")
-    for name in ("device", "stream"):
-        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    patch_graphs(monkeypatch, Graph, capture)
     return sizes
 
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from graph_helpers import patch_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
@@ -80,12 +81,7 @@ def pretended_graphs():
         return graph
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
-        patch.setattr(torch.cuda, "graph", capture)
-        patch.setattr(torch.cuda, "synchronize", lambda: None)
-        patch.setattr(torch.cuda, "Stream", lambda: "a stream")
-        for name in ("device", "stream"):
-            patch.setattr(torch.cuda, name, contextlib.nullcontext)
+        patch_graphs(patch, PretendedGraph, capture)
         patch.setitem(BACKENDS, "sdpa", f"{__name__}.DeviceAttention")
         yield pools
 
