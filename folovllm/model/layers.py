@@ -177,11 +177,12 @@ class RMSNorm:
         if self.weight.device.type == "cpu":
             size = self.weight.shape[-1]
             self._scaled = self.weight * math.sqrt(size)
-            self._shortest = torch.tensor(math.sqrt(size * self.eps), dtype=torch.float32, device=self.weight.device)
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self._shortest = torch.tensor(math.sqrt(size * self.eps), dtype=wide, device=self.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The shape and dtype of ``x``."""
         if self._scaled is None:
             return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self._shortest.dtype)
         return (x / length.hypot_(self._shortest)).mul_(self._scaled).to(x.dtype)

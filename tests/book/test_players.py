@@ -21,7 +21,7 @@ from test_browser import FIND_FAINT_TEXT, run_axe
 from folovllm import LLM, SamplingParams
 from folovllm.book import players
 from folovllm.book.palette import REQUEST_COLORS
-from folovllm.book.players import Player, Trace, play_sampling, play_trace, record
+from folovllm.book.players import Player, Trace, exact_logits, play_sampling, play_trace, record
 from folovllm.book.players.player import read_part
 from folovllm.book.players.sampling import NUM_SEEDS, RESOLUTION
 from folovllm.book.plotting.style import PALETTE
@@ -45,6 +45,8 @@ REQUESTS = [
 
 
 GUESSES = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+
+BEGINNINGS = ("Once upon a time, in the", "Once upon a", "Once upon a time, in the forest, there lived a")
 
 
 def make_llm(**config: Any) -> LLM:
@@ -84,14 +86,10 @@ def run() -> tuple[Trace, list[dict[str, Any]], dict[str, Any]]:
 @pytest.fixture(scope="module")
 def rows() -> dict[str, torch.Tensor]:
     """Logits of the embedded model after two beginnings, and some of which most tokens were taken out."""
-    llm = make_llm()
-    found = {}
-    for text in ("Once upon a time, in the", "Once upon a time, in the forest, there lived a"):
-        (output,) = llm.generate(text, SamplingParams(max_tokens=1, logprobs=-1), use_tqdm=False)
-        logprobs = output.outputs[0].logprobs[0]
-        found[text] = torch.tensor([logprobs[i].logprob for i in range(len(logprobs))])
-    allowed = torch.arange(len(logprobs)) % 7 == 3
-    found["as if a grammar allowed every seventh token"] = found[text].masked_fill(~allowed, -torch.inf)
+    found = exact_logits(BEGINNINGS, make_llm().get_tokenizer())
+    logits = found[BEGINNINGS[-1]]
+    allowed = torch.arange(len(logits)) % 7 == 3
+    found["as if a grammar allowed every seventh token"] = logits.masked_fill(~allowed, -torch.inf)
     return found
 
 
@@ -234,6 +232,28 @@ def test_only_small_vocabularies_are_kept_whole(tokenizer: Any) -> None:
     data = player.data
     assert len(data["texts"]) == 1500 and data["vocabSize"] == 100_000
     assert data["texts"][0].startswith("#") and len(player._repr_html_()) < LARGEST
+
+
+def test_exact_logits_are_those_of_the_engine(rows: Any) -> None:
+    llm = make_llm()
+    outputs = llm.generate([*BEGINNINGS], SamplingParams(max_tokens=1, logprobs=-1), use_tqdm=False)
+    for text, output in zip(BEGINNINGS, outputs):
+        (found,) = output.outputs[0].logprobs
+        logprobs = torch.tensor([found[i].logprob for i in range(len(found))])
+        torch.testing.assert_close(rows[text].log_softmax(-1).float(), logprobs, rtol=1e-5, atol=1e-4)
+
+
+def test_the_order_in_which_a_machine_adds_does_not_reach_the_data(rows: Any, tokenizer: Any) -> None:
+    steps = torch.cat([rows[text] for text in BEGINNINGS]) * RESOLUTION
+    margin = (steps - steps.floor() - 0.5).abs().min() / RESOLUTION
+    assert margin > 1e-11, "a logit so near the middle of two steps may be rounded to either"
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(num_threads, 2))
+        again = exact_logits(BEGINNINGS, tokenizer)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert play_sampling(again, tokenizer).data == play_sampling({t: rows[t] for t in BEGINNINGS}, tokenizer).data
 
 
 def test_what_cannot_be_played_is_refused() -> None:

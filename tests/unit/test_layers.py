@@ -48,7 +48,7 @@ def test_packing_is_another_order_of_the_same_bytes():
     assert linear.weight.is_mkldnn
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-5, 1, 1e5])
 def test_the_norm_is_torchs(dtype, scale):
     torch.manual_seed(0)

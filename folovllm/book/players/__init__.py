@@ -6,8 +6,8 @@ file alike. Chapters 0, 2 and 8 to 13 use them.
 """
 
 from folovllm.book.players.player import Player
-from folovllm.book.players.sampling import play_sampling
+from folovllm.book.players.sampling import exact_logits, play_sampling
 from folovllm.book.players.trace import Trace, record
 from folovllm.book.players.trace_player import play_trace
 
-__all__ = ["Player", "Trace", "play_sampling", "play_trace", "record"]
+__all__ = ["Player", "Trace", "exact_logits", "play_sampling", "play_trace", "record"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,13 @@ from torch import Tensor
 
 from folovllm.book.players.player import Player
 from folovllm.book.players.trace import label_of, text_of
+from folovllm.config import ModelConfig
+from folovllm.model.decoder import load_decoder
+from folovllm.model.gptq import attend_within
+from folovllm.model_loader import ModelLoader
 from folovllm.sample.sampler import Sampler, SamplingMetadata, make_generator
 from folovllm.sampling_params import SamplingParams
+from folovllm.tales import default_model
 
 NUM_SEEDS = 32
 """Seeds whose first random number is in the data: no generator is written anew in another language."""
@@ -22,6 +28,27 @@ MOST_TOKENS = 1500
 RESOLUTION = 1024
 """Logits are rounded to multiples of 1 / 1024 before anything is computed of them; float32 holds these exactly."""
 NUM_STILL_BARS = 8
+
+
+@torch.inference_mode()
+def exact_logits(texts: Iterable[str], tokenizer: Any) -> dict[str, Tensor]:
+    """The logits after each text, ``[vocab_size]``, as the notebooks' model gives them in float64.
+
+    In float32 the last digits depend on the order in which a processor adds, and of the thousands of logits of a page
+    a few lie so near the middle between two steps of `RESOLUTION` that one machine rounds them up and another down.
+
+    Args:
+        texts: what stands before the token.
+        tokenizer: of that model.
+    """
+    checkpoint = ModelLoader(ModelConfig(default_model(), dtype="float32")).open("cpu")
+    decoder, rows = load_decoder(replace(checkpoint, dtype=torch.float64)), {}
+    for text in texts:
+        input_ids = torch.tensor(tokenizer.encode(text))
+        positions = torch.arange(len(input_ids))
+        hidden = decoder(input_ids, positions, attend_within([len(input_ids)]))
+        rows[text] = decoder.compute_logits(hidden[-1:]).squeeze(0)
+    return rows
 
 
 def play_sampling(rows: Mapping[str, Tensor], tokenizer: Any) -> Player:
@@ -36,7 +63,7 @@ def play_sampling(rows: Mapping[str, Tensor], tokenizer: Any) -> Player:
     """
     if not rows:
         raise ValueError("rows is empty: give the logits after at least one text")
-    logits = {text: row.detach().reshape(-1).float().cpu() for text, row in rows.items()}
+    logits = {text: row.detach().reshape(-1).double().cpu() for text, row in rows.items()}
     sizes = sorted({len(row) for row in logits.values()})
     if len(sizes) > 1:
         raise ValueError(f"all rows must be of one vocabulary, got {sizes[0]} and {sizes[-1]} logits")
@@ -44,7 +71,7 @@ def play_sampling(rows: Mapping[str, Tensor], tokenizer: Any) -> Player:
         if not row.max().isfinite():  # NaN is the largest of all
             raise ValueError(f"the logits after {text!r} leave no token to draw: their largest is {row.max():g}")
     ids = _tokens_to_keep(list(logits.values()))
-    rounded = {text: (row[ids] * RESOLUTION).round() for text, row in logits.items()}
+    rounded = {text: (row[ids] * RESOLUTION).round().float() for text, row in logits.items()}
     labels = [text_of(tokenizer, token_id) for token_id in ids.tolist()]
     data = {
         "resolution": RESOLUTION,
