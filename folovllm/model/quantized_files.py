@@ -33,7 +33,7 @@ from folovllm.validation import require
 
 MAX_SHARD_BYTES = 2**30
 """Bytes of tensors from which on a new weight file is begun."""
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+COPIED = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "LICENSE*")
 """Files of a checkpoint that are copied, but for its config and the index of its weights."""
 FORMATS: dict[str, Callable[[QuantizedWeight], dict[str, Tensor]]] = {
     "gptq": pack_gptq,
@@ -216,7 +216,9 @@ def _copy_others(checkpoint: Checkpoint, folder: Path, quantization_config: dict
     left = {"config.json", "model.safetensors.index.json"}
     for path in (path for pattern in COPIED for path in checkpoint.folder.glob(pattern)):
         if path.name not in left and path.is_file():
-            shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(checkpoint.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     config = read_json(checkpoint.folder / "config.json")
     _write_json(folder / "config.json", config | {"quantization_config": quantization_config})
 

@@ -118,8 +118,10 @@ def test_what_is_written_can_be_read(
     name: str, file_format: str, group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = save(CONFIGS[name], tmp_path / "model")
-    for extra in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
-        (tmp_path / "model" / extra).write_text("{}")
+    others = ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/rag.jinja", "generation_config.json")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    for other in others:
+        (tmp_path / "model" / other).write_text("{}")
     layers, _ = run(checkpoint, SEQUENCES, "gptq", group_size=group_size)
     monkeypatch.setattr(quantized_files, "MAX_SHARD_BYTES", 20_000)
     out = tmp_path / "out"
@@ -138,11 +140,8 @@ def test_what_is_written_can_be_read(
             del written[prefix + key]
     kept = {name: t for name, t in load_file(tmp_path / "model" / "model.safetensors").items() if name in written}
     assert all(torch.equal(written[key], kept[key]) for key in written) and "model.embed_tokens.weight" in kept
-    assert (
-        not {path.name for path in (tmp_path / "model").iterdir()}
-        - {path.name for path in out.iterdir()}
-        - {"model.safetensors"}
-    )
+    before, after = ({path.relative_to(folder) for path in folder.rglob("*")} for folder in (tmp_path / "model", out))
+    assert before - after == {Path("model.safetensors")}
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == file_format
     assert report.bytes_after == sum(path.stat().st_size for path in out.glob("*.safetensors")) < report.bytes_before
