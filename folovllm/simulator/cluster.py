@@ -1,4 +1,4 @@
-"""Runs a workload through one engine or several behind a router. Chapters 8 and 20.
+"""Runs a workload through one engine or several behind a router. Chapters 8, 9, 12 and 13.
 
 Each replica is a whole engine with a clock of its own, and the earliest event is always next: an arrival, the end of a
 request, or a step of the replica whose clock is behind all others'. Prefill and decode on different machines are not

@@ -55,7 +55,7 @@ class Runner(Protocol):
         ...
 
     def run(self, scheduler_output: SchedulerOutput) -> RunnerOutput:
-        """Computes a step: one token for each entry of ``sampled``."""
+        """Computes a step: the new tokens of each entry of ``sampled``."""
         ...
 
 
