@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         _discard_output()
         return 141
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:  # standard output cannot be written to
             _discard_output()
         _complain(error)
@@ -545,7 +545,7 @@ def _fit(
 def _complain(error: Exception) -> None:
     """Prints in one line what went wrong."""
     with contextlib.suppress(OSError):  # standard error may be closed
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
 
 
 def _discard_output() -> None:

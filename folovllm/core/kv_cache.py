@@ -29,6 +29,11 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
+def _before_the_first(cache_salt: str | None) -> bytes:
+    """The parent of a first block; with a salt 64 bytes, so that no salt can be taken for the hash of a block."""
+    return hashlib.blake2b(cache_salt.encode("utf-8", "surrogatepass")).digest() if cache_salt else b""
+
+
 class BlockPool:
     """Blocks by number, how many tables each is in, and the hashes by which full blocks are found again.
 
@@ -214,7 +219,7 @@ class KVCacheManager:
         """The hashes of a sequence's first ``num_blocks`` blocks; each is computed once."""
         block_hashes = self._prefixes.setdefault(seq.seq_id, _Prefix()).block_hashes
         for i in range(len(block_hashes), num_blocks):
-            parent = block_hashes[-1] if block_hashes else (seq.cache_salt or "").encode("utf-8", "surrogatepass")
+            parent = block_hashes[-1] if block_hashes else _before_the_first(seq.cache_salt)
             tokens = seq.data.get_token_ids(i * self.block_size, (i + 1) * self.block_size)
             block_hashes.append(self.hash_block(parent, tokens))
         return block_hashes[:num_blocks]

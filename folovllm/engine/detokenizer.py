@@ -53,7 +53,8 @@ class Detokenizer:
         """The text of added tokens that follow one another, where no space may be put between them."""
         self._follows_added = False
         self._text = ""
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Tokens that were added."""
         self._is_finished = False
         self._unread: list[int] = []
         """Tokens that have not been decoded yet."""
@@ -81,14 +82,14 @@ class Detokenizer:
             the stop string that its text completes, or None. One that the first ``min_tokens`` tokens complete does not
             count.
         """
-        self._num_tokens += 1
+        self.num_tokens += 1
         if token_id not in self._skipped and not (stop_terminated and not self.params.include_stop_str_in_output):
             self._unread.append(token_id)
         if not self.stops:
             return None  # decoded when the text is asked for
         before = len(self._text)
         self._read()
-        return self._find_stop(before) if self._num_tokens > self.params.min_tokens else None
+        return self._find_stop(before) if self.num_tokens > self.params.min_tokens else None
 
     def finish(self) -> None:
         """No token will follow, so nothing is held back any more. The bytes of an incomplete character are dropped."""

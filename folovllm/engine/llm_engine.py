@@ -225,7 +225,5 @@ class LLMEngine:
     def _abort_running(self, reason: str) -> None:
         """Aborts every request that was running in a failed step, with ``reason`` as its stop reason."""
         running = self.scheduler.reset()
-        # These ended in this very step, and their outputs had not been sent when it failed.
-        ended = [name for name, state in self.output_processor.states.items() if state.request.is_finished()]
-        for request_id in [*ended, *running]:
+        for request_id in [*self.output_processor.find_unsent(reason), *running]:
             self._abort(request_id, reason)

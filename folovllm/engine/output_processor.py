@@ -154,6 +154,20 @@ class OutputProcessor:
                 return True
         return False
 
+    def find_unsent(self, reason: str) -> list[str]:
+        """The requests that ended in a step that failed before their outputs were sent.
+
+        Answers whose last tokens had not been turned into text by then are aborted, with ``reason`` as stop reason.
+        """
+        unsent = [state for state in self.states.values() if state.request.is_finished()]
+        for state in unsent:
+            for seq in state.request.get_seqs():
+                detokenizer = state.detokenizers.get(seq.seq_id)
+                num_read = 0 if detokenizer is None else detokenizer.num_tokens
+                if seq.sampling_params.detokenize and num_read < seq.get_output_len():
+                    seq.status, seq.stop_reason = SequenceStatus.FINISHED_ABORTED, reason
+        return [state.request.request_id for state in unsent]
+
     def _detokenizer(self, seq: Sequence) -> Detokenizer:
         detokenizers = self.states[seq.request_id].detokenizers
         if seq.seq_id not in detokenizers:

@@ -104,8 +104,8 @@ MUTATIONS = [
     Mutation(
         "a salt that is forgotten",
         "folovllm/core/kv_cache.py",
-        '(seq.cache_salt or "")',
-        '""',
+        "_before_the_first(seq.cache_salt)",
+        'b""',
         "tests/unit/test_kv_cache.py::TestManager::test_only_those_with_the_same_salt_find_each_other",
     ),
     Mutation(

@@ -259,6 +259,8 @@ class TestWhatIsWrong:
         [
             (["generate", "a", *COMMON, "--top-p", "2"], "top_p"),
             (["generate", "a", *COMMON, "--block-size", "0"], "block_size"),
+            (["generate", "a", *COMMON, "--num-blocks", str(10**14)], "allocate"),
+            (["simulate", "--num-requests", "1", "--num-blocks", str(10**15)], "MemoryError"),
             (["generate", "", *COMMON], "at least one token"),
             (
                 ["generate", "a", *COMMON, "--regex", "(?=a)b"],

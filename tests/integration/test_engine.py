@@ -453,6 +453,27 @@ class TestFailure:
             if answer.finish_reason == "abort":
                 assert key in running and answer.stop_reason == f"{type(error).__name__}: {error}"
 
+    @pytest.mark.parametrize("fails_at", range(2))
+    def test_an_answer_whose_last_tokens_were_never_read_does_not_look_complete(self, checkpoint, prompts, fails_at):
+        engine = make_engine(checkpoint)
+        for name in ("a", "b"):
+            engine.add_request(name, prompts[0], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        engine.step()
+        processor, calls = engine.output_processor, itertools.count()
+        add_tokens = processor._add_tokens
+
+        def failing(seq, token_ids):
+            if next(calls) == fails_at:
+                raise MemoryError("no room for text")
+            return add_tokens(seq, token_ids)
+
+        processor._add_tokens = failing
+        with pytest.raises(MemoryError):
+            engine.step()
+        reasons = [output.outputs[0].finish_reason for output in engine.step()]
+        assert reasons == [["abort", "abort"], ["length", "abort"]][fails_at]
+        engine.check_integrity()
+
     def test_a_block_that_a_failed_step_did_not_write_is_never_found(self, checkpoint, prompts, greedy_tokens):
         engine = make_engine(checkpoint, enable_prefix_caching=True, block_size=4)
         run = engine.runner.run

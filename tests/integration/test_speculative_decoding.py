@@ -21,6 +21,7 @@ from folovllm.core.scheduler import Scheduler
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.logprobs import Logprob
 from folovllm.model import decoder
+from folovllm.model.checkpoint import ModelLoadError
 from folovllm.outputs import RunnerOutput
 from folovllm.request import MAX_GUESSED_ROWS, Request
 from folovllm.tales import EMBEDDED_MODEL, draft_model
@@ -322,6 +323,16 @@ def test_a_draft_model_for_shorter_texts_is_refused_before_a_weight_is_read(tmp_
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
     with pytest.raises(ValueError, match=r"^max_model_len must be at most the 100 tokens of the draft .*, got 256"):
+        make_llm(speculative_config={**ITSELF, "model": str(tmp_path)})
+
+
+def test_a_draft_model_that_looks_at_pictures_is_refused_by_its_name(tmp_path):
+    config = json.loads((Path(draft_model()) / "config.json").read_text())
+    for file in Path(draft_model()).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    whole = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ModelLoadError, match="no architecture LlavaForConditionalGeneration"):
         make_llm(speculative_config={**ITSELF, "model": str(tmp_path)})
 
 

@@ -134,6 +134,15 @@ class TestManager:
         cache.free(computed(cache, make()))
         assert cache.get_computed_blocks(make("b", prompt_logprobs=0, skip_reading_prefix_cache=False)) == 8
 
+    def test_no_salt_passes_for_the_hash_of_a_block(self):
+        class Readable(KVCacheManager):
+            hash_block = staticmethod(lambda parent, token_ids: parent + repr(token_ids).encode())
+
+        cache = Readable(8, 4, enable_prefix_caching=True)
+        cache.free(computed(cache, make()))
+        second_block_alone = make("b", num_tokens=6, start=4, cache_salt="[0, 1, 2, 3]")
+        assert cache.get_computed_blocks(second_block_alone) == 0
+
     @pytest.mark.parametrize("salt, other, saved", [("x", "x", 8), ("x", "y", 0), ("x", None, 0), (None, "x", 0)])
     def test_only_those_with_the_same_salt_find_each_other(self, salt, other, saved):
         cache = KVCacheManager(8, 4, enable_prefix_caching=True)
