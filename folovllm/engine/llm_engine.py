@@ -225,5 +225,5 @@ class LLMEngine:
     def _abort_running(self, reason: str) -> None:
         """Aborts every request that was running in a failed step, with ``reason`` as its stop reason."""
         running = self.scheduler.reset()
-        for request_id in [*self.output_processor.find_unsent(reason), *running]:
+        for request_id in [*self.output_processor.settle_unsent(reason), *running]:
             self._abort(request_id, reason)

@@ -154,10 +154,14 @@ class OutputProcessor:
                 return True
         return False
 
-    def find_unsent(self, reason: str) -> list[str]:
-        """The requests that ended in a step that failed before their outputs were sent.
+    def settle_unsent(self, reason: str) -> list[str]:
+        """Settles how the requests end that ended in a step which failed before their outputs were sent.
 
-        Answers whose last tokens had not been turned into text by then are aborted, with ``reason`` as stop reason.
+        Answers whose last tokens had not been turned into text by then are aborted, with ``reason`` as stop reason; the
+        others have ended as they have.
+
+        Returns:
+            the ids of these requests.
         """
         unsent = [state for state in self.states.values() if state.request.is_finished()]
         for state in unsent:

@@ -99,7 +99,7 @@ def _open_draft(config: EngineConfig, checkpoint: Checkpoint, device: str | torc
     name, longest = cast(str, speculative.model), checkpoint.max_model_len
     draft_config = replace(model_config, model=name, quantization=None, max_model_len=None)
     draft = ModelLoader(draft_config).open(device)
-    sizes = [config.hf_config.get_text_config().vocab_size for config in (draft, checkpoint)]
+    sizes = [opened.hf_config.get_text_config().vocab_size for opened in (draft, checkpoint)]
     require(
         sizes[0] == sizes[1],
         f"a draft model must have the model's tokens: {name} has {sizes[0]}, and {model_config.model} {sizes[1]}",

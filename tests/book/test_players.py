@@ -85,7 +85,7 @@ def run() -> tuple[Trace, list[dict[str, Any]], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, torch.Tensor]:
-    """Logits of the embedded model after two beginnings, and some of which most tokens were taken out."""
+    """Logits of the embedded model after three beginnings, and some of which most tokens were taken out."""
     found = exact_logits(BEGINNINGS, make_llm().get_tokenizer())
     logits = found[BEGINNINGS[-1]]
     allowed = torch.arange(len(logits)) % 7 == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -319,8 +320,7 @@ def test_a_draft_model_of_other_tokens_is_refused(llm, tmp_path):
 def test_a_draft_model_for_shorter_texts_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "iterate_weights", lambda checkpoint: pytest.fail("a weight was read"))
     config = json.loads((Path(draft_model()) / "config.json").read_text())
-    for file in Path(draft_model()).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(draft_model(), tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
     with pytest.raises(ValueError, match=r"^max_model_len must be at most the 100 tokens of the draft .*, got 256"):
         make_llm(speculative_config={**ITSELF, "model": str(tmp_path)})
@@ -328,8 +328,7 @@ def test_a_draft_model_for_shorter_texts_is_refused_before_a_weight_is_read(tmp_
 
 def test_a_draft_model_that_looks_at_pictures_is_refused_by_its_name(tmp_path):
     config = json.loads((Path(draft_model()) / "config.json").read_text())
-    for file in Path(draft_model()).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(draft_model(), tmp_path, dirs_exist_ok=True)
     whole = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": config}
     (tmp_path / "config.json").write_text(json.dumps(whole))
     with pytest.raises(ModelLoadError, match="no architecture LlavaForConditionalGeneration"):

@@ -2,7 +2,7 @@
 
 Each player is the output of a cell, and whole in itself: its data, one plain script and a still picture with a
 description for readers without scripts. It asks nobody for anything, so it works in JupyterLab, on the site and from a
-file alike. Chapters 0, 2 and 8 to 13 use them.
+file alike. Chapters 0, 2, 8 to 13, 16 and 18 use them.
 """
 
 from folovllm.book.players.player import Player

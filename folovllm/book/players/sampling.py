@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from folovllm.book.few_bits import open_default_model
 from folovllm.book.players.player import Player
 from folovllm.book.players.trace import label_of, text_of
-from folovllm.config import ModelConfig
 from folovllm.model.decoder import load_decoder
 from folovllm.model.gptq import attend_within
-from folovllm.model_loader import ModelLoader
 from folovllm.sample.sampler import Sampler, SamplingMetadata, make_generator
 from folovllm.sampling_params import SamplingParams
-from folovllm.tales import default_model
 
 NUM_SEEDS = 32
 """Seeds whose first random number is in the data: no generator is written anew in another language."""
@@ -41,8 +39,7 @@ def exact_logits(texts: Iterable[str], tokenizer: Any) -> dict[str, Tensor]:
         texts: what stands before the token.
         tokenizer: of that model.
     """
-    checkpoint = ModelLoader(ModelConfig(default_model(), dtype="float32")).open("cpu")
-    decoder, rows = load_decoder(replace(checkpoint, dtype=torch.float64)), {}
+    decoder, rows = load_decoder(replace(open_default_model(), dtype=torch.float64)), {}
     for text in texts:
         input_ids = torch.tensor(tokenizer.encode(text))
         positions = torch.arange(len(input_ids))
