@@ -61,6 +61,9 @@ class ModelConfig:
     """Longest sequence in tokens, prompt and output together; None: taken from the model when it is loaded."""
     seed: int = 0
     """Seed of every random number generator the engine uses."""
+    max_logprobs: int = 20
+    """Most log probabilities that a request may ask for at each position, since each takes some 200 bytes; -1: any
+    number, the whole vocabulary included."""
     attention_backend: Literal["auto", "gather", "sdpa", "triton", "flash"] = "auto"
     """How attention reads the cache; "auto" takes the fastest that can serve on the device."""
     enforce_eager: bool | None = None
@@ -80,6 +83,8 @@ class ModelConfig:
         self.max_model_len = _optional_positive("max_model_len", self.max_model_len)
         self.seed = check_int("seed", self.seed)
         require(0 <= self.seed <= MAX_SEED, f"seed must be in [0, {MAX_SEED}], got {self.seed}")
+        self.max_logprobs = check_int("max_logprobs", self.max_logprobs)
+        require(self.max_logprobs >= -1, f"max_logprobs must be 0 or more, or -1 for no limit, got {self.max_logprobs}")
         check_choice("attention_backend", self.attention_backend, ("auto", "gather", "sdpa", "triton", "flash"))
         if self.enforce_eager is not None:
             check_bool("enforce_eager", self.enforce_eager)

@@ -193,7 +193,7 @@ class SamplingParams:
     logprobs: int | None = None
     """How many of the likeliest tokens to report log probabilities for, beside the chosen one.
 
-    None reports none at all, -1 the whole vocabulary.
+    None reports none at all, -1 the whole vocabulary; an engine serves at most ``ModelConfig.max_logprobs``.
     """
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
@@ -371,7 +371,8 @@ class BeamSearchParams:
     """What one beam search asks for (vLLM: ``BeamSearchParams``). Chapter 17."""
 
     beam_width: int
-    """Texts that are kept after each step, and texts to return; at most half of the vocabulary."""
+    """Texts that are kept after each step, and texts to return; at most half of the vocabulary, and of
+    ``ModelConfig.max_logprobs``."""
     max_tokens: int
     """Most tokens to generate for one text."""
     ignore_eos: bool = False

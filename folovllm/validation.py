@@ -134,6 +134,6 @@ def check_token_ids(name: str, value: Any, ordered: bool = True) -> list[int]:
 
 
 def check_texts(name: str, value: Any) -> list[str]:
-    """Non-empty strings, in any order, as a list of its own; see `check_list`."""
+    """Non-empty texts, in any order, as a list of its own; see `check_list` and `check_unicode`."""
     texts = check_list(name, value, "strings", ordered=False)
-    return [check_str(f"{name}[{i}]", text) for i, text in enumerate(texts)]
+    return [check_unicode(f"{name}[{i}]", check_str(f"{name}[{i}]", text)) for i, text in enumerate(texts)]

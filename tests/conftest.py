@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 
@@ -80,10 +81,16 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _module_leaves_the_process_as_it_was() -> Iterator[None]:
-    """For fixtures that live as long as a file's tests."""
+def _module_leaves_the_process_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For fixtures that live as long as a file's tests, and what its functions keep between them.
+
+    Parsed pages and drawn figures are millions of objects, which every later garbage collection would go through.
+    """
     before = process_state()
     yield
+    for kept in vars(request.module).values():
+        if isinstance(kept, functools._lru_cache_wrapper) and kept.__module__ == request.module.__name__:
+            kept.cache_clear()
     if found := changes(before, process_state()):
         pytest.fail(f"this file's tests left changed: {'; '.join(found)}", pytrace=False)
 

@@ -120,7 +120,14 @@ def start_search(
     request = engine.input_processor.process(generate_request_id(), prompt, longest, arrival_time=0.0)
     params.max_tokens = min(params.max_tokens, engine.max_model_len - len(request.prompt_token_ids))
     ends = () if params.ignore_eos else tuple(engine.eos_token_ids)
-    return search_cls(request.prompt_token_ids, params, ends, request.cache_salt)
+    search = search_cls(request.prompt_token_ids, params, ends, request.cache_salt)
+    limit = engine.config.model_config.max_logprobs
+    require(
+        limit == -1 or search.num_candidates <= limit,
+        f"a beam_width of {params.beam_width} needs {search.num_candidates} log probabilities at each position, and "
+        f"max_logprobs is {limit}: lower beam_width or raise max_logprobs (-1: no limit)",
+    )
+    return search
 
 
 def run_searches(engine: LLMEngine, sink: OutputSink, searches: Iterable[BeamSearch]) -> Iterator[BeamSearch]:

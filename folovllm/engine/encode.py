@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from folovllm.validation import require
+from folovllm.validation import check_unicode, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,13 +37,7 @@ def encode_text(
             f"prompt must have at most {max_model_len * longest} characters (max_model_len {max_model_len} times "
             f"{longest}, the longest token's), got {len(text)}",
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"prompt must be text, but its character {error.start} is {text[error.start]!a}, half a surrogate pair; "
-            "read it anew with the encoding that it is written in"
-        ) from None
+    check_unicode("prompt", text)
     return list(_without_limits(tokenizer).encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
 

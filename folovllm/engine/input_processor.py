@@ -67,6 +67,7 @@ class InputProcessor:
         check_str("request_id", request_id)
         text, token_ids, cache_salt = self._read_prompt(prompt)
         params = self._own_params(params)
+        self._check_logprobs(params)
         self._check_room(request_id, len(token_ids), params)
         largest = max(token_ids)
         require(
@@ -152,6 +153,17 @@ class InputProcessor:
             others = [i for i in self.eos_token_ids if i != self.eos_token_id]
             params.stop_token_ids = list(dict.fromkeys([*(params.stop_token_ids or []), *others]))
         return params
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        """Refuses to keep more log probabilities than the engine's memory is meant for."""
+        limit = self.config.model_config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            asked = self.vocab_size if count == -1 else count
+            require(
+                asked is None or limit == -1 or asked <= limit,
+                f"{name} must be at most max_logprobs ({limit}), got {count}: raise max_logprobs (-1: no limit)",
+            )
 
     def _check_room(self, request_id: str, num_prompt: int, params: SamplingParams) -> None:
         """Refuses what is too long for the model, or for the whole cache."""

@@ -123,6 +123,13 @@ MUTATIONS = [
         page("01_configs", "config.cache_config"),
     ),
     Mutation(
+        "a cell that cannot be run twice",
+        "notebooks/01_configs.ipynb",
+        '"config.cache_config"',
+        '"config.cache_config if len(In) == 2 else None"',
+        page("01_configs", "config.cache_config"),
+    ),
+    Mutation(
         "a word in code that a page lists",
         "folovllm/config.py",
         "Tokens in one KV block.",

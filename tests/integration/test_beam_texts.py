@@ -38,7 +38,7 @@ NEAR_TIE = 1e-4
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(str(EMBEDDED_MODEL), device="cpu", enable_prefix_caching=True, block_size=4)
+    return LLM(str(EMBEDDED_MODEL), device="cpu", enable_prefix_caching=True, block_size=4, max_logprobs=-1)
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +285,7 @@ class TestCallers:
             ([5, 10**6], {}, "prompt has the token id 1000000"),
             ([5] * 64, {}, "prompt has 64 tokens, and max_model_len is 64"),
             ([5] * 30, {"max_tokens": 20}, "may grow to 50 tokens, 13 blocks, and the cache has 12"),
+            ("a", {"beam_width": 11}, "a beam_width of 11 needs 22 log probabilities .* max_logprobs is 20: lower"),
             (b"bytes", {}, "prompt must be a list of token ids"),
         ],
     )

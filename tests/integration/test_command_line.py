@@ -136,7 +136,7 @@ class TestOptions:
         expected |= {"swap_space": 2.0, "enable_prefix_caching": True, "num_blocks": 9, "max_num_batched_tokens": 99}
         expected |= {"max_num_seqs": 3, "enable_chunked_prefill": True, "policy": "priority", "batching": "static"}
         expected |= {"preemption_mode": "swap", "scheduler_reserve_full_isl": False}
-        expected |= {"attention_backend": "sdpa", "enforce_eager": True, "quantization": "int8"}
+        expected |= {"attention_backend": "sdpa", "enforce_eager": True, "quantization": "int8", "max_logprobs": 7}
         names = {field.name for kind in CONFIGS for field in dataclasses.fields(kind)}
         assert set(expected) == names - {"scheduler_cls", "kv_cache_manager_cls"}  # nobody can type a class
         asked = {"method": "ngram", "num_speculative_tokens": 4}

@@ -417,6 +417,18 @@ class TestBadInput:
         with pytest.raises(ValueError, match="no argument 'blocksize'; the nearest is 'block_size'"):
             LLM(str(checkpoint), blocksize=4)
 
+    @cpu_only
+    @pytest.mark.parametrize("num_blocks", [10**9, 2**62])
+    def test_a_cache_larger_than_the_memory_is_refused(self, checkpoint, num_blocks):
+        with pytest.raises(ValueError, match=f"num_blocks must fit into the CPU's memory, got {num_blocks}, which"):
+            make_engine(checkpoint, num_blocks=num_blocks)
+
+    @pytest.mark.parametrize("swap_space", [1e6, 1e300])
+    def test_swap_space_larger_than_the_memory_is_refused(self, checkpoint, swap_space):
+        with pytest.raises(ValueError, match=r"swap_space must be at most the CPU's memory of .* GiB, got 1e"):
+            make_engine(checkpoint, swap_space=swap_space, preemption_mode="swap")
+        make_engine(checkpoint, swap_space=swap_space)  # nobody asks for it
+
     def test_a_budget_below_max_model_len_needs_chunks(self, checkpoint):
         with pytest.raises(ValueError, match="enable_chunked_prefill=True"):
             make_engine(checkpoint, max_num_batched_tokens=8)

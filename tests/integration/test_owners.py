@@ -371,6 +371,20 @@ class TestOneCaller:
             with pytest.raises(ValueError, match="min_tokens must fit behind the prompt, got 61 where 60"):
                 llm.engine.add_request("r", prompt, params)
 
+    @pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+    @pytest.mark.parametrize("limit, most", [(20, 20), (3, 3), (0, 0), (5_000, -1), (-1, -1)])
+    def test_no_more_log_probabilities_than_the_engine_gives(self, name, limit, most):
+        settings = {} if limit == 20 else {"max_logprobs": limit}  # 20 is what it gives unless told otherwise
+        engine = LLM(str(EMBEDDED_MODEL), **HERE, max_model_len=64, **settings).engine
+        engine.add_request("fits", [5, 6], SamplingParams(max_tokens=1, **{name: most}))
+        (output,) = engine.step()
+        found = output.outputs[0].logprobs if name == "logprobs" else output.prompt_logprobs[1:]
+        assert len(found[0]) >= (1294 if most == -1 else most)
+        for count in () if most == -1 else (most + 1, -1):
+            sentence = rf"{name} must be at most max_logprobs \({limit}\), got {count}: raise max_logprobs"
+            with pytest.raises(ValueError, match=sentence):
+                engine.add_request("more", [5, 6], SamplingParams(**{name: count}))
+
 
 class TestHooks:
     def test_a_hook_sees_every_step(self, llm):

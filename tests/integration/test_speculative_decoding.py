@@ -39,7 +39,7 @@ def make_llm(**kwargs) -> LLM:
 
 @pytest.fixture(scope="module")
 def llm():
-    return make_llm()
+    return make_llm(max_logprobs=-1)
 
 
 def say(engine: LLMEngine, token_ids: list[int], num_per_step: int) -> None:

@@ -39,6 +39,7 @@ class TestModelConfig:
             "dtype": "auto",
             "max_model_len": None,
             "seed": 0,
+            "max_logprobs": 20,
             "attention_backend": "auto",
             "enforce_eager": None,
             "quantization": None,
@@ -106,7 +107,7 @@ class TestModelConfig:
         message = error_of(ModelConfig, "m", max_model_len=length)
         assert "max_model_len must be positive" in message and str(length) in message
 
-    @pytest.mark.parametrize("field", ["max_model_len", "seed"])
+    @pytest.mark.parametrize("field", ["max_model_len", "seed", "max_logprobs"])
     @pytest.mark.parametrize("value", NOT_INTEGERS)
     def test_integers_are_integers(self, field, value):
         if field == "max_model_len" and value is None:
@@ -121,6 +122,14 @@ class TestModelConfig:
     def test_seed_must_suit_every_generator(self, seed):
         message = error_of(ModelConfig, "m", seed=seed)
         assert "seed" in message and str(seed) in message
+
+    @pytest.mark.parametrize("limit", [-1, 0, 1, 2**20])
+    def test_max_logprobs(self, limit):
+        assert ModelConfig("m", max_logprobs=limit).max_logprobs == limit
+
+    def test_max_logprobs_may_not_be_less_than_none(self):
+        message = error_of(ModelConfig, "m", max_logprobs=-2)
+        assert message == "max_logprobs must be 0 or more, or -1 for no limit, got -2"
 
     def test_resolve_takes_the_models_length(self):
         config = ModelConfig("m")

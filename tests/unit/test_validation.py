@@ -204,6 +204,10 @@ class TestCheckTexts:
     def test_an_entry_that_is_no_text_is_named(self, bad):
         assert error_of(check_texts, "words", ["a", bad]) == f"words[1] must be a non-empty string, got {bad!r}"
 
+    def test_each_must_be_text_that_can_be_encoded(self):
+        message = error_of(check_texts, "words", ["a", "b\ud800"])
+        assert message.startswith("words[1] must be Unicode text, got '\\ud800'")
+
 
 class TestShow:
     @pytest.mark.parametrize("value", [1, "a\nb", [1, "b"], None])
