@@ -89,6 +89,8 @@ def measure_foreign(folder: str, also: Sequence[str]) -> None:
     print("| weights | perplexity | loss | CPU s |\n|---|---|---|---|")
     whole = perplexity(make_decoder(checkpoint), pieces)
     print(f"| float32 | {whole:.3f} | | |", flush=True)
+    found = perplexity(load_decoder(ModelLoader(ModelConfig(folder, quantization="int8")).open("cpu")), pieces)
+    print(f"| 8 bits, activations too (`int8`) | {found:.3f} | {found - whole:.3f} | |", flush=True)
     for bits, group_size, method in ways((4,), (32,)):
         before = time.process_time()
         layers = quantize_model(checkpoint, sequences if method == "gptq" else [[0]], method, bits, group_size)

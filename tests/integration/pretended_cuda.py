@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from folovllm.model.quantized_layers import hadamard
+
 aten = torch.ops.aten
 INSTEAD = {
     Tensor.__invert__: aten.bitwise_not,
@@ -111,5 +113,8 @@ def pretended_cuda() -> Iterator[Counter[str]]:
     """Inside, "cuda:0" can be computed on. Gives counts: "waits" for it, "packed" and "loose" copies to it."""
     counts: Counter[str] = Counter()
     tolist = mock.patch.object(FakeTensor, "tolist", Tensor.tolist)  # its own reads one number after the other
-    with tolist, FakeTensorMode(allow_non_fake_inputs=True), Copies(counts), Indexing(counts):
-        yield counts
+    try:
+        with tolist, FakeTensorMode(allow_non_fake_inputs=True), Copies(counts), Indexing(counts):
+            yield counts
+    finally:
+        hadamard.cache_clear()  # what it keeps for "cuda:0" is pretended

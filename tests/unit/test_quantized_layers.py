@@ -21,6 +21,7 @@ from folovllm.model.quantized_layers import (
     int8_max,
     kernel_group_size,
     knows_kernel_order,
+    rotate,
 )
 
 CPU = torch.device("cpu")
@@ -160,7 +161,8 @@ class TestInt8:
         rows = Int8Rows(torch.empty(7, 33, dtype=torch.int8), torch.empty(7))
         rows.copy_(weight)
         assert rows.shape == weight.shape
-        assert bool(((rows.values * rows.scales[:, None] - weight).abs() <= 0.5001 * rows.scales[:, None]).all())
+        error = rows.values * rows.scales[:, None] - rotate(weight)
+        assert bool((error.abs() <= 0.5001 * rows.scales[:, None]).all())
         assert rows.values[0].abs().max() == int8_max() and not rows.values[3].any()
 
     def test_a_large_weight_is_rounded_in_parts(self, monkeypatch):
@@ -214,7 +216,7 @@ class TestInt8:
         alone, together = torch.cat([linear(row[None]) for row in x]), linear(x)
         assert not together[1].any() and together[2].isnan().all()
         for row in (0, 3, 5):
-            assert (together[row] - alone[row]).abs().max() < 0.2 < together[row].abs().mean()
+            assert (together[row] - alone[row]).abs().max() < 0.4 < together[row].abs().mean()
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_a_weight_that_is_not_a_number_does_not_vanish(self, bad):
@@ -225,10 +227,28 @@ class TestInt8:
         assert linear(torch.randn(2, 64)).isnan().any(0).nonzero().tolist() == [[3]]
 
     @needs_int8
-    def test_a_head_whose_only_row_is_not_a_number_says_so(self):
-        linear = make_int8(torch.randn(16, 64), is_head=True)
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("places", [slice(None), slice(5, 6), slice(64, None)])
+    @pytest.mark.parametrize("num_rows", [1, 3])
+    def test_what_is_not_a_number_does_not_become_one(self, bad, places, num_rows):
+        generator = torch.Generator().manual_seed(0)
+        linear = make_int8(torch.randn(16, 128, generator=generator))
         linear.process_weights_after_loading()
-        assert linear(torch.full((1, 64), torch.nan)).isnan().all()
+        x = torch.randn(num_rows, 128, generator=generator)
+        x[0, places] = bad
+        assert not linear(x)[0].isfinite().any() and linear(x)[1:].isfinite().all()
+
+    @needs_int8
+    def test_one_large_number_costs_its_neighbours_little(self, monkeypatch):
+        weight, x = torch.randn(65, 512, generator=torch.Generator().manual_seed(0)).split([64, 1])
+        x[0, 7], x[0, 100] = 30.0, -30.0
+        errors = []
+        for size in (1, quantized_layers.MAX_ROTATED):
+            monkeypatch.setattr(quantized_layers, "MAX_ROTATED", size)
+            linear = make_int8(weight)
+            linear.process_weights_after_loading()
+            errors.append(float((linear(x) - F.linear(x, weight)).square().mean()))
+        assert errors[1] < errors[0] / 2
 
     @needs_int8
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -260,3 +280,26 @@ class TestInt8:
     def test_torchs_warning_stays_inside(self, recwarn):
         make_int8(torch.randn(16, 64)).process_weights_after_loading()
         assert not recwarn.list
+
+
+class TestRotate:
+    @given(
+        num_in=st.integers(1, 300),
+        num_rows=st.integers(1, 4),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        seed=st.integers(0, 2**32),
+    )
+    def test_products_are_the_same(self, num_in, num_rows, dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x, weight = (torch.randn(n, num_in, generator=generator).to(dtype) for n in (num_rows, 7))
+        assert rotate(x).dtype is torch.float32 and rotate(x).shape == x.shape
+        torch.testing.assert_close(rotate(x) @ rotate(weight).T, x.float() @ weight.float().T, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(rotate(rotate(x)), x.float(), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("num_in, size", [(64, 64), (576, 64), (96, 32), (100, 4), (33, 1)])
+    def test_one_number_is_shared_out_among_its_neighbours(self, num_in, size):
+        x = torch.zeros(num_in)
+        x[num_in - 1] = 8.0
+        expected = torch.zeros(num_in)
+        expected[num_in - size :] = 8 / size**0.5
+        torch.testing.assert_close(rotate(x).abs(), expected)
