@@ -28,6 +28,7 @@ FIGURES: dict[str, Callable[[], Axes | np.ndarray]] = {
     "plot_packed": lambda: plotting.plot_packed([3, 14, 1, 5, 9, 2, 6, 13]),
     "plot_group_sizes": lambda: plotting.plot_group_sizes([16, 128], [5.0, 4.125], [0.004, 0.008]),
     "plot_moved_error": lambda: plotting.plot_moved_error(1, [0.1, 1.0, -0.5, 0.9], [0.0, 0.4, 0.1, -0.3]),
+    "plot_rotated": lambda: plotting.plot_rotated([0.5, 100.0, -1.0, 0.0], [50.0, -50.5, -49.0, 50.1]),
     "plot_kl_by_bits": lambda: plotting.plot_kl_by_bits([4, 3, 2], DIVERGENCES, 0.08),
     "plot_error_by_layer": lambda: plotting.plot_error_by_layer({"rounded": [0.01, 0.02], "GPTQ": [0.005, 0.01]}),
     "plot_time_by_rows": lambda: plotting.plot_time_by_rows([1, 64, 256], SECONDS, {"16 bits": 256, "4 bits": 64}),
@@ -69,6 +70,15 @@ def test_numbers_of_moved_error() -> None:
     assert "the largest change after it is -0.30, in column 3, whose input goes together with it by 0.90" in (
         together.figure.alt
     )
+
+
+def test_numbers_of_rotated() -> None:
+    ax = plotting.plot_rotated([0.5, 100.0, -1.0, 0.0], [50.0, -50.5, -49.0, 50.1])
+    steps = ["as they are: steps of 0.78", "rotated: steps of 0.40"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == steps
+    assert line(ax, steps[0])[1] == [0.5, 100.0, -1.0, 0.0] and line(ax, steps[1])[1] == [50.0, -50.5, -49.0, 50.1]
+    assert "the largest is 100 in size, and steps are 0.78 wide" in ax.figure.alt
+    assert "none is larger than 50.5, and steps are 0.40 wide" in ax.figure.alt
 
 
 def test_numbers_of_kl_by_bits() -> None:

@@ -18,6 +18,7 @@ from folovllm.book.plotting.bits import (
     plot_kl_by_bits,
     plot_moved_error,
     plot_packed,
+    plot_rotated,
     plot_time_by_rows,
 )
 from folovllm.book.plotting.chunking import plot_frontier, plot_prompt_cost, plot_step_makeup, plot_token_gaps
@@ -148,6 +149,7 @@ __all__ = [
     "plot_queue",
     "plot_resume_costs",
     "plot_roofline",
+    "plot_rotated",
     "plot_score_by_distance",
     "plot_search_blocks",
     "plot_shared_heads",

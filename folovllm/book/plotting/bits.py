@@ -110,6 +110,32 @@ def plot_group_sizes(group_sizes: Sequence[int], bits_per_weight: Sequence[float
     return ax
 
 
+def plot_rotated(row: Any, rotated: Any, bits: int = 8) -> Axes:
+    """The numbers of a row before and after a rotation, and how wide the steps are that they are rounded to.
+
+    Args:
+        row: ``[num_in]``.
+        rotated: the same row in other coordinates, ``[num_in]``.
+        bits: of a value.
+    """
+    kinds = {"as they are": (to_array(row), ORANGE, "o"), "rotated": (to_array(rotated), BLUE, "s")}
+    steps = {name: 2 * np.abs(numbers).max() / (2**bits - 1) for name, (numbers, _, _) in kinds.items()}
+    with new_figure(3.4) as ax:
+        ax.axhline(0, color=LIGHT, lw=1, zorder=0)
+        for name, (numbers, color, marker) in kinds.items():
+            label = f"{name}: steps of {steps[name]:.2f}"
+            ax.plot(range(len(numbers)), numbers, marker, color=color, ms=5, ls="none", label=label)
+        ax.set(xlabel="place in the row", ylabel="number")
+        ax.legend(loc="center right")
+        largest = [np.abs(numbers).max() for numbers, _, _ in kinds.values()]
+        ax.figure.alt = (
+            f"Dots of {len(to_array(row))} numbers. As they are, the largest is {largest[0]:.3g} in size, and steps "
+            f"are {steps['as they are']:.2f} wide. Rotated, none is larger than {largest[1]:.3g}, and steps are "
+            f"{steps['rotated']:.2f} wide."
+        )
+    return ax
+
+
 def plot_moved_error(column: int, correlations: Any, changes: Any) -> np.ndarray:
     """What rounding one column does to those after it, below how much their inputs go together with its own.
 
