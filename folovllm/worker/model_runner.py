@@ -67,6 +67,24 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
+def _check_memory(config: EngineConfig, device: torch.device, cache_gb: float) -> None:
+    """Refuses a cache or a swap space that the CPU could not hold.
+
+    Its memory is taken when it is first written to (`_zeros`): the system would end the process in the middle of some
+    step.
+    """
+    memory, cache = get_cpu_memory_info(), config.cache_config
+    require(
+        device.type != "cpu" or cache_gb <= memory["free_gb"],
+        f"num_blocks must fit into the CPU's memory, got {cache.num_blocks}, which take {cache_gb:.1f} GiB where "
+        f"{memory['free_gb']:.1f} GiB are free",
+    )
+    require(
+        config.scheduler_config.preemption_mode != "swap" or cache.swap_space <= memory["total_gb"],
+        f"swap_space must be at most the CPU's memory of {memory['total_gb']:.1f} GiB, got {cache.swap_space:g}",
+    )
+
+
 def _report_on(
     decoder: Decoder, sampler: Sampler, seq: Sequence, first: int, hidden: Tensor
 ) -> list[dict[int, Logprob] | None]:
@@ -171,7 +189,7 @@ class ModelRunner:
         block_bytes = cache.block_size * sum(map(token_bytes, decoders))
         swap_bytes = cache.swap_space * 2**30 if scheduler.preemption_mode == "swap" else 0
         num_blocks = cache.num_blocks
-        self._check_memory((num_blocks or 0) * block_bytes / 2**30)
+        _check_memory(self.config, self.decoder.device, (num_blocks or 0) * block_bytes / 2**30)
         if num_blocks is None:
             longest = cast(int, self.config.model_config.max_model_len)
             useful = scheduler.max_num_seqs * cdiv(longest, cache.block_size)
@@ -183,23 +201,6 @@ class ModelRunner:
             + ("" if self.decoder.device.type == "cpu" else " or raise gpu_memory_utilization"),
         )
         return num_blocks, int(swap_bytes // block_bytes)
-
-    def _check_memory(self, cache_gb: float) -> None:
-        """Refuses a cache or a swap space that the CPU could not hold.
-
-        Its memory is taken when it is first written to (`_zeros`): the system would end the process in the middle of
-        some step.
-        """
-        memory, cache = get_cpu_memory_info(), self.config.cache_config
-        require(
-            self.decoder.device.type != "cpu" or cache_gb <= memory["free_gb"],
-            f"num_blocks must fit into the CPU's memory, got {cache.num_blocks}, which take {cache_gb:.1f} GiB where "
-            f"{memory['free_gb']:.1f} GiB are free",
-        )
-        require(
-            self.config.scheduler_config.preemption_mode != "swap" or cache.swap_space <= memory["total_gb"],
-            f"swap_space must be at most the CPU's memory of {memory['total_gb']:.1f} GiB, got {cache.swap_space:g}",
-        )
 
     def _free_gpu_bytes(self) -> float:
         """Bytes of GPU memory left for the cache once the largest batch has run and decode steps have been recorded."""

@@ -259,7 +259,7 @@ class TestWhatIsWrong:
         [
             (["generate", "a", *COMMON, "--top-p", "2"], "top_p"),
             (["generate", "a", *COMMON, "--block-size", "0"], "block_size"),
-            (["generate", "a", *COMMON, "--num-blocks", str(10**14)], "allocate"),
+            (["generate", "a", *COMMON, "--num-blocks", str(10**14)], "num_blocks must fit"),
             (["simulate", "--num-requests", "1", "--num-blocks", str(10**15)], "MemoryError"),
             (["generate", "", *COMMON], "at least one token"),
             (
