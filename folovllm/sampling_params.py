@@ -371,8 +371,8 @@ class BeamSearchParams:
     """What one beam search asks for (vLLM: ``BeamSearchParams``). Chapter 17."""
 
     beam_width: int
-    """Texts that are kept after each step, and texts to return; at most half of the vocabulary, and of
-    ``ModelConfig.max_logprobs``."""
+    """Texts that are kept after each step, and texts to return; at most half of the vocabulary. Twice as many log
+    probabilities are needed, or one more than these for each end token: see ``ModelConfig.max_logprobs``."""
     max_tokens: int
     """Most tokens to generate for one text."""
     ignore_eos: bool = False

@@ -198,6 +198,22 @@ class TestInt8:
         x = 500 * torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
         assert (linear(x.half()).float() - x @ weight.T).abs().mean() < 0.3  # of about 11
 
+    def test_float16_has_room_for_what_is_rotated(self, monkeypatch):
+        monkeypatch.setattr(quantized_layers, "has_int8_kernel", lambda device: False)
+        linear = make_int8(torch.full((16, 64), 0.01), dtype=torch.float16)
+        linear.process_weights_after_loading()
+        out = linear(torch.full((2, 64), 8_200.0, dtype=torch.float16)).float()
+        torch.testing.assert_close(out, torch.full((2, 16), 64 * 82.0), rtol=0.02, atol=0)
+
+    @needs_int8
+    @pytest.mark.parametrize("scale", [1e-30, 1e-5, 1e-3, 1.0, 1e4])
+    def test_a_row_may_be_small_or_large(self, scale):
+        weight, x = torch.randn(17, 512, generator=torch.Generator().manual_seed(0)).split([16, 1])
+        linear = make_int8(weight)
+        linear.process_weights_after_loading()
+        error = linear(scale * x) / scale - F.linear(x, weight)
+        assert error.norm() < 0.03 * F.linear(x, weight).norm()
+
     @needs_int8
     def test_sums_do_not_saturate(self):
         """The largest of all numbers, everywhere: on x86 before VNNI two products of 8 bits are more than 16."""
