@@ -246,9 +246,10 @@ class TestInt8:
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("places", [slice(None), slice(5, 6), slice(64, None)])
     @pytest.mark.parametrize("num_rows", [1, 3])
-    def test_what_is_not_a_number_does_not_become_one(self, bad, places, num_rows):
+    @pytest.mark.parametrize("is_head", [False, True])
+    def test_what_is_not_a_number_does_not_become_one(self, bad, places, num_rows, is_head):
         generator = torch.Generator().manual_seed(0)
-        linear = make_int8(torch.randn(16, 128, generator=generator))
+        linear = make_int8(torch.randn(16, 128, generator=generator), is_head=is_head)
         linear.process_weights_after_loading()
         x = torch.randn(num_rows, 128, generator=generator)
         x[0, places] = bad
