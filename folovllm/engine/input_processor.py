@@ -18,7 +18,16 @@ from folovllm.engine.served_model import ServedModel
 from folovllm.request import Request, StructuredOutputGrammar
 from folovllm.sampling_params import SamplingParams, StructuredOutputsParams, check_params, copy_params
 from folovllm.utils import cdiv
-from folovllm.validation import check_bool, check_int, check_number, check_str, check_token_ids, require, show
+from folovllm.validation import (
+    check_bool,
+    check_int,
+    check_number,
+    check_str,
+    check_token_ids,
+    check_unicode,
+    require,
+    show,
+)
 
 Prompt = str | SequenceOf[int] | Mapping[str, Any]
 """A text, token ids, or a dict with ``"prompt"`` (the text) or ``"prompt_token_ids"`` or both, and, if wanted,
@@ -64,7 +73,7 @@ class InputProcessor:
         Raises:
             ValueError: if it could never be served.
         """
-        check_str("request_id", request_id)
+        check_unicode("request_id", check_str("request_id", request_id))
         text, token_ids, cache_salt = self._read_prompt(prompt)
         params = self._own_params(params)
         self._check_logprobs(params)
@@ -112,10 +121,11 @@ class InputProcessor:
         """The text (None for token ids alone), the token ids, and the cache salt."""
         given = self._check_keys(prompt) if isinstance(prompt, Mapping) else {}
         salt = given.get("cache_salt")
-        salt = None if salt is None else check_str("cache_salt", salt)
+        salt = None if salt is None else check_unicode("cache_salt", check_str("cache_salt", salt))
         text = given.get("prompt") if given else prompt if isinstance(prompt, str) else None
         require(text is None or isinstance(text, str), f"a prompt's 'prompt' must be a text, got {show(text)}")
         if given.get("prompt_token_ids") is not None:  # a text beside them is taken as what they were made from
+            check_unicode("prompt", text or "")
             token_ids = check_token_ids("prompt_token_ids", given["prompt_token_ids"])
         elif text is not None:
             add_special_tokens = check_bool("add_special_tokens", given.get("add_special_tokens", True))

@@ -320,6 +320,8 @@ class TestOneCaller:
             {"prompt": "a", "salt": "x"},
             {"prompt": b"a"},
             {"prompt": "a", "cache_salt": ""},
+            {"prompt": "a", "cache_salt": "\ud800"},
+            {"prompt": "\ud800", "prompt_token_ids": [5]},
             [[]],
             [5.5],
             ["a", 5],
