@@ -37,8 +37,6 @@ class LinearBase:
 
     kernel = "floats"
     """How it is computed."""
-    out_dtype: torch.dtype | None = None
-    """Of its outputs; None: that of its inputs."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, shards: Mapping[str, int] | None) -> None:
         self.weight, self.bias, self.shards = weight, bias, shards or {}
@@ -71,9 +69,14 @@ class LinearBase:
         """Stores the weight as it is used."""
         raise NotImplementedError
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """What a kernel computes of it, which a compiler takes as one operation: ``[num_tokens, num_out]``, in the
+        dtype of ``x``."""
+        raise NotImplementedError
+
     def __call__(self, x: Tensor) -> Tensor:
         """``[num_tokens, num_in]`` to ``[num_tokens, num_out]``."""
-        raise NotImplementedError
+        return self.multiply(x)
 
 
 class Linear(LinearBase):
@@ -94,8 +97,8 @@ class Linear(LinearBase):
         if self._use_onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_FOR_ROWS)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[num_tokens, num_in]`` to ``[num_tokens, num_out]``."""
+    def multiply(self, x: Tensor) -> Tensor:
+        """All of it."""
         if self._use_onednn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

@@ -55,9 +55,6 @@ WHOLE = 2.0**7
 MAX_ROTATED = 64
 """Neighbouring inputs that are rotated together, at most; a power of two. With 32 SmolLM2-135M loses 0.007 nats per
 token, with 64 0.002, and the cost grows with it."""
-SMALLEST_RANGE = 0.1
-"""A row whose largest number is smaller is divided by it first, for torch's scales do not become small at will: numbers
-of 1e-4 lose 18 percent."""
 ROWS_AT_ONCE = 4096
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
 ROWS_FOR_FLOATS = 128
@@ -94,14 +91,18 @@ def has_int8_kernel(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.quantized.engine != "none"
 
 
-@functools.cache
-@torch.inference_mode(False)  # what is kept must serve elsewhere, too
-def hadamard(size: int, device: torch.device) -> Tensor:
+def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
     """Sylvester's matrix of a power of two: float32 ``[size, size]``, symmetric, and its own inverse."""
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / math.sqrt(size)
+
+
+@functools.cache
+@torch.inference_mode(False)  # what is kept must serve elsewhere, too
+def _kept_hadamard(size: int, device: torch.device) -> Tensor:
+    return hadamard(size, device)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def rotate(x: Tensor) -> Tensor:
     nats per token without it, and 0.002 with it (QuaRot, Ashkboos et al. 2024).
     """
     size = math.gcd(x.shape[-1], MAX_ROTATED)
-    return (x.float().reshape(-1, size) @ hadamard(size, x.device)).view(x.shape)
+    return (x.float().reshape(-1, size) @ _kept_hadamard(size, x.device)).view(x.shape)
 
 
 class Int8Rows:
@@ -169,7 +170,7 @@ class Int8Linear(LinearBase):
         weight = torch.empty(num_out, num_in, dtype=torch.int8, device=method.device)
         super().__init__(weight, method.create_bias(shards, bias), {} if tied is not None else shards)
         self.scales = torch.empty(num_out, device=method.device)
-        self.tied, self.is_head, self.out_dtype = tied, is_head, torch.float32 if is_head else method.dtype
+        self.tied, self.is_head, self.dtype = tied, is_head, method.dtype
         self._packed: torch.ScriptObject | None = None
 
     def places(self) -> dict[str, Place]:
@@ -195,17 +196,28 @@ class Int8Linear(LinearBase):
             self._packed = pack_int8(self.weight, self.scales)
             self.kernel, self.weight = "8 bits, dynamic", self.weight.to("meta")  # its size is all that is left
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x @ weight.T`` in float32, of rotated rows whose numbers are at most 1 in size."""
+        if self._packed is not None:
+            return cast(Tensor, torch.ops.quantized.linear_dynamic(x, self._packed))
+        # As whole numbers they would make sums that float16 has no room for.
+        weight = self.weight.to(self.dtype).div_(WHOLE)
+        return F.linear(x.to(self.dtype), weight).float() * (self.scales * WHOLE)
+
     def __call__(self, x: Tensor) -> Tensor:
-        """See `LinearBase`."""
+        """See `LinearBase`.
+
+        Each row is divided by its largest number first, so that a row with large numbers costs the others no precision.
+        Some tokens, the first of a text above all, have a few activations that are a thousand times as large as all
+        others (Sun et al. 2024). With one scale for all rows, SmolLM2-135M loses 0.15 nats per token of a prompt of
+        512, and without `rotate` 0.38. Torch's scales do not become small at will, either: numbers of 1e-4 would lose
+        18 percent.
+        """
         rotated = rotate(x)
-        if self._packed is None:
-            # As whole numbers they would make sums that float16 has no room for, of scales that it has few digits for;
-            # and a rotated number may be eight times as large as any before.
-            x, weight = (rotated / 8).to(x.dtype), self.weight.to(x.dtype).div_(WHOLE)
-            out = F.linear(x, weight) * (self.scales * (8 * WHOLE)).to(x.dtype)
-        else:
-            out = multiply_int8_by_rows(rotated, self._packed)
-        return (out if self.bias is None else out + self.bias).to(self.out_dtype)
+        largest = torch.linalg.vector_norm(rotated, torch.inf, dim=-1, keepdim=True)
+        # A row of zeros is 0 / 0, and comes out as zeros; one that is not a number comes out as that, and alone.
+        out = self.multiply((rotated / largest).nan_to_num_()).mul_(largest)
+        return (out if self.bias is None else out.add_(self.bias)).to(torch.float32 if self.is_head else self.dtype)
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> torch.ScriptObject:
@@ -217,25 +229,6 @@ def pack_int8(weight: Tensor, scales: Tensor) -> torch.ScriptObject:
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         quantized = torch._make_per_channel_quantized_tensor(weight, scales.double(), zeros, 0)
         return cast(torch.ScriptObject, torch.ops.quantized.linear_prepack(quantized, None))
-
-
-def multiply_int8(x: Tensor, packed: torch.ScriptObject) -> Tensor:
-    """``x @ weight.T`` in float32; ``x`` is rounded to 8 bits, with one scale for all of it."""
-    return cast(Tensor, torch.ops.quantized.linear_dynamic(x, packed))
-
-
-def multiply_int8_by_rows(x: Tensor, packed: torch.ScriptObject) -> Tensor:
-    """The same with a scale for each row, so that a row with large numbers costs the others no precision.
-
-    Some tokens, the first of a text above all, have a few activations that are a thousand times as large as all
-    others (Sun et al. 2024). With one scale for all rows, SmolLM2-135M loses 0.15 nats per token of a prompt of 512,
-    and without `rotate` 0.38.
-    """
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
-    if len(x) == 1 and SMALLEST_RANGE < largest.item() < math.inf:  # torch does not see what is not a number
-        return multiply_int8(x, packed)
-    # A row of zeros is 0 / 0, and comes out as zeros; one that is not a number comes out as that, and alone.
-    return multiply_int8((x / largest).nan_to_num_(), packed).mul_(largest)
 
 
 class PlainInt4:
@@ -388,8 +381,8 @@ class Int4Linear(LinearBase):
         self.products = [(PackedInt4 if packs else PlainInt4)(weight) for weight in weights]
         self.kernel = self.products[0].kernel
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """See `LinearBase`."""
+    def multiply(self, x: Tensor) -> Tensor:
+        """All of it."""
         first, *others = self.products
         out = torch.cat([first(x), *(product(x) for product in others)], dim=-1) if others else first(x)
         return out if self.bias is None else out.add_(self.bias)

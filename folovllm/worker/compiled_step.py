@@ -2,8 +2,9 @@
 
 A CPU launches nothing, but calling an operation from Python takes it some microseconds, and each operation reads its
 numbers from memory and writes them back. torch's compiler, Inductor, writes C++ for all of a step but its products:
-whatever stands between two of them becomes a loop or two. A product with a weight stays one operation that the compiler
-does not look into. So weights stay as they were packed, and are no part of what is compiled and kept on disk.
+whatever stands between two of them becomes a loop or two. What a kernel computes of a product stays one operation that
+the compiler does not look into (`LinearBase.multiply`). So weights stay as they were packed, and are no part of what is
+compiled and kept on disk.
 
 Attention is written for the compiler here. It copies keys and values from their slots for all sequences at once, up to
 the longest: that length alone may differ from step to step. Where `GatherAttention` knows better, since the copies
@@ -41,28 +42,20 @@ TYPICAL_NUM_KEYS = 256
 _PRODUCTS: ContextVar[list[LinearBase]] = ContextVar("products")
 """The products of the step that is running: compiled code knows them by number, so that it serves every such model."""
 _library = torch.library.Library("folovllm", "FRAGMENT")
-_library.define("product(Tensor x, int number, int num_out, ScalarType? dtype) -> Tensor")
-_library.impl("product", lambda x, number, num_out, dtype: _PRODUCTS.get()[number](x), "CPU")
-_library.impl("product", lambda x, number, num_out, dtype: x.new_empty(x.shape[0], num_out, dtype=dtype), "Meta")
+_library.define("product(Tensor x, int number, int num_out) -> Tensor")
+_library.impl("product", lambda x, number, num_out: _PRODUCTS.get()[number].multiply(x), "CPU")
+_library.impl("product", lambda x, number, num_out: x.new_empty(x.shape[0], num_out), "Meta")
 
 Part = TypeVar("Part")
 
 
-class OpaqueLinear:
-    """A product that is one operation to a compiler, which could not read packed weights.
-
-    Args:
-        linear: what computes it.
-        products: where it is put.
-    """
-
-    def __init__(self, linear: LinearBase, products: list[LinearBase]) -> None:
-        self.number, self.num_out, self.out_dtype = len(products), linear.num_out, linear.out_dtype
-        products.append(linear)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[num_tokens, num_in]`` to ``[num_tokens, num_out]``."""
-        return torch.ops.folovllm.product(x, self.number, self.num_out, self.out_dtype)
+def hide_product(linear: LinearBase, products: list[LinearBase]) -> LinearBase:
+    """A copy of a product, which is put into a list, that is one operation to a compiler where a kernel computes."""
+    number, made = len(products), copy.copy(linear)
+    products.append(linear)
+    multiply = torch.ops.folovllm.product
+    made.multiply = lambda x: multiply(x, number, linear.num_out)  # type: ignore[method-assign]
+    return made
 
 
 def hide_products(part: Part, products: list[LinearBase]) -> Part:
@@ -70,7 +63,7 @@ def hide_products(part: Part, products: list[LinearBase]) -> Part:
     made = copy.copy(part)
     for name, value in vars(part).items():
         if isinstance(value, LinearBase):
-            setattr(made, name, OpaqueLinear(value, products))
+            setattr(made, name, hide_product(value, products))
         elif isinstance(value, list):
             setattr(made, name, [hide_products(each, products) for each in value])
     return made

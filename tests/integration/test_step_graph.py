@@ -30,7 +30,7 @@ from folovllm.sample.sampler import find_likeliest
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
 from folovllm.worker import model_runner
-from folovllm.worker.compiled_step import CompiledSteps, OpaqueLinear
+from folovllm.worker.compiled_step import CompiledSteps, hide_product
 from folovllm.worker.recorders import load_recorder
 from folovllm.worker.step_graph import (
     CudaGraphs,
@@ -332,7 +332,7 @@ def test_a_compiler_is_told_what_comes_out_of_a_product(settings) -> None:
     decoder = LLMEngine(config, "cpu").decoder
     for linear in (decoder.layers[0].qkv_proj, decoder.head):
         x = torch.zeros(2, decoder.config.hidden_size, dtype=decoder.dtype)
-        told, given = OpaqueLinear(linear, [])(x.to("meta")), linear(x)
+        told, given = hide_product(linear, [])(x.to("meta")), linear(x)
         assert (told.dtype, told.shape) == (given.dtype, given.shape)
 
 
