@@ -74,10 +74,10 @@ def test_numbers_of_moved_error() -> None:
 
 def test_numbers_of_rotated() -> None:
     ax = plotting.plot_rotated([0.5, 100.0, -1.0, 0.0], [50.0, -50.5, -49.0, 50.1])
-    steps = ["as they are: steps of 0.78", "rotated: steps of 0.40"]
+    steps = ["as they are: steps of 0.79", "rotated: steps of 0.40"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == steps
     assert line(ax, steps[0])[1] == [0.5, 100.0, -1.0, 0.0] and line(ax, steps[1])[1] == [50.0, -50.5, -49.0, 50.1]
-    assert "the largest is 100 in size, and steps are 0.78 wide" in ax.figure.alt
+    assert "the largest is 100 in size, and steps are 0.79 wide" in ax.figure.alt
     assert "none is larger than 50.5, and steps are 0.40 wide" in ax.figure.alt
 
 

@@ -119,7 +119,7 @@ def plot_rotated(row: Any, rotated: Any, bits: int = 8) -> Axes:
         bits: of a value.
     """
     kinds = {"as they are": (to_array(row), ORANGE, "o"), "rotated": (to_array(rotated), BLUE, "s")}
-    steps = {name: 2 * np.abs(numbers).max() / (2**bits - 1) for name, (numbers, _, _) in kinds.items()}
+    steps = {name: np.abs(numbers).max() / (2 ** (bits - 1) - 1) for name, (numbers, _, _) in kinds.items()}
     with new_figure(3.4) as ax:
         ax.axhline(0, color=LIGHT, lw=1, zorder=0)
         for name, (numbers, color, marker) in kinds.items():
