@@ -79,14 +79,15 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=100, help="tokens of each sequence (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch's (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of the model (default: %(default)s)")
+    parser.add_argument("--quantization", help="of its weights, such as int8 (default: the checkpoint's own)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for model in options.models:
-        config = make_engine_config(
-            model, dtype=options.dtype, max_model_len=options.context, max_num_seqs=max(options.rows)
-        )
+        settings = {"dtype": options.dtype, "quantization": options.quantization}
+        config = make_engine_config(model, max_model_len=options.context, max_num_seqs=max(options.rows), **settings)
         engine = LLMEngine(config, "cpu")
-        print(f"\n{model}, {options.dtype}, context {options.context}, {options.threads} threads\n")
+        kind = options.quantization or options.dtype
+        print(f"\n{model}, {kind}, context {options.context}, {options.threads} threads\n")
         print("| rows | eager, ms | compiled, ms | gain | largest error | to compile, s (of CPU) | memory, MiB |")
         print("|---|---|---|---|---|---|---|")
         for num_rows in options.rows:
