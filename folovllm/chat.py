@@ -82,7 +82,7 @@ def apply_chat_template(
     try:
         text = str(render(conversation))
     except Exception as error:  # a template is third-party code: it may raise anything
-        raise ValueError(f"the chat template cannot write these messages: {error}") from error
+        raise ValueError(f"the chat template cannot write these messages: {_printable(error)}") from error
     return check_unicode("messages", text)
 
 
@@ -205,6 +205,11 @@ def _shows_probe(render: Callable[[list[dict[str, Any]]], Any], content: Any) ->
     except Exception:  # the template's way to say no
         return False
     return _PROBE in text and repr(_PROBE) not in text and json.dumps(_PROBE) not in text
+
+
+def _printable(error: Exception) -> str:
+    """What it says; it may quote half a surrogate pair of a message."""
+    return str(error).encode(errors="backslashreplace").decode()
 
 
 def _check_tools(tools: Any) -> None:

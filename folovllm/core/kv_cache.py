@@ -31,7 +31,7 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 
 def _before_the_first(cache_salt: str | None) -> bytes:
     """The parent of a first block; with a salt 64 bytes, so that no salt can be taken for the hash of a block."""
-    return hashlib.blake2b(cache_salt.encode("utf-8", "surrogatepass")).digest() if cache_salt else b""
+    return hashlib.blake2b(cache_salt.encode()).digest() if cache_salt else b""
 
 
 class BlockPool:

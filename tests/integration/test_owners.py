@@ -307,6 +307,11 @@ class TestOneCaller:
             texts.append([o.outputs[0].text for o in llm.generate([PROMPTS[0]] * 2, params, use_tqdm=False)])
         assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
 
+    def test_a_name_is_text(self, llm):
+        with pytest.raises(ValueError, match="request_id must be Unicode text") as caught:
+            llm.engine.add_request("a\ud800", "Long ago")
+        assert str(caught.value).encode()
+
     @pytest.mark.parametrize(
         "prompt",
         [

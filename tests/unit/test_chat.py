@@ -232,6 +232,12 @@ class TestWhatIsWrong:
         with pytest.raises(ValueError, match=f"chat template .*{words}"):
             apply_chat_template(make_tokenizer(template), USER)
 
+    def test_what_a_template_quotes_can_be_printed(self):
+        template = "{{ raise_exception('no ' ~ messages[0]['content']) }}"
+        with pytest.raises(ValueError, match=r"no caf\\udce9$") as caught:
+            apply_chat_template(make_tokenizer(template), [{"role": "user", "content": "caf\udce9"}])
+        assert str(caught.value).encode()
+
     def test_no_template(self):
         with pytest.raises(ValueError, match="no chat template"):
             apply_chat_template(make_tokenizer(), USER)
