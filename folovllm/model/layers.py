@@ -75,7 +75,7 @@ class LinearBase:
         raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``[num_tokens, num_in]`` to ``[num_tokens, num_out]``."""
+        """``[num_tokens, num_in]`` to ``[num_tokens, num_out]``; in some a kernel has something before and after it."""
         return self.multiply(x)
 
 
@@ -98,7 +98,7 @@ class Linear(LinearBase):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_FOR_ROWS)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """All of it."""
+        """``x @ weight.T + bias``."""
         if self._use_onednn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

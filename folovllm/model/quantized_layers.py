@@ -6,13 +6,14 @@ to compute one:
 - *packed*: 4 bits, by torch's own kernel, on a CPU with AVX2 or AVX-512 and activations in bfloat16 (with others it
   falls back to a loop of single numbers, which is never called from here);
 - *dynamic*: 8 bits, and the activations are rounded to 8 bits as well, with a scale for each row, so that whole
-  numbers are multiplied; on a CPU. Both are rotated first (`rotate`), so that no number is much larger than others;
+  numbers are multiplied; on a CPU;
 - *plain*: the weight is turned into floats anew for each product. It runs everywhere and is what the others are
   compared with. On CUDA it is the only way, since the kernels there have not been tried on a GPU yet; on an ARM CPU
   4 bits take it too, since torch has no kernel for them there, and 8 bits are dynamic by QNNPACK.
 
-The plain path gives a text the same tokens alone and in any batch, as floats do. The other two round otherwise for
-other numbers of rows, so that a near tie may fall the other way.
+With 8 bits, on both of the last two ways, weights and activations are rotated first (`rotate`), so that no number is
+much larger than others. The plain path gives a text the same tokens alone and in any batch, as nearly as floats do. The
+other two round otherwise for other numbers of rows, so that a near tie may fall the other way.
 
 As in vLLM (``vllm/model_executor/layers/quantization/base_config.py`` and ``kernels/linear/mixed_precision``, 0.33.0).
 """
@@ -55,9 +56,6 @@ WHOLE = 2.0**7
 MAX_ROTATED = 64
 """Neighbouring inputs that are rotated together, at most; a power of two. With 32 SmolLM2-135M loses 0.007 nats per
 token, with 64 0.002, and the cost grows with it."""
-SMALLEST_RANGE = 0.1
-"""A single row whose largest number is smaller is divided by it, since torch's scales do not become small at will:
-numbers of 1e-4 lose 18 percent."""
 ROWS_AT_ONCE = 4096
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
 ROWS_FOR_FLOATS = 128
@@ -94,18 +92,17 @@ def has_int8_kernel(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.quantized.engine != "none"
 
 
+@functools.cache  # which loading fills, so that no compiler's pretended matrix is kept
+@torch.inference_mode(False)  # what is kept must serve elsewhere, too
 def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Sylvester's matrix of a power of two: float32 ``[size, size]``, symmetric, and its own inverse."""
+    """Sylvester's matrix of a power of two: float32 ``[size, size]``, symmetric, and its own inverse.
+
+    It is the same tensor each time, which must stay as it is.
+    """
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / math.sqrt(size)
-
-
-@functools.cache
-@torch.inference_mode(False)  # what is kept must serve elsewhere, too
-def _kept_hadamard(size: int, device: torch.device) -> Tensor:
-    return hadamard(size, device)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -116,7 +113,7 @@ def rotate(x: Tensor) -> Tensor:
     nats per token without it, and 0.002 with it (QuaRot, Ashkboos et al. 2024).
     """
     size = math.gcd(x.shape[-1], MAX_ROTATED)
-    return (x.float().reshape(-1, size) @ _kept_hadamard(size, x.device)).view(x.shape)
+    return (x.float().reshape(-1, size) @ hadamard(size, x.device)).view(x.shape)
 
 
 class Int8Rows:
@@ -200,12 +197,12 @@ class Int8Linear(LinearBase):
             self.kernel, self.weight = "8 bits, dynamic", self.weight.to("meta")  # its size is all that is left
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``x @ weight.T`` in float32, of rows that are rotated and, but for a single one, at most 1 in size."""
+        """``x @ weight.T`` of rows that are rotated and at most 1 in size; float32 in and out."""
         if self._packed is not None:
             return cast(Tensor, torch.ops.quantized.linear_dynamic(x, self._packed))
         # As whole numbers they would make sums that float16 has no room for.
         weight = self.weight.to(self.dtype).div_(WHOLE)
-        return F.linear(x.to(self.dtype), weight).float() * (self.scales * WHOLE)
+        return F.linear(x.to(self.dtype), weight).float().mul_(self.scales * WHOLE)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `LinearBase`.
@@ -213,25 +210,19 @@ class Int8Linear(LinearBase):
         Each row is divided by its largest number first, so that a row with large numbers costs the others no precision.
         Some tokens, the first of a text above all, have a few activations that are a thousand times as large as all
         others (Sun et al. 2024). With one scale for all rows, SmolLM2-135M loses 0.15 nats per token of a prompt of
-        512, and without `rotate` 0.38.
+        512, and without `rotate` 0.38. Nor do the scales of torch's kernel become small at will: numbers of 1e-4 would
+        lose 18 percent.
         """
         rotated = rotate(x)
         largest = torch.linalg.vector_norm(rotated, torch.inf, dim=-1, keepdim=True)
-        if self._takes_as_it_is(largest):
-            out = self.multiply(rotated)
-        else:  # a row of zeros is 0 / 0, and comes out as zeros; one that is not a number comes out as that, and alone
-            out = self.multiply((rotated / largest).nan_to_num_()).mul_(largest)
+        # A row of zeros is 0 / 0, and comes out as zeros. Torch's kernel does not see what is not a number; a row with
+        # such a thing comes out as that, and alone.
+        out = self.multiply((rotated / largest).nan_to_num_()).mul_(largest)
         return (out if self.bias is None else out.add_(self.bias)).to(torch.float32 if self.is_head else self.dtype)
-
-    def _takes_as_it_is(self, largest: Tensor) -> bool:
-        """Whether rows are one that torch's kernel can scale itself, which saves a tenth of the product's time."""
-        if self._packed is None or len(largest) != 1 or type(largest) is not Tensor:  # a compiler has no numbers to see
-            return False
-        return SMALLEST_RANGE < largest.item() < math.inf  # torch does not see what is not a number
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> torch.ScriptObject:
-    """A weight in the order of torch's kernel for 8 bits. This function and the next are all that knows of it."""
+    """A weight in the order of torch's kernel for 8 bits. This and `Int8Linear.multiply` are all that knows of it."""
     with warnings.catch_warnings():
         # torch means to remove its quantized tensors; `torch.ops.onednn.qlinear_pointwise` does without them, and takes
         # twice as long for one row today.
@@ -392,7 +383,7 @@ class Int4Linear(LinearBase):
         self.kernel = self.products[0].kernel
 
     def multiply(self, x: Tensor) -> Tensor:
-        """All of it."""
+        """``x @ weight.T + bias``."""
         first, *others = self.products
         out = torch.cat([first(x), *(product(x) for product in others)], dim=-1) if others else first(x)
         return out if self.bias is None else out.add_(self.bias)

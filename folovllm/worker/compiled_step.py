@@ -50,7 +50,7 @@ Part = TypeVar("Part")
 
 
 def hide_product(linear: LinearBase, products: list[LinearBase]) -> LinearBase:
-    """A copy of a product, which is put into a list, that is one operation to a compiler where a kernel computes."""
+    """A copy of a product whose kernel is one operation to a compiler; the product itself is put into a list."""
     number, made = len(products), copy.copy(linear)
     products.append(linear)
     multiply = torch.ops.folovllm.product
@@ -59,7 +59,7 @@ def hide_product(linear: LinearBase, products: list[LinearBase]) -> LinearBase:
 
 
 def hide_products(part: Part, products: list[LinearBase]) -> Part:
-    """A copy of a decoder or a layer, with the same weights, whose products are put into a list and made opaque."""
+    """A copy of a decoder or a layer, with the same weights, all products of which are hidden; see `hide_product`."""
     made = copy.copy(part)
     for name, value in vars(part).items():
         if isinstance(value, LinearBase):

@@ -86,8 +86,8 @@ def main() -> None:
         settings = {"dtype": options.dtype, "quantization": options.quantization}
         config = make_engine_config(model, max_model_len=options.context, max_num_seqs=max(options.rows), **settings)
         engine = LLMEngine(config, "cpu")
-        kind = options.quantization or options.dtype
-        print(f"\n{model}, {kind}, context {options.context}, {options.threads} threads\n")
+        kinds = ", ".join(filter(None, [options.dtype, options.quantization]))
+        print(f"\n{model}, {kinds}, context {options.context}, {options.threads} threads\n")
         print("| rows | eager, ms | compiled, ms | gain | largest error | to compile, s (of CPU) | memory, MiB |")
         print("|---|---|---|---|---|---|---|")
         for num_rows in options.rows:

@@ -25,7 +25,7 @@ from folovllm.model.quantized_layers import Int8Linear, PackedInt4, has_int4_ker
 ROWS = {(3072, 1024): (1, 4, 16, 64, 128, 256, 1024), (151_936, 1024): (1, 16)}
 """Rows of each product, by the shape of its weight."""
 COLD_BYTES = 64 * MIB
-"""Weights of 8 bits that a product is measured with in turn take as much, so that none is found in a cache."""
+"""What the weights of 8 bits take with which a product is measured in turn: none is found in a cache of 32 MiB."""
 TURNS = 7
 
 Product = Callable[[Tensor], Tensor]
@@ -97,7 +97,7 @@ def measure_answers(folder: str, num_tokens: int) -> None:
         name: LLM(folder, device="cpu", dtype="float32", max_model_len=256, quantization=quantization)
         for name, quantization in (("float32", None), ("8 bits", "int8"))
     }
-    print(f"\ntokens per second of {folder}, each request with 32 tokens in and {num_tokens} out\n")
+    print(f"\ntokens per CPU second of {folder}, each request with 32 tokens in and {num_tokens} out\n")
     lines = []
     for num_requests in (1, 16):
         work = make_workload(num_requests, (32, 32), (num_tokens, num_tokens), 1000)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from folovllm.model.quantized_layers import _kept_hadamard
+from folovllm.model.quantized_layers import hadamard
 
 aten = torch.ops.aten
 INSTEAD = {
@@ -117,4 +117,4 @@ def pretended_cuda() -> Iterator[Counter[str]]:
         with tolist, FakeTensorMode(allow_non_fake_inputs=True), Copies(counts), Indexing(counts):
             yield counts
     finally:
-        _kept_hadamard.cache_clear()  # what it keeps for "cuda:0" is pretended
+        hadamard.cache_clear()  # what it keeps for "cuda:0" is pretended

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
+import math
 import random
 import sys
 
@@ -13,6 +15,7 @@ import torch
 from graph_helpers import patch_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,11 +29,13 @@ from folovllm.book import judges
 from folovllm.book.counting import OperationCounter
 from folovllm.book.exercises.verdict import NotYet
 from folovllm.llm import make_engine_config
+from folovllm.model.layers import LinearMethod
+from folovllm.model.quantized_layers import Int8Linear
 from folovllm.sample.sampler import find_likeliest
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
 from folovllm.worker import model_runner
-from folovllm.worker.compiled_step import CompiledSteps, hide_product
+from folovllm.worker.compiled_step import _PRODUCTS, CompiledSteps, hide_product
 from folovllm.worker.recorders import load_recorder
 from folovllm.worker.step_graph import (
     CudaGraphs,
@@ -357,6 +362,32 @@ def test_a_compiled_step(caplog) -> None:
     assert "product" in operations and "_softmax" not in operations
     said = [record.message for record in caplog.records if record.name.startswith("folovllm")]
     assert len(said) == 1 and said[0].startswith("the decode step of 2 rows was compiled in ")
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+def test_a_compiled_product_of_8_bits() -> None:
+    """What is around its kernel is compiled: rotations, scales of rows, a bias, and what is not a number."""
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
+    linear = Int8Linear(LinearMethod(torch.float32, torch.device("cpu")), {"m": 32}, 96, bias=True)
+    for place in linear.places().values():
+        place.copy_(torch.randn(place.shape, generator=torch.Generator().manual_seed(0)))
+    linear.process_weights_after_loading()
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
+    x[1], x[2, 5], x[3] = 0, math.nan, 1e4 * x[3]
+
+    def run() -> torch.Tensor:
+        _PRODUCTS.set([linear])
+        compiled = torch._inductor.compile(make_fx(hide_product(linear, []))(x), [x])
+        with OperationCounter() as counter:
+            compiled(x)
+        assert {"linalg_vector_norm", "nan_to_num_"}.isdisjoint(operation.name for operation in counter.operations)
+        return compiled(x)
+
+    with torch.inference_mode():
+        found, expected = contextvars.copy_context().run(run), linear(x)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert expected[2].isnan().all() and expected[[0, 1, 3]].isfinite().all() and torch.equal(expected[1], linear.bias)
 
 
 class TestBuckets:
