@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from side_by_side import MIB, print_table
+from side_by_side import MIB, alternate, print_table
 from throughput import make_workload, run_engine
 from torch import Tensor
 
@@ -55,15 +55,9 @@ def in_4_bits(num_out: int, num_in: int) -> Product:
     return lambda x: packed(x.bfloat16())
 
 
-def least(sides: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """CPU seconds of the fastest of some turns of each side, A B A B …, after one that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(turns + 1):
-        for name, run in sides.items():
-            start = time.process_time()
-            run()
-            found[name].append(time.process_time() - start)
-    return {name: min(seconds[1:]) for name, seconds in found.items()}
+def least_seconds(sides: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """CPU seconds of each side's fastest turn."""
+    return {name: min(seconds) for name, seconds in alternate(sides, TURNS, time.process_time).items()}
 
 
 def multiply_by_all(products: list[Product], x: Tensor) -> None:
@@ -86,7 +80,7 @@ def measure_products() -> None:
         for num_rows in row_counts:
             x = torch.randn(num_rows, num_in)
             sides = {name: functools.partial(multiply_by_all, each, x) for name, each in products.items()}
-            seconds = least(sides, TURNS)
+            seconds = least_seconds(sides)
             lines.append([f"{num_rows:,} rows", *(f"{1e6 * seconds[name] / count:,.0f}" for name in kinds)])
         print_table(["", *kinds], lines)
 
@@ -101,7 +95,7 @@ def measure_answers(folder: str, num_tokens: int) -> None:
     lines = []
     for num_requests in (1, 16):
         work = make_workload(num_requests, (32, 32), (num_tokens, num_tokens), 1000)
-        seconds = least({name: functools.partial(run_engine, llm, work) for name, llm in llms.items()}, TURNS)
+        seconds = least_seconds({name: functools.partial(run_engine, llm, work) for name, llm in llms.items()})
         speeds = (f"{num_requests * num_tokens / seconds[name]:.1f}" for name in llms)
         lines.append([f"{num_requests} requests", *speeds, f"{seconds['float32'] / seconds['8 bits']:.2f} x"])
     print_table(["", *llms, "gain"], lines)

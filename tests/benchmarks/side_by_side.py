@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    sides: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every side in every round, A B A B …, so that a slow or busy machine slows all of them alike.
 
     Each side runs once beforehand, unmeasured, and the garbage is collected between the runs, so that no side pays for
@@ -24,9 +26,9 @@ def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
     for _ in range(rounds):
         for name, run in sides.items():
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
