@@ -107,7 +107,11 @@ class TracedAttention:
         # [num_seqs, num_kv_heads, num_keys, head_dim]
         keys, values = (self.rows[start.unsqueeze(1) + self.key_slots.unsqueeze(1)] for start in starts)
         queries = q.reshape(num_seqs, starts.shape[1], -1, head_dim)
-        scores = queries.float() @ keys.float().transpose(2, 3) * head_dim**-0.5 + self.mask
+        if q.dtype is torch.float32:
+            scores = queries @ keys.transpose(2, 3)
+        else:  # a loop that reads the keys where they lie, instead of a copy of them in float32
+            scores = (queries.float().unsqueeze(3) * keys.float().unsqueeze(2)).sum(dim=-1)
+        scores = scores * head_dim**-0.5 + self.mask
         return (scores.softmax(dim=-1).to(q.dtype) @ values).reshape(num_seqs, -1)
 
 

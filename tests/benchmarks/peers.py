@@ -11,7 +11,10 @@ shared    the 64 requests of a after 512 tokens that all of them share, prefix c
 smol-one  SmolLM2-135M, bfloat16, one request, 32 in, 64 out
 smol-b    SmolLM2-135M, bfloat16, the 16 requests of b
 int8      one, with our weights in 8 bits and the peers' in bfloat16; b-int8 and smol-int8: b-bf16 and smol-one likewise
+gptq      SmolLM2-135M in files of 4 bits that ``python -m folovllm quantize`` has written, which vLLM reads as well: 20
+          pieces of the book's README, 32 in, 16 out; compressed: the same in the format of compressed-tensors
 
+With the last two it is also said how near the two tokens are where an answer differs first.
 Each side is a process held open (``peer.py``): ours and one peer's are told in turn to run, A B A B. The peers live in
 an environment of their own, which the first run makes (some minutes, 3 GB). llama.cpp is measured where somebody has
 installed it there; ``tests/benchmarks/README.md`` says how.
@@ -38,7 +41,9 @@ import torch
 import transformers
 from side_by_side import alternate, ratio
 from throughput import make_large_checkpoint, make_workload
+from transformers import AutoTokenizer
 
+from folovllm import LLM, SamplingParams
 from folovllm.tales import EMBEDDED_MODEL
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -63,6 +68,8 @@ class Row:
     """Tokens that all prompts begin with; where there are some, both sides keep prefixes for the length of a run."""
     quantization: str | None = None
     """Ours; the peers' weights stay in ``dtype``."""
+    file_format: str | None = None
+    """That of files of 4 bits which both sides read; the prompts are text then, not tokens by chance."""
 
     @property
     def title(self) -> str:
@@ -71,10 +78,13 @@ class Row:
         tokens_in, tokens_out = (str(low) if low == high else f"{low} to {high}" for low, high in lens)
         after = f" after {self.shared} shared" if self.shared else ""
         kind = self.dtype if self.quantization is None else f"{self.quantization} beside {self.dtype}"
+        kind = kind if self.file_format is None else f"4 bits in files of {self.file_format}"
         return f"{self.model}, {kind}, {num} x {tokens_in} in{after}, {tokens_out} out"
 
 
 SIXTY_FOUR, SIXTEEN, ONE = (64, (16, 64), (16, 128)), (16, (16, 64), (16, 64)), (1, (32, 32), (64, 64))
+PIECES = (20, (32, 32), (16, 16))
+TEXT = BENCHMARKS.parent.parent / "README.md"
 ROWS = {
     "a": Row("embedded", "float32", SIXTY_FOUR),
     "b": Row(QWEN3, "float32", SIXTEEN),
@@ -87,6 +97,8 @@ ROWS = {
     "int8": Row(QWEN3, "bfloat16", ONE, quantization="int8"),
     "b-int8": Row(QWEN3, "bfloat16", SIXTEEN, quantization="int8"),
     "smol-int8": Row(SMOLLM2, "bfloat16", ONE, quantization="int8"),
+    "gptq": Row(SMOLLM2, "bfloat16", PIECES, file_format="gptq"),
+    "compressed": Row(SMOLLM2, "bfloat16", PIECES, file_format="compressed-tensors"),
 }
 
 
@@ -135,8 +147,14 @@ def has_llama_cpp(env: Path) -> bool:
     return subprocess.run([python_of(env), "-c", find]).returncode == 0
 
 
-def find_checkpoint(model: str, scratch: Path) -> Path:
-    """The checkpoint of a row's model; in ``scratch`` if it must be made."""
+def find_checkpoint(model: str, scratch: Path, file_format: str | None = None) -> Path:
+    """The checkpoint of a row's model, perhaps in 4 bits; in ``scratch`` if it must be made."""
+    if file_format is not None:
+        source, folder = find_checkpoint(model, scratch), scratch / file_format
+        if not folder.exists():
+            recipe = ["--bits", "4", "--group-size", "32", "--method", "rtn", "--format", file_format]
+            command(sys.executable, "-m", "folovllm", "quantize", source, folder, *recipe, "--calibration", TEXT)
+        return folder
     if model == "embedded":
         return EMBEDDED_MODEL
     if model == SMOLLM2 and os.environ.get("FOLOVLLM_FOREIGN"):
@@ -209,12 +227,34 @@ def count_equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
     return equal
 
 
-def measure(row: Row, name: str, peers: list[str], env: Path, scratch: Path, repeat: int) -> list[str]:
-    """A line of the table."""
-    folder = find_checkpoint(row.model, scratch)
+def make_work(row: Row, folder: Path) -> list[tuple[list[int], int]]:
+    """The requests of a row: the tokens of each prompt, and how many are wanted."""
+    if row.file_format is not None:
+        num, (num_in, _), (wanted, _) = row.requests
+        token_ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text())["input_ids"]
+        return [(token_ids[i * num_in : (i + 1) * num_in], wanted) for i in range(num)]
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     prefix = make_workload(1, (row.shared, row.shared), (1, 1), vocab_size, seed=1)[0][0]
-    work = [(prefix + prompt, wanted) for prompt, wanted in make_workload(*row.requests, vocab_size)]
+    return [(prefix + prompt, wanted) for prompt, wanted in make_workload(*row.requests, vocab_size)]
+
+
+def name_ties(folder: Path, work: list[tuple[list[int], int]], ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """Where answers part, and how much likelier our token is than theirs with weights as they are stored, in nats."""
+    llm, lines = LLM(str(folder), dtype="float32", device="cpu", max_logprobs=-1), []
+    for i, ((prompt, _), a, b) in enumerate(zip(work, ours, theirs)):
+        same = count_equal([a], [b])
+        if same < len(a):
+            params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=-1)
+            [output] = llm.generate([{"prompt_token_ids": prompt + a[:same]}], params, use_tqdm=False)
+            found = output.outputs[0].logprobs[0]  # type: ignore[index]
+            lines.append(f"answer {i}, token {same}: {found[a[same]].logprob - found[b[same]].logprob:+.3f}")
+    return "; ".join(lines)
+
+
+def measure(row: Row, name: str, peers: list[str], env: Path, scratch: Path, repeat: int) -> list[str]:
+    """A line of the table."""
+    folder = find_checkpoint(row.model, scratch, row.file_format)
+    work = make_work(row, folder)
     task = {"model": str(folder), "dtype": row.dtype, "work": work, "keep_prefixes": bool(row.shared)}
     useful = sum(wanted for _, wanted in work)
     cells, all_ours = dict.fromkeys(PEERS, "not measured"), []
@@ -231,6 +271,8 @@ def measure(row: Row, name: str, peers: list[str], env: Path, scratch: Path, rep
             faster, equal = ratio(seconds["theirs"], seconds["ours"]), count_equal(ours.answers, theirs.answers)
             cells[peer] = f"{useful / statistics.median(seconds['theirs']):,.0f} ({faster:.2f} x; {equal:,})"
             all_ours += seconds["ours"]
+            if row.file_format is not None and equal < useful:
+                print(f"{row.title}, {peer}: {name_ties(folder, work, ours.answers, theirs.answers)}", file=sys.stderr)
     finally:
         ours.close()
     return [row.title, f"{useful:,}", f"{useful / statistics.median(all_ours):,.0f}", *cells.values()]
@@ -261,6 +303,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             for row in (ROWS[name] for name in options.rows or ROWS):
                 here = [peer for peer in peers if peer != "llama.cpp" or row in (ROWS["smol-one"], ROWS["smol-int8"])]
+                if row.file_format is not None:
+                    here = [peer for peer in here if peer.startswith("vLLM")]
                 cells = measure(row, options.ours, here, env, Path(scratch), options.repeat)
                 print(f"| {' | '.join(cells)} |", flush=True)
     except RuntimeError as error:
