@@ -36,10 +36,14 @@ class Step:
         # A backend that reads whole blocks is promised numbers in them, the others nothing.
         rubbish = 1e4 if backend_cls.reads_whole_blocks else torch.nan
         backend = backend_cls(torch.full(shape, rubbish, dtype=self.q.dtype, device=self.q.device))
-        for past, slots in zip(self.past, self._past_slots()):
-            backend.write(0, past, slots)
+        self.write_past(backend)
         backend.begin(self.metadata)
         return backend(0, self.q, self.kv)
+
+    def write_past(self, backend: AttentionBackend) -> None:
+        """Puts what is in the cache before the step into a backend's."""
+        for past, slots in zip(self.past, self._past_slots()):
+            backend.write(0, past, slots)
 
     def _past_slots(self) -> list[Tensor]:
         places = [torch.arange(len(past), device=past.device) for past in self.past]

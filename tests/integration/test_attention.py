@@ -65,6 +65,14 @@ class TestNumbers:
             error = (step.run(GatherAttention).double() - step.expected()).abs().max()
         assert error <= ROUNDING[step.q.dtype], f"{error:.1e}"
 
+    @given(step=steps())
+    def test_many_values_of_16_bits(self, step):
+        """However few there are; from how many on they are multiplied as they are is a matter of speed."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("folovllm.attention.gather.FEW_NUMBERS", -1)
+            error = (step.run(GatherAttention).double() - step.expected()).abs().max()
+        assert error <= ROUNDING[step.q.dtype], f"{error:.1e}"
+
     def test_what_is_gathered_does_not_grow_with_those_who_share(self):
         step = make_step(0, [(5, 1)] * 40, block_size=16, num_shared=8)
         backend = GatherAttention(torch.zeros(GatherAttention.kv_cache_shape(1, 2, step.num_blocks, 16, 32)))
