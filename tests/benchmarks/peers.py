@@ -15,6 +15,7 @@ gptq      SmolLM2-135M in files of 4 bits that ``python -m folovllm quantize`` h
           pieces of the book's README, 32 in, 16 out; compressed: the same in the format of compressed-tensors
 
 With the last two it is also said how near the two tokens are where an answer differs first.
+
 Each side is a process held open (``peer.py``): ours and one peer's are told in turn to run, A B A B. The peers live in
 an environment of their own, which the first run makes (some minutes, 3 GB). llama.cpp is measured where somebody has
 installed it there; ``tests/benchmarks/README.md`` says how.
