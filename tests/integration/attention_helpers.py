@@ -31,19 +31,20 @@ class Step:
         return self.kv.shape[1] // 2
 
     def run(self, backend_cls: type[AttentionBackend]) -> Tensor:
-        """What a backend makes of it, with everything else in its cache as bad as can be."""
+        """What a backend makes of it."""
+        backend = self.make_backend(backend_cls)
+        backend.begin(self.metadata)
+        return backend(0, self.q, self.kv)
+
+    def make_backend(self, backend_cls: type[AttentionBackend]) -> AttentionBackend:
+        """A backend before the step: the past is in its cache, and everything else there is as bad as can be."""
         shape = backend_cls.kv_cache_shape(1, self.num_kv_heads, self.num_blocks, self.block_size, self.q.shape[2])
         # A backend that reads whole blocks is promised numbers in them, the others nothing.
         rubbish = 1e4 if backend_cls.reads_whole_blocks else torch.nan
         backend = backend_cls(torch.full(shape, rubbish, dtype=self.q.dtype, device=self.q.device))
-        self.write_past(backend)
-        backend.begin(self.metadata)
-        return backend(0, self.q, self.kv)
-
-    def write_past(self, backend: AttentionBackend) -> None:
-        """Puts what is in the cache before the step into a backend's."""
         for past, slots in zip(self.past, self._past_slots()):
             backend.write(0, past, slots)
+        return backend
 
     def _past_slots(self) -> list[Tensor]:
         places = [torch.arange(len(past), device=past.device) for past in self.past]

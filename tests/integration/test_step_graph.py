@@ -370,11 +370,9 @@ def test_attention_as_the_compiler_sees_it(dtype) -> None:
     """In 16 bits it is written in another way, which no test compiles."""
     step = make_step(0, [(4, 1), (29, 1), (0, 1)], group=3, dtype=dtype)
     table, places = step.metadata.block_table, torch.arange(step.metadata.max_seq_len)
-    shape = GatherAttention.kv_cache_shape(1, step.num_kv_heads, step.num_blocks, step.block_size, step.q.shape[2])
-    cache = GatherAttention(torch.full(shape, 1e4, dtype=dtype))
-    step.write_past(cache)
-    rows = cache.kv_cache.view(-1, shape[-1])
-    traced = TracedAttention(torch.Size(shape), rows, step.metadata.slot_mapping, step.metadata.seq_lens, table, places)
+    cache = step.make_backend(GatherAttention).kv_cache
+    rows, slots, lens = cache.view(-1, cache.shape[-1]), step.metadata.slot_mapping, step.metadata.seq_lens
+    traced = TracedAttention(cache.shape, rows, slots, lens, table, places)
     assert (traced(0, step.q, step.kv).double() - step.expected()).abs().max() <= ROUNDING[dtype]
 
 
