@@ -25,6 +25,8 @@ LOGGERS = ("", "folovllm", "huggingface_hub", "torch", "transformers")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGALRM)
 UNSTABLE = (
     "CUDA_MODULE_LOADING",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
     "PYTEST_CURRENT_TEST",
     "PYTEST_VERSION",
     "TORCHINDUCTOR_CACHE_DIR",
