@@ -44,8 +44,9 @@ from folovllm.model.checkpoint import (
 )
 from folovllm.model.decoder import Decoder, load_decoder, make_empty_decoder
 from folovllm.model.hf_config import check_sizes, load_hf_config, read_config, read_json
+from folovllm.model.int4_kernels import has_int4_kernel
 from folovllm.model.quantization import QuantizationConfig, read_quantization, settle_quantization
-from folovllm.model.quantized_layers import describe_products, has_int4_kernel, iterate_dequantized, settle_version
+from folovllm.model.quantized_layers import describe_products, iterate_dequantized, settle_version
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils import get_device
 from folovllm.validation import check_bool, check_token_ids
@@ -270,13 +271,15 @@ class ModelLoader:
     def _pick_dtype(self, hf_config: Any, device: torch.device, quantization: QuantizationConfig | None) -> torch.dtype:
         """The dtype that was asked for; for "auto" float32 on a CPU, a 16-bit type on a GPU.
 
-        With weights of 4 bits it is bfloat16 on a CPU, too, where its kernel for them wants that.
+        With weights of 4 bits it is bfloat16 wherever the kernel for them wants that.
         """
         if self.model_config.torch_dtype is not None:
             return self.model_config.torch_dtype
+        is_int4 = quantization is not None and quantization.method != "int8"
+        if is_int4 and has_int4_kernel(torch.bfloat16, device):
+            return torch.bfloat16
         if device.type == "cpu":
-            is_int4 = quantization is not None and quantization.method != "int8"
-            return torch.bfloat16 if is_int4 and has_int4_kernel(torch.bfloat16, device) else torch.float32
+            return torch.float32
         own = getattr(hf_config.get_text_config(), "dtype", None)
         return torch.bfloat16 if own == torch.bfloat16 and torch.cuda.is_bf16_supported() else torch.float16
 

@@ -27,6 +27,8 @@ from folovllm.utils import cdiv
 if TYPE_CHECKING:
     import triton.language as tl
 
+TILE_HEADS = 8
+"""Heads that one program rotates. With one, 16,000 tokens of 32 heads took 310 us; to move their bytes takes 65."""
 GATE_TILE = 1024
 """Numbers of the gate that one program computes."""
 MAX_WARPS = 16
@@ -60,34 +62,42 @@ def rotate_and_write_kernel(
     positions: tl.tensor, slot_mapping: tl.tensor, eps: tl.float32,
     slot_stride: tl.int64, part_stride: tl.int64, head_stride: tl.int64, NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, NORMALIZES: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """What one program computes: a head of a token, be it of queries, keys or values. Tensors arrive as pointers."""
-    token, head, dims = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, PADDED_HALF)
-    real = dims < HALF
-    row = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * 2 * HALF + dims
+    """What one program computes: a few heads of a token, be they of queries, keys or values.
+
+    Tensors arrive as pointers.
+    """
+    token, dims = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED_HALF)[None, :]
+    heads = (tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS))[:, None]
+    num_all = NUM_HEADS + 2 * NUM_KV_HEADS
+    turns = heads < NUM_HEADS + NUM_KV_HEADS  # values are written as they are
+    real = (heads < num_all) & (dims < HALF)
+    rows = qkv + (token * num_all + heads) * 2 * HALF + dims
     # A pair is a number of the first half and one of the second.
-    first = tl.load(row, mask=real, other=0.0).to(tl.float32)
-    second = tl.load(row + HALF, mask=real, other=0.0).to(tl.float32)
-    if head < NUM_HEADS + NUM_KV_HEADS:
-        if NORMALIZES:
-            length = tl.sqrt(tl.sum(first * first + second * second) / (2 * HALF) + eps)
-            scale = weight + head * 2 * HALF + dims
-            first = first / length * tl.load(scale, mask=real, other=0.0).to(tl.float32)
-            second = second / length * tl.load(scale + HALF, mask=real, other=0.0).to(tl.float32)
-        angle = tl.load(positions + token) * 2 * HALF + dims
-        c = tl.load(cos + angle, mask=real, other=0.0).to(tl.float32)
-        s = tl.load(sin + angle + HALF, mask=real, other=0.0).to(tl.float32)
-        first, second = first * c - second * s, second * c + first * s
-    if head < NUM_HEADS:
-        place = queries + (token * NUM_HEADS + head) * 2 * HALF + dims
-        tl.store(place, first.to(queries.dtype.element_ty), mask=real)
-        tl.store(place + HALF, second.to(queries.dtype.element_ty), mask=real)
-    else:
-        kv_head, slot = head - NUM_HEADS, tl.load(slot_mapping + token)
-        head_start = kv_head // NUM_KV_HEADS * part_stride + kv_head % NUM_KV_HEADS * head_stride
-        place = slots + slot * slot_stride + head_start + dims
-        tl.store(place, first.to(slots.dtype.element_ty), mask=real)
-        tl.store(place + HALF, second.to(slots.dtype.element_ty), mask=real)
+    first = tl.load(rows, mask=real, other=0.0).to(tl.float32)
+    second = tl.load(rows + HALF, mask=real, other=0.0).to(tl.float32)
+    if NORMALIZES:
+        squares = tl.sum(first * first + second * second, axis=1, keep_dims=True)
+        length = tl.where(turns, tl.sqrt(squares / (2 * HALF) + eps), 1.0)
+        scales = weight + heads * 2 * HALF + dims
+        first = first / length * tl.load(scales, mask=real & turns, other=1.0).to(tl.float32)
+        second = second / length * tl.load(scales + HALF, mask=real & turns, other=1.0).to(tl.float32)
+    angles = tl.load(positions + token) * 2 * HALF + dims
+    c = tl.where(turns, tl.load(cos + angles, mask=dims < HALF, other=0.0).to(tl.float32), 1.0)
+    s = tl.where(turns, tl.load(sin + angles + HALF, mask=dims < HALF, other=0.0).to(tl.float32), 0.0)
+    first, second = first * c - second * s, second * c + first * s
+
+    asks = real & (heads < NUM_HEADS)
+    places = queries + (token * NUM_HEADS + heads) * 2 * HALF + dims
+    tl.store(places, first.to(queries.dtype.element_ty), mask=asks)
+    tl.store(places + HALF, second.to(queries.dtype.element_ty), mask=asks)
+    kept = real & (heads >= NUM_HEADS)
+    kv_heads, slot = heads - NUM_HEADS, tl.load(slot_mapping + token)
+    starts = kv_heads // NUM_KV_HEADS * part_stride + kv_heads % NUM_KV_HEADS * head_stride
+    places = slots + slot * slot_stride + starts + dims
+    tl.store(places, first.to(slots.dtype.element_ty), mask=kept)
+    tl.store(places + HALF, second.to(slots.dtype.element_ty), mask=kept)
 
 
 def silu_and_mul_kernel(out: tl.tensor, gate_up: tl.tensor, SIZE: tl.constexpr, TILE: tl.constexpr) -> None:
@@ -170,9 +180,9 @@ def rotate_and_write(
     num_heads = num_all - 2 * num_kv_heads
     queries = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     with _on_device_of(qkv):
-        load_kernel(rotate_and_write_kernel)[num_tokens, num_all](
+        load_kernel(rotate_and_write_kernel)[num_tokens, cdiv(num_all, TILE_HEADS)](
             queries, slots, qkv, qkv if weight is None else weight, cos, sin, positions, slot_mapping, eps,
-            *slots.stride()[:3], num_heads, num_kv_heads, half, _padded(half), weight is not None, num_warps=1,
+            *slots.stride()[:3], num_heads, num_kv_heads, half, _padded(half), weight is not None, TILE_HEADS,
         )  # fmt: skip
     return queries
 

@@ -3,13 +3,13 @@
 With few rows a product takes as long as reading its weight, so fewer bits are fewer microseconds. There are three ways
 to compute one:
 
-- *packed*: 4 bits, by torch's own kernel, on a CPU with AVX2 or AVX-512 and activations in bfloat16 (with others it
-  falls back to a loop of single numbers, which is never called from here);
+- *packed*: 4 bits, by torch's own kernels (`folovllm.model.int4_kernels`), on a CPU with AVX2 or AVX-512 or a GPU of
+  compute capability 8.0, with activations in bfloat16;
 - *dynamic*: 8 bits, and the activations are rounded to 8 bits as well, with a scale for each row, so that whole
   numbers are multiplied; on a CPU;
 - *plain*: the weight is turned into floats anew for each product. It runs everywhere and is what the others are
-  compared with. On CUDA it is the only way, since the kernels there have not been tried on a GPU yet; on an ARM CPU
-  4 bits take it too, since torch has no kernel for them there, and 8 bits are dynamic by QNNPACK.
+  compared with. On a GPU 8 bits take it (torch's kernel for such weights needs 55 to 2,400 us there where bfloat16
+  needs 9 to 14), on an ARM CPU 4 bits, since torch has no kernel for them there, and 8 bits are dynamic by QNNPACK.
 
 With 8 bits, on both of the last two ways, weights and activations are rotated first (`rotate`), so that no number is
 much larger than others. The plain path gives a text the same tokens alone and in any batch, as nearly as floats do. The
@@ -33,7 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from folovllm.model import int4_kernels
 from folovllm.model.checkpoint import Checkpoint, ModelLoadError, iterate_weights
+from folovllm.model.int4_kernels import has_int4_kernel
 from folovllm.model.layers import Linear, LinearBase, LinearMethod, Place
 from folovllm.model.packing import (
     SYMMETRIC_ZERO,
@@ -58,22 +60,6 @@ MAX_ROTATED = 64
 token, with 64 0.002, and the cost grows with it."""
 ROWS_AT_ONCE = 4096
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
-ROWS_FOR_FLOATS = 128
-"""From so many rows on a weight of 4 bits is turned into floats for this one product, because that is faster than the
-kernel: on one core with AVX2, weight 3,072 x 1,024, milliseconds for 64 / 128 / 256 / 1,024 rows by the kernel 9.9 /
-19.8 / 40 / 159, in floats 10.7 / 15.4 / 24 / 91."""
-FLOATS = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-"""Those that this CPU multiplies fastest."""
-KERNEL_GROUP_SIZES = (256, 128, 64, 32)
-"""Input columns that share a scale in torch's kernel for 4 bits."""
-KERNEL_OUTPUTS = 16
-"""Its outputs must be a multiple of this."""
-
-
-def has_int4_kernel(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has a vectorized product with weights of 4 bits for these activations."""
-    vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return device.type == "cpu" and dtype is torch.bfloat16 and vectorized
 
 
 @functools.cache
@@ -251,7 +237,7 @@ class PlainInt4:
 
 
 class PackedInt4:
-    """A weight of 4 bits in the order of torch's kernel for a CPU, which multiplies it by rows of bfloat16.
+    """A weight of 4 bits in the order of torch's kernel, which multiplies it by rows of bfloat16.
 
     Args:
         weight: `kernel_group_size` must have one for it.
@@ -260,12 +246,12 @@ class PackedInt4:
     kernel = "4 bits, packed"
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        self.group_size = kernel_group_size(weight)
+        self.kernels, self.group_size = int4_kernels.KERNELS[weight.values.device.type], kernel_group_size(weight)
         order = weight.g_idx.argsort(stable=True)
         in_order = bool((weight.g_idx.diff() >= 0).all())
         self.order = None if in_order else order
         values = weight.values if in_order else weight.values[:, order]
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(torch.int32), 1)
+        self.packed = self.kernels.pack(values)
         # The kernel computes (value - 8) * scale + zero, in groups that may be parts of ours.
         scales = weight.scales.to(torch.bfloat16)
         zeros = scales * (SYMMETRIC_ZERO - weight.zeros.to(torch.bfloat16))
@@ -277,51 +263,24 @@ class PackedInt4:
     def __call__(self, x: Tensor) -> Tensor:
         """See `LinearBase`."""
         x = x.contiguous() if self.order is None else x[:, self.order]
-        if len(x) >= ROWS_FOR_FLOATS and knows_kernel_order():
-            return (x.to(FLOATS) @ self.dequantize(FLOATS)).to(x.dtype)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales_and_zeros)
+        if len(x) >= self.kernels.rows_for_floats and (values := self.kernels.unpack(self.packed)) is not None:
+            return (x.to(self.kernels.floats) @ self.dequantize(values, self.kernels.floats)).to(x.dtype)
+        return self.kernels.multiply(x, self.packed, self.group_size, self.scales_and_zeros)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the kernel has it, in floats: ``[num_in, num_out]``."""
-        steps = unpack_kernel_order(self.packed).to(dtype).sub_(SYMMETRIC_ZERO)
+    def dequantize(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight as the kernel has it, in floats: ``[num_in, num_out]``, and so are its values."""
+        steps = values.to(dtype).sub_(SYMMETRIC_ZERO)
         scales, zeros = self.scales_and_zeros.to(dtype).unsqueeze(1).unbind(-1)
         return steps.unflatten(0, (-1, self.group_size)).mul_(scales).add_(zeros).flatten(0, 1)
-
-
-def unpack_kernel_order(packed: Tensor) -> Tensor:
-    """The values in the order of torch's kernel for 4 bits: uint8 ``[num_out, num_in / 2]`` to ``[num_in, num_out]``.
-
-    Blocks of outputs lie one after the other, 64 with AVX-512 and 32 with AVX2; in a block the columns, and of each
-    the values of the outputs, the first half of them in the lower bits of its bytes and the second in the upper ones.
-    Outputs that fill no block are the last, in pairs (torch's ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``, 2.13).
-    """
-    block = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
-    (num_out, num_in), parts = (packed.shape[0], 2 * packed.shape[1]), []
-    whole = num_out - num_out % block
-    if whole:
-        pairs = packed[:whole].view(-1, num_in, block // 2)
-        parts.append(torch.cat([pairs & 15, pairs >> 4], dim=-1).transpose(0, 1).flatten(1))
-    if whole < num_out:
-        pairs = packed[whole:].reshape(num_in, -1)
-        parts.append(torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1))
-    return torch.cat(parts, dim=-1)
-
-
-@functools.cache
-def knows_kernel_order() -> bool:
-    """Whether this torch packs as `unpack_kernel_order` unpacks; it promises no order."""
-    values = torch.arange(2 * 112).view(112, 2) // 3 % 16
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(torch.int32), 1)
-    return torch.equal(unpack_kernel_order(packed), values.T.to(torch.uint8))
 
 
 def kernel_group_size(weight: QuantizedWeight) -> int:
     """The input columns that share a scale in torch's kernel; 0: it cannot have this weight."""
     num_out, num_groups = weight.scales.shape
     sizes = weight.g_idx.bincount(minlength=num_groups)
-    if num_out % KERNEL_OUTPUTS or bool((sizes != sizes[0]).any()):
+    if num_out % int4_kernels.OUTPUTS or bool((sizes != sizes[0]).any()):
         return 0
-    return next((size for size in KERNEL_GROUP_SIZES if sizes[0] % size == 0), 0)
+    return next((size for size in int4_kernels.GROUP_SIZES if sizes[0] % size == 0), 0)
 
 
 class Int4Linear(LinearBase):
@@ -467,9 +426,10 @@ class QuantizedLinearMethod(LinearMethod):
         return Int4Linear(self, shards, num_in, scheme, bias)
 
     def create_head(self, shards: Mapping[str, int], embedding: Tensor, tied: bool) -> LinearBase:
-        """The head; in 8 bits too where the other products are packed, since in 16 it would take longer than they."""
+        """The head; in 8 bits too where a CPU has the others packed, since in 16 it would take longer than they."""
         num_in, is_int4 = embedding.shape[1], not tied and any(self._scheme(module) for module in shards)
-        if self.config.method == "int8" or (has_int4_kernel(self.dtype, self.target) and not is_int4):
+        is_packed = has_int8_kernel(self.target) and has_int4_kernel(self.dtype, self.target)
+        if self.config.method == "int8" or (is_packed and not is_int4):
             return Int8Linear(self, shards, num_in, tied=embedding if tied else None, is_head=True)
         return super().create_head(shards, embedding, tied)
 

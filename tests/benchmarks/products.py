@@ -18,9 +18,10 @@ from throughput import make_workload, run_engine
 from torch import Tensor
 
 from folovllm.llm import LLM
+from folovllm.model.int4_kernels import has_int4_kernel
 from folovllm.model.layers import Linear, LinearBase, LinearMethod
 from folovllm.model.packing import SYMMETRIC_ZERO, QuantizedWeight, column_groups
-from folovllm.model.quantized_layers import Int8Linear, PackedInt4, has_int4_kernel
+from folovllm.model.quantized_layers import Int8Linear, PackedInt4
 
 ROWS = {(3072, 1024): (1, 4, 16, 64, 128, 256, 1024), (151_936, 1024): (1, 16)}
 """Rows of each product, by the shape of its weight."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from folovllm import LLM, SamplingParams, StructuredOutputsParams
 from folovllm.book.few_bits import write_default_model
 from folovllm.model import quantized_layers
+from folovllm.model.int4_kernels import CudaKernel, has_int4_kernel
+from folovllm.model.packing import QuantizedWeight
+from folovllm.model.quantized_layers import PackedInt4
 from folovllm.tales import EMBEDDED_DRAFT, EMBEDDED_MODEL
 
 GPU = "cuda"
@@ -46,6 +50,28 @@ def test_the_tokens_are_those_of_the_cpu(name, kind):
     assert tell(GPU, kind, **SETTINGS[name]) == tell("cpu", kind, **plain)
 
 
+@pytest.mark.parametrize(("num_out", "num_in", "group_size"), [(64, 96, 32), (128, 576, 64), (4096, 1024, 128)])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_packed_weights_of_4_bits(num_out, num_in, group_size, desc_act):
+    """By the kernel, and for many rows in floats, within the rounding of bfloat16."""
+    torch.manual_seed(0)
+    groups = torch.arange(num_in, device=GPU) // group_size
+    groups = groups[torch.randperm(num_in, device=GPU)] if desc_act else groups
+    values = torch.randint(16, (num_out, num_in), dtype=torch.uint8, device=GPU)
+    scales = torch.rand(num_out, num_in // group_size, device=GPU) + 0.5
+    zeros = torch.randint(16, scales.shape, dtype=torch.uint8, device=GPU)
+    weight = QuantizedWeight(values, scales.bfloat16().float(), zeros, groups)
+    packed = PackedInt4(weight)
+    assert has_int4_kernel(torch.bfloat16, torch.device(GPU))
+    assert torch.equal(CudaKernel.unpack(packed.packed), values[:, groups.argsort(stable=True)].T)
+    for num_rows in (1, 16, 127, 128, 300):
+        x = torch.randn(num_rows, num_in, device=GPU).bfloat16()
+        expected = x.double() @ weight.dequantize(torch.float64).T
+        error = (packed(x).double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error < 0.01, f"{num_rows} rows: off by {error:.1e}"
+
+
 def test_a_checkpoint_of_4_bits(tmp_path):
-    write_default_model(tmp_path)
-    assert tell(GPU, "greedy", str(tmp_path)) == tell("cpu", "greedy", str(tmp_path))
+    folder = tmp_path / "model"
+    write_default_model(folder)
+    assert tell(GPU, "greedy", str(folder)) == tell("cpu", "greedy", str(folder))

@@ -22,9 +22,10 @@ from folovllm.book.few_bits import TruthMeter
 from folovllm.book.tracing import trace_pass
 from folovllm.config import CacheConfig, SchedulerConfig
 from folovllm.core.scheduler import SchedulerOutput
-from folovllm.model import fused
+from folovllm.model import fused, quantized_layers
 from folovllm.model.checkpoint import Checkpoint
 from folovllm.model.decoder import Decoder, DecoderConfig
+from folovllm.model.int4_kernels import CudaKernel
 from folovllm.model.quantization import QuantizationConfig, read_quantization
 from folovllm.model.quantized_layers import QuantizedLinearMethod
 from folovllm.model_loader import ModelLoader
@@ -447,7 +448,11 @@ class TestFewerBits:
         ],
         ids=str,
     )
-    def test_the_plain_path_brings_nothing_there_and_waits_for_nothing(self, config):
+    @pytest.mark.parametrize("is_packed", [False, True])
+    def test_a_product_brings_nothing_there_and_waits_for_nothing(self, config, is_packed, monkeypatch):
+        monkeypatch.setattr(CudaKernel, "is_available", lambda device: is_packed)
+        monkeypatch.setattr(quantized_layers, "kernel_group_size", lambda weight: 32)  # which asks what the groups are
+        kind = "packed" if is_packed and config.method != "int8" else "plain"
         with pretended_cuda() as counts:
             checkpoint = Checkpoint(Path(), None, [], {}, 0, torch.bfloat16, CUDA, 64, 64, config)
             decoder = Decoder(SHAPE, 64, torch.bfloat16, CUDA, QuantizedLinearMethod(checkpoint, CUDA))
@@ -455,7 +460,7 @@ class TestFewerBits:
             counts.clear()
             rows = {size: torch.zeros(5, size, dtype=torch.bfloat16, device=CUDA) for size in (64, 96, 128)}
             for linear, size in zip(decoder.linears, (64, 128, 64, 96, 64)):
-                assert linear.kernel.endswith("plain") or linear is decoder.head
+                assert linear.kernel.endswith(kind) or linear is decoder.head
                 assert linear(rows[size]).device == CUDA
             assert not counts
 

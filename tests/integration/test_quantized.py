@@ -22,8 +22,9 @@ from test_engine import GREEDY, SEEDED, VOCAB_SIZE, arrivals, engine_settings, m
 from folovllm import LLM, ModelConfig, ModelLoader, SamplingParams
 from folovllm.book import judges
 from folovllm.model.checkpoint import ModelLoadError
+from folovllm.model.int4_kernels import has_int4_kernel
 from folovllm.model.packing import GPTQ_SYMMETRIC_ZEROS
-from folovllm.model.quantized_layers import has_int4_kernel, has_int8_kernel
+from folovllm.model.quantized_layers import has_int8_kernel
 from folovllm.tales import EMBEDDED_MODEL
 
 CPU = torch.device("cpu")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from folovllm.model import quantized_layers
+from folovllm.model.int4_kernels import CpuKernel, CudaKernel, has_int4_kernel
 from folovllm.model.layers import LinearMethod
 from folovllm.model.packing import QuantizedWeight, column_groups
 from folovllm.model.quantized_layers import (
@@ -16,11 +17,9 @@ from folovllm.model.quantized_layers import (
     Int8Rows,
     PackedInt4,
     PlainInt4,
-    has_int4_kernel,
     has_int8_kernel,
     int8_max,
     kernel_group_size,
-    knows_kernel_order,
     rotate,
 )
 
@@ -94,18 +93,18 @@ class TestInt4:
     @needs_int4
     @pytest.mark.parametrize("num_out", [16, 48, 64, 112, 128, 176])
     def test_many_rows_are_multiplied_by_the_same_weight_in_floats(self, num_out, monkeypatch):
-        assert knows_kernel_order()
+        assert CpuKernel.knows_order()
         packed = PackedInt4(make_weight(num_out, 256, 64, symmetric=False, desc_act=True))
         x = torch.randn(20, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
         by_kernel = packed(x).float()
-        monkeypatch.setattr(quantized_layers, "ROWS_FOR_FLOATS", 20)
+        monkeypatch.setattr(CpuKernel, "rows_for_floats", 20)
         in_floats = packed(x).float()
         assert torch.allclose(by_kernel, in_floats, rtol=2**-6, atol=2**-6 * float(by_kernel.abs().max()))
         assert (by_kernel - in_floats).abs().mean() < 0.003 * by_kernel.abs().mean()
 
     @needs_int4
     def test_an_order_that_is_not_known_is_left_to_the_kernel(self, calls, monkeypatch):
-        monkeypatch.setattr(quantized_layers, "knows_kernel_order", lambda: False)
+        monkeypatch.setattr(CpuKernel, "knows_order", lambda: False)
         PackedInt4(make_weight())(torch.randn(300, 128, dtype=torch.bfloat16))
         assert len(calls["_weight_int4pack_mm_for_cpu"]) == 1
 
@@ -113,6 +112,21 @@ class TestInt4:
     def test_it_is_torchs_kernel_and_its_activations_are_bfloat16(self, calls):
         PackedInt4(make_weight(desc_act=True))(torch.randn(3, 128, dtype=torch.bfloat16))
         assert calls == {"_weight_int4pack_mm_for_cpu": [torch.bfloat16]}
+
+    @pytest.mark.parametrize("num_columns", [32, 64, 128])
+    def test_an_order_that_torch_does_not_tell_is_found_out(self, num_columns):
+        scrambled = torch.randperm(8 * num_columns, generator=torch.Generator().manual_seed(0))
+
+        class Scrambles(CudaKernel):
+            @staticmethod
+            def pack(values):
+                tiles = values.to(torch.uint8).view(-1, 8, values.shape[1] // num_columns, num_columns).transpose(1, 2)
+                halves = tiles.flatten(2)[..., scrambled].unflatten(-1, (-1, 2))
+                packed = (halves[..., 0] | halves[..., 1] << 4).view(torch.int32)
+                return packed.unflatten(-1, (32, num_columns // 32))
+
+        values = torch.randint(16, (48, 3 * num_columns))
+        assert torch.equal(Scrambles.unpack(Scrambles.pack(values)), values.T)
 
     def test_the_scalar_loop_is_never_called(self, calls):
         assert not has_int4_kernel(torch.float32, CPU) and not has_int4_kernel(torch.float16, CPU)
