@@ -12,7 +12,7 @@ from fused_helpers import check_add_rms_norm, check_rotate_and_write, check_silu
 
 from folovllm import LLM, SamplingParams
 from folovllm.attention.flash import FlashAttention
-from folovllm.attention.triton import TritonAttention
+from folovllm.attention.triton import TritonAttention, choose_num_parts
 from folovllm.model import fused
 from folovllm.tales import EMBEDDED_MODEL
 
@@ -57,6 +57,15 @@ def test_ends_of_a_tile_of_keys(num_tokens: int) -> None:
     for head_dim in (32, 128):
         lens = [(num_tokens - 1, 1), (0, min(num_tokens, 3))]
         check(make_step(num_tokens, lens, num_kv_heads=1, head_dim=head_dim, block_size=3))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 500, 1025])
+@pytest.mark.parametrize("num_seqs", [1, 3])
+def test_parts(num_tokens: int, num_seqs: int) -> None:
+    """Of the keys of few sequences that decode; most are empty where there are few keys."""
+    lens = [(num_tokens - 1, 1), (0, 1), (39, 1)][:num_seqs]
+    assert choose_num_parts(2 * num_seqs, torch.float16, 1) == 16
+    check(make_step(num_tokens, lens, num_kv_heads=2, group=3, head_dim=96, block_size=16, dtype=torch.float16))
 
 
 @pytest.mark.parametrize(

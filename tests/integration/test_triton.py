@@ -85,22 +85,33 @@ def compile_launched(kernel: Any, launched: FakeKernel, capability: int) -> Any:
     [
         (75, torch.float16, 128, 64),
         (80, torch.bfloat16, 96, 1),
+        (75, torch.float32, 128, 1),
         (86, torch.float32, 256, 64),
+        (90, torch.float16, 128, 1),
         (90, torch.bfloat16, 128, 64),
     ],
 )
 def test_attention_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, head_dim, max_query_len) -> None:
     """All that can be known of it without a GPU: its types are right, it fits, and float32 is not rounded to TF32."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, launched = triton.load_kernel(), FakeKernel()
-    monkeypatch.setattr(triton, "load_kernel", lambda: launched)
+    kernels, launched = triton.load_kernels(), (FakeKernel(), FakeKernel())
+    monkeypatch.setattr(triton, "load_kernels", lambda: launched)
     table, starts, lens = (meta(*n, dtype=torch.int32) for n in ((2, 4), (3,), (2,)))
     cache = meta(2, 2, 8, 3, head_dim, dtype=dtype)
     triton.paged_attention(meta(128, 6, head_dim, dtype=dtype), *cache, table, starts, lens, max_query_len)
-    made = compile_launched(kernel, launched, capability)
+    made = compile_launched(kernels[0], launched[0], capability)
     assert made.metadata.shared <= SHARED_MEMORY[capability] * 1024
     assert "tf32" not in made.asm["ptx"]
     assert "fma" in made.asm["ptx"] or "mma" in made.asm["ptx"]
+    has_parts = hasattr(launched[1], "args")
+    assert has_parts == (max_query_len == 1 and dtype != torch.float32)
+    assert not has_parts or compile_launched(kernels[1], launched[1], capability).asm["ptx"]
+
+
+def test_keys_are_split_where_few_sequences_decode() -> None:
+    parts = [triton.choose_num_parts(num, torch.bfloat16, 1) for num in (1, 8, 24, 100, 128, 200, 256, 4096)]
+    assert parts == [16, 16, 8, 2, 2, 1, 1, 1]
+    assert triton.choose_num_parts(1, torch.float32, 1) == triton.choose_num_parts(1, torch.float16, 2) == 1
 
 
 @needs_triton
@@ -136,7 +147,7 @@ def test_fused_operations_compile_for_gpus(monkeypatch, tmp_path, capability, dt
 @pytest.mark.parametrize(
     ("kernel", "parts"),
     [
-        (triton.load_kernel, {"block_table", "query_start_loc", "seq_lens"}),
+        (lambda: triton.load_kernels()[0], {"block_table", "query_start_loc", "seq_lens"}),
         (lambda: fused.load_kernel(fused.rotate_and_write_kernel), {"positions", "slot_mapping"}),
     ],
     ids=["attention", "rotation"],
