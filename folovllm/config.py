@@ -68,8 +68,8 @@ class ModelConfig:
     """How attention reads the cache; "auto" takes the fastest that can serve on the device."""
     enforce_eager: bool | None = None
     """Whether every step calls its operations one by one. False: decode steps are recorded, once for each size of a
-    batch, as graphs on CUDA and compiled on a CPU, when it is first needed there. None: eager on every device, since no
-    GPU has been at hand to try recorded steps on, and compiling takes its time."""
+    batch, on CUDA as graphs at the start, on a CPU by compiling them when they are first needed. None: recorded on
+    CUDA, where the attention backend allows it, and eager elsewhere, since compiling takes its time."""
     quantization: Literal["int8", "gptq", "compressed-tensors"] | None = None
     """How weights are kept in fewer bits. None: as the checkpoint has them. "int8": rounded to 8 bits while they are
     loaded. The others read a checkpoint of that kind, with 4 bits, and refuse any other."""

@@ -31,7 +31,7 @@ from folovllm.utils import cdiv, get_cpu_memory_info
 from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
 from folovllm.worker.cache_blocks import clear_begun_blocks, move_blocks
-from folovllm.worker.recorders import load_recorder
+from folovllm.worker.recorders import choose_recorder
 from folovllm.worker.step_graph import StepGraphs
 
 logger = logging.getLogger(__name__)
@@ -167,15 +167,13 @@ class ModelRunner:
         )  # fmt: skip
         logger.info("attention backend %s", self.backend_choice)
         self._sampled: tuple[list[Sequence], SamplingMetadata] = [], SamplingMetadata([])
-        self.is_eager = config.model_config.enforce_eager is not False
-        if not self.is_eager:
-            self._recorder_cls = load_recorder(decoder.device, self.backend_cls)
+        self._recorder_cls = choose_recorder(config.model_config.enforce_eager, decoder.device, self.backend_cls)
         # A block that the scheduler does not know of, for the rows of padding of recorded steps.
-        self._num_reserved = 0 if self.is_eager else 1
+        self._num_reserved = 0 if self._recorder_cls is None else 1
 
     def __repr__(self) -> str:
         dtype = str(self.decoder.dtype).removeprefix("torch.")
-        recorded = "" if self.is_eager else ", recorded decode steps"
+        recorded = "" if self._recorder_cls is None else ", recorded decode steps"
         return f"ModelRunner({self.decoder.device}, {dtype}, attention backend {self.backend_choice}{recorded})"
 
     def count_blocks(self) -> tuple[int, int]:
@@ -217,8 +215,8 @@ class ModelRunner:
         return free - total * (1 - self.config.cache_config.gpu_memory_utilization) - activations
 
     def _record_steps(self, attention: AttentionBackend, reserved_block: int) -> StepGraphs | None:
-        """Recorded decode steps over a cache, if ``enforce_eager`` is False; on CUDA all sizes, elsewhere none yet."""
-        if self.is_eager:
+        """Recorded decode steps over a cache, if steps are recorded; on CUDA all sizes, elsewhere none yet."""
+        if self._recorder_cls is None:
             return None
         graphs = StepGraphs(self.decoder, attention, self.config, reserved_block, self._recorder_cls())
         if self.decoder.device.type == "cuda":

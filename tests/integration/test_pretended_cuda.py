@@ -81,7 +81,7 @@ class AsciiTokenizer:
 
 
 def make_runner(
-    backend: str = "gather", num_layers: int = 1, enforce_eager: bool | None = None, has_draft: bool = False
+    backend: str = "gather", num_layers: int = 1, enforce_eager: bool = True, has_draft: bool = False
 ) -> ModelRunner:
     """A runner on the pretended GPU, to be made inside it."""
     dtype, block_size = torch.bfloat16, BLOCK_SIZES.get(backend, 16)

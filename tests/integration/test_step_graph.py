@@ -37,7 +37,7 @@ from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
 from folovllm.worker import model_runner
 from folovllm.worker.compiled_step import _PRODUCTS, CompiledSteps, TracedAttention, hide_product
-from folovllm.worker.recorders import load_recorder
+from folovllm.worker.recorders import choose_recorder
 from folovllm.worker.step_graph import (
     CudaGraphs,
     StepGraphs,
@@ -116,7 +116,7 @@ class DeviceAttention(SdpaAttention):
 def make_engine(recorder=replay_eagerly, **kwargs) -> LLMEngine:
     """An engine that records decode steps on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "load_recorder", lambda *args: lambda: recorder)
+        patch.setattr(model_runner, "choose_recorder", lambda is_eager, *_: None if is_eager else lambda: recorder)
         config = make_engine_config(
             str(EMBEDDED_MODEL), **{"max_model_len": MAX_MODEL_LEN, "enforce_eager": False, **kwargs}
         )
@@ -541,23 +541,26 @@ class TestLikeliest:
 
 
 class TestRefusals:
-    def test_eager_unless_asked(self):
-        assert make_engine(enforce_eager=None).runner.is_eager
+    def test_recorded_on_a_gpu_unless_asked(self):
+        gpu, cpu = torch.device("cuda"), torch.device("cpu")
+        assert choose_recorder(None, cpu, GatherAttention) is None
+        assert choose_recorder(None, gpu, FlashAttention) is CudaGraphs
+        assert choose_recorder(None, gpu, GatherAttention) is choose_recorder(True, gpu, FlashAttention) is None
         with pytest.raises(ValueError, match="enforce_eager must be"):
             ModelConfig("m", enforce_eager=0)
 
     def test_a_device_without_recording(self):
         with pytest.raises(ValueError, match=r"on cuda and cpu, and the model is on mps: set enforce_eager=True"):
-            load_recorder(torch.device("mps"), GatherAttention)
+            choose_recorder(False, torch.device("mps"), GatherAttention)
 
     def test_attention_that_plans_on_the_cpu(self):
         with pytest.raises(ValueError, match=r"which GatherAttention does not: set attention_backend"):
-            load_recorder(torch.device("cuda"), GatherAttention)
-        assert load_recorder(torch.device("cuda"), FlashAttention) is CudaGraphs
+            choose_recorder(False, torch.device("cuda"), GatherAttention)
+        assert choose_recorder(False, torch.device("cuda"), FlashAttention) is CudaGraphs
 
     def test_attention_that_is_not_compiled(self):
         with pytest.raises(ValueError, match=r"attention_backend='gather' keeps, and the engine has SdpaAttention"):
-            load_recorder(torch.device("cpu"), SdpaAttention)
+            choose_recorder(False, torch.device("cpu"), SdpaAttention)
 
     @pytest.mark.usefixtures("_path_is_given_back")
     def test_a_machine_without_a_cpp_compiler(self, monkeypatch):
