@@ -211,11 +211,6 @@ def paged_attention(
     return out
 
 
-# An operator of torch's, so that a step can be followed on a device that is only pretended. It costs 8 microseconds.
-_paged_attention = torch.library.custom_op("folovllm::paged_attention", paged_attention, mutates_args=())
-_paged_attention.register_fake(lambda q, *_: q.new_empty(len(q), q.shape[1] * q.shape[2]))
-
-
 class TritonAttention(KernelBackend):
     """Attention through block tables by our own kernel, for GPUs, any block size and any head size."""
 
@@ -245,6 +240,6 @@ class TritonAttention(KernelBackend):
         """One layer's attention, once the step's keys and values are in their slots."""
         step = self.metadata
         keys, values = self.kv_cache[layer]
-        return _paged_attention(
+        return paged_attention(
             q, keys, values, step.block_table, step.query_start_loc, step.seq_lens, self._max_query_len
         )

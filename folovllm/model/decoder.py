@@ -242,18 +242,18 @@ class Decoder:
 
     def _run_fused(self, residual: Tensor, positions: Tensor, attend: KernelBackend) -> Tensor:
         """What all `DecoderLayer` and the last norm do, in fewer kernels: each norm adds what came before it first."""
-        ops, slot_mapping, x = torch.ops.folovllm, attend.metadata.slot_mapping, None
+        slot_mapping, x = attend.metadata.slot_mapping, None
         for layer in self.layers:
             norm, qk_weight = layer.input_layernorm, None if layer.qk_norm is None else layer.qk_norm.weight
-            qkv = layer.qkv_proj(ops.add_rms_norm(residual, x, norm.weight, norm.eps))
-            q = ops.rotate_and_write(
+            qkv = layer.qkv_proj(fused.add_rms_norm(residual, x, norm.weight, norm.eps))
+            q = fused.rotate_and_write(
                 qkv.view(len(qkv), -1, layer.head_dim), qk_weight, norm.eps,
                 self.cos, self.sin, positions, attend.slots(layer.index), slot_mapping,
             )  # fmt: skip
             x, norm = layer.o_proj(attend.read(layer.index, q)), layer.post_attention_layernorm
-            gate_up = layer.gate_up_proj(ops.add_rms_norm(residual, x, norm.weight, norm.eps))
-            x = layer.down_proj(ops.silu_and_mul(gate_up))
-        return ops.add_rms_norm(residual, x, self.norm.weight, self.norm.eps)
+            gate_up = layer.gate_up_proj(fused.add_rms_norm(residual, x, norm.weight, norm.eps))
+            x = layer.down_proj(fused.silu_and_mul(gate_up))
+        return fused.add_rms_norm(residual, x, self.norm.weight, self.norm.eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """``[num_rows, hidden_size]`` to ``[num_rows, vocab_size]``."""

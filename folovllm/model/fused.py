@@ -194,15 +194,3 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     with _on_device_of(gate_up):
         load_kernel(silu_and_mul_kernel)[num_tokens, cdiv(size, GATE_TILE)](out, gate_up, size, GATE_TILE)
     return out
-
-
-# Operators of torch's, so that a step can be followed on a device that is only pretended.
-torch.library.custom_op("folovllm::add_rms_norm", add_rms_norm, mutates_args=["residual"]).register_fake(
-    lambda residual, *_: torch.empty_like(residual)
-)
-torch.library.custom_op("folovllm::rotate_and_write", rotate_and_write, mutates_args=["slots"]).register_fake(
-    lambda qkv, *args: qkv.new_empty(len(qkv), qkv.shape[1] - 2 * args[5].shape[2], qkv.shape[2])
-)
-torch.library.custom_op("folovllm::silu_and_mul", silu_and_mul, mutates_args=()).register_fake(
-    lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-)

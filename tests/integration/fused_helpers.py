@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from folovllm.attention import KernelBackend
-from folovllm.model import fused  # registers the operators
+from folovllm.model import fused
 
 ROUNDING = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """What a result may be off by, as a share of itself or of 1: one unit in the last place, and in float32 some more, for
 a GPU's roots, exponentials and quotients are approximations."""
 EPS = 1e-5
-ops = torch.ops.folovllm
 
 
 class Numbers:
@@ -40,7 +39,7 @@ def check_add_rms_norm(seed: int, dtype: torch.dtype, device: torch.device) -> N
     stream, x, weight = make.normal(num_tokens, size), make.normal(num_tokens, size), make.normal(size)
     for added in (x, None):
         found_stream, stream = stream.clone(), stream if added is None else stream + added
-        found = ops.add_rms_norm(found_stream, added, weight, EPS)
+        found = fused.add_rms_norm(found_stream, added, weight, EPS)
         assert torch.equal(found_stream, stream)
         check_close(found, F.rms_norm(stream.double(), (size,), weight.double(), EPS), dtype)
 
@@ -50,7 +49,7 @@ def check_silu_and_mul(seed: int, dtype: torch.dtype, device: torch.device) -> N
     gate_up = 4 * make.normal(make.rng.randint(1, 4), 2 * make.rng.choice([1, 96, fused.GATE_TILE, 1536]))
     gate_up[0, 0] = -1000.0  # whose exponential is infinite
     gate, up = gate_up.double().chunk(2, dim=1)
-    check_close(ops.silu_and_mul(gate_up), F.silu(gate) * up, dtype)
+    check_close(fused.silu_and_mul(gate_up), F.silu(gate) * up, dtype)
 
 
 def check_rotate_and_write(
@@ -74,6 +73,6 @@ def check_rotate_and_write(
     shape = backend_cls.kv_cache_shape(2, num_kv_heads, num_blocks, block_size, head_dim)
     found, expected = (backend_cls(torch.full(shape, 7.0, dtype=d, device=device)) for d in (dtype, torch.float64))
     expected.write(1, torch.cat([qk[:, num_heads:], values], dim=1), slot_mapping)
-    q = ops.rotate_and_write(qkv, weight, EPS, cos, sin, positions, found.slots(1), slot_mapping)
+    q = fused.rotate_and_write(qkv, weight, EPS, cos, sin, positions, found.slots(1), slot_mapping)
     check_close(q, qk[:, :num_heads], dtype)
     check_close(found.kv_cache, expected.kv_cache, dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from folovllm.attention import triton
+from folovllm.model import fused
 from folovllm.model.quantized_layers import hadamard
 
 aten = torch.ops.aten
@@ -30,6 +32,24 @@ INSTEAD = {
 """Methods that look for a real GPU before they do anything, and what they come to."""
 READS = {"tolist": None, "item": None, "__bool__": bool, "is_nonzero": bool, "__int__": int, "__float__": float}
 """What makes something of Python's out of a tensor, and of which type; None: as the tensor's."""
+
+
+def pretend(module: Any, name: str, shape: Callable[..., Tensor], *mutated: str) -> Any:
+    """Stands for one of our kernels, which need numbers: an operator of torch's that gives a tensor of this shape."""
+    operator = torch.library.custom_op(f"pretended::{name}", getattr(module, name), mutates_args=mutated)
+    operator.register_fake(shape)
+    return mock.patch.object(module, name, operator)
+
+
+KERNELS = (
+    pretend(triton, "paged_attention", lambda q, *_: q.new_empty(len(q), q.shape[1] * q.shape[2])),
+    pretend(fused, "add_rms_norm", lambda residual, *_: torch.empty_like(residual), "residual"),
+    pretend(
+        fused, "rotate_and_write",
+        lambda qkv, *args: qkv.new_empty(len(qkv), qkv.shape[1] - 2 * args[5].shape[2], qkv.shape[2]), "slots",
+    ),
+    pretend(fused, "silu_and_mul", lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)),
+)  # fmt: skip
 COPIES = {aten.to: 0, aten._to_copy: 0, aten.copy_: 1}
 """What may bring a tensor to another device, and which of its arguments is brought."""
 
@@ -114,7 +134,15 @@ def pretended_cuda() -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     tolist = mock.patch.object(FakeTensor, "tolist", Tensor.tolist)  # its own reads one number after the other
     try:
-        with tolist, FakeTensorMode(allow_non_fake_inputs=True), Copies(counts), Indexing(counts):
+        with (
+            contextlib.ExitStack() as kernels,
+            tolist,
+            FakeTensorMode(allow_non_fake_inputs=True),
+            Copies(counts),
+            Indexing(counts),
+        ):
+            for kernel in KERNELS:
+                kernels.enter_context(kernel)
             yield counts
     finally:
         hadamard.cache_clear()  # what it keeps for "cuda:0" is pretended

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from folovllm.attention import choose_backend, triton
 from folovllm.attention.triton import TritonAttention
@@ -155,29 +154,6 @@ def test_fused_operations_compile_for_gpus(monkeypatch, tmp_path, capability, dt
 def test_no_kernel_is_compiled_anew_for_where_a_step_has_its_parts(kernel, parts) -> None:
     """A step brings them in one copy, so that their addresses are multiples of 16 in some steps, and not in others."""
     assert {param.name for param in kernel().params if param.do_not_specialize_on_alignment} == parts
-
-
-def test_attention_on_a_pretended_gpu() -> None:
-    with FakeTensorMode(), torch.device("cuda"):
-        q, cache = torch.empty(9, 8, 32, dtype=torch.bfloat16), torch.empty(2, 2, 5, 16, 32, dtype=torch.bfloat16)
-        integers = (torch.empty(shape, dtype=torch.int32) for shape in ((3, 2), 4, 3))
-        out = torch.ops.folovllm.paged_attention(q, *cache.unbind(), *integers, 5)
-    assert (out.shape, out.dtype, out.device.type) == ((9, 8 * 32), torch.bfloat16, "cuda")
-
-
-def test_fused_operations_on_a_pretended_gpu() -> None:
-    ops = torch.ops.folovllm
-    with FakeTensorMode(), torch.device("cuda"):
-        shapes = (9, 64), (64,), (9, 8, 32), (40, 2, 2, 32)
-        x, weight, qkv, slots = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
-        table, places = torch.empty(50, 1, 32), torch.empty(9, dtype=torch.int64)
-        found = (
-            ops.add_rms_norm(x, x.clone(), weight, 1e-6),
-            ops.rotate_and_write(qkv, None, 1e-6, table, table, places, slots, places),
-            ops.silu_and_mul(x),
-        )
-    assert [(*out.shape,) for out in found] == [(9, 64), (9, 4, 32), (9, 32)]
-    assert {(out.dtype, out.device.type) for out in found} == {(torch.bfloat16, "cuda")}
 
 
 class TestWhereItCannotRun:
