@@ -19,6 +19,7 @@ in vLLM (``v1/attention/ops/triton_unified_attention.py``), where they are not t
 from __future__ import annotations
 
 import importlib.util
+import math
 from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -32,20 +33,53 @@ from folovllm.utils import cdiv
 if TYPE_CHECKING:
     import triton.language as tl
 
+LOG2_E = math.log2(math.e)
+"""``exp(x)`` is ``2**(LOG2_E * x)``, and powers of 2 are what a GPU computes."""
 MIN_TILE = 16
 """A product of tiles has at least so many rows, columns and numbers to add up."""
 MAX_TILE_ROWS = 64
 """Most rows (a query of one head is a row) of a tile: its scores and sums are in registers."""
-QUERY_TILE_BYTES = 2**15
+QUERY_TILE_BYTES = 2**14
 """Most bytes of a tile of queries."""
 KEY_TILE_BYTES = 2**13
 """Bytes of a tile of keys: with its values, and the next tile on its way, it fits the shared memory of any GPU."""
 DECODE_KEY_TILE_BYTES = 2**14
-"""The same for a tile of few rows, which leave room for more: 256 sequences of 800 tokens 214 us instead of 241."""
-ENOUGH_PROGRAMS = 256
-"""Two for each processor of a large GPU: with fewer, keys are split."""
+"""The same for few rows of 16 bits, which leave room for more: 256 sequences of 800 tokens 214 us instead of 241."""
+ENOUGH_PROGRAMS = 1024
+"""Eight for each processor of a large GPU, so that a long sequence among short ones does not keep all waiting: with
+fewer, keys are split."""
 MAX_PARTS = 16
 """Most parts of a sequence's keys."""
+
+
+def attend_to_tiles(
+    queries: tl.tensor, seen: tl.tensor, keys: tl.tensor, values: tl.tensor, blocks: tl.tensor, first: int, last: int,
+    running_max: tl.tensor, running_sum: tl.tensor, weighted: tl.tensor, scale: tl.float32, BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE_KEYS: tl.constexpr, ALL_SEEN: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """The online softmax of a tile of queries over one tile of keys after the other, from ``first`` to before ``last``.
+
+    A query sees the first ``seen`` keys of its text. Where every query sees all, nothing has to be compared.
+    """
+    dims = tl.arange(0, PADDED_DIM)
+    for start in range(first, last, TILE_KEYS):
+        places = start + tl.arange(0, TILE_KEYS)
+        there = (places < last) | ALL_SEEN
+        slots = tl.load(blocks + places // BLOCK_SIZE, mask=there, other=0).to(tl.int64) * BLOCK_SIZE
+        kv_places = (slots + places % BLOCK_SIZE)[:, None] * HEAD_DIM + dims[None, :]
+        real = there[:, None] & ((dims < HEAD_DIM) | (HEAD_DIM == PADDED_DIM))[None, :]
+        k = tl.load(keys + kv_places, mask=real, other=0.0)
+        v = tl.load(values + kv_places, mask=real, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # "ieee": float32 stays float32
+        if not ALL_SEEN:
+            scores = tl.where(places[None, :] < seen[:, None], scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        rescale = tl.exp2(running_max - new_max)  # what was added up so far was relative to the old maximum
+        weights = tl.exp2(scores - new_max[:, None])
+        running_sum = running_sum * rescale + tl.sum(weights, axis=1)
+        weighted = tl.dot(weights.to(v.dtype), v, weighted * rescale[:, None], input_precision="ieee")
+        running_max = new_max
+    return running_max, running_sum, weighted
 
 
 def paged_attention_kernel(
@@ -64,35 +98,35 @@ def paged_attention_kernel(
         return  # the grid is as long as the longest of the batch needs
     # The query heads that share a key head are rows of one tile, so that a key is read once for all of them.
     rows, dims = tile * TILE_ROWS + tl.arange(0, TILE_ROWS), tl.arange(0, PADDED_DIM)
-    tokens = rows // QUERIES_PER_KV
-    heads = kv_head * QUERIES_PER_KV + rows % QUERIES_PER_KV
+    tokens, heads = rows // QUERIES_PER_KV, kv_head * QUERIES_PER_KV + rows % QUERIES_PER_KV
+    out_rows = ((start + tokens) * tl.num_programs(1) * QUERIES_PER_KV + heads) * NUM_PARTS + part
+    end = past + tl.minimum(num_new, (tile * TILE_ROWS + TILE_ROWS - 1) // QUERIES_PER_KV + 1)  # what the last row sees
+    part_len = tl.cdiv(end, NUM_PARTS * TILE_KEYS) * TILE_KEYS  # in whole tiles, so that the last parts may be empty
+    first, last = part * part_len, tl.minimum(end, (part + 1) * part_len)
+    if first >= last:
+        tl.store(log_sums + out_rows, tl.full([TILE_ROWS], float("-inf"), tl.float32), mask=tokens < num_new)
+        return
     real = (tokens < num_new)[:, None] & (dims < HEAD_DIM)[None, :]
     q_places = (start + tokens)[:, None] * q_token_stride + heads[:, None] * q_head_stride + dims[None, :]
     queries = tl.load(q + q_places, mask=real, other=0.0)
-    running_max, running_sum = tl.full([TILE_ROWS], float("-inf"), tl.float32), tl.zeros([TILE_ROWS], tl.float32)
+    seen, blocks = past + tokens + 1, block_table + seq * table_stride
+    keys, values = keys + kv_head * kv_head_stride, values + kv_head * kv_head_stride
+    m, s = tl.full([TILE_ROWS], float("-inf"), tl.float32), tl.zeros([TILE_ROWS], tl.float32)  # maximum and sum
     weighted = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
-    end = past + tl.minimum(num_new, (tile * TILE_ROWS + TILE_ROWS - 1) // QUERIES_PER_KV + 1)  # what the last row sees
-    part_len = tl.cdiv(end, NUM_PARTS * TILE_KEYS) * TILE_KEYS  # whole tiles; the last parts may be empty
-    for first in range(part * part_len, tl.minimum(end, (part + 1) * part_len), TILE_KEYS):
-        places = first + tl.arange(0, TILE_KEYS)
-        blocks = tl.load(block_table + seq * table_stride + places // BLOCK_SIZE, mask=places < end, other=0)
-        slots = blocks.to(tl.int64) * BLOCK_SIZE + places % BLOCK_SIZE
-        kv_places = kv_head * kv_head_stride + slots[:, None] * HEAD_DIM + dims[None, :]
-        there = (places < end)[:, None] & (dims < HEAD_DIM)[None, :]
-        k, v = tl.load(keys + kv_places, mask=there, other=0.0), tl.load(values + kv_places, mask=there, other=0.0)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # "ieee": float32 stays float32
-        scores = tl.where(places[None, :] <= (past + tokens)[:, None], scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-        rescale = tl.exp(running_max - new_max)  # what was added up so far was relative to the old maximum
-        weights = tl.exp(scores - new_max[:, None])
-        running_sum = running_sum * rescale + tl.sum(weights, axis=1)
-        weighted = weighted * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        running_max = new_max
-    out_rows = ((start + tokens) * tl.num_programs(1) * QUERIES_PER_KV + heads) * NUM_PARTS + part
-    if NUM_PARTS > 1:
-        tl.store(log_sums + out_rows, running_max + tl.log(running_sum), mask=tokens < num_new)
+    seen_by_all = (past + tile * TILE_ROWS // QUERIES_PER_KV + 1) // TILE_KEYS * TILE_KEYS  # in whole tiles
+    border = tl.maximum(first, tl.minimum(last, seen_by_all))
+    m, s, weighted = attend_to_tiles(
+        queries, seen, keys, values, blocks, first, border, m, s, weighted, scale,
+        BLOCK_SIZE, HEAD_DIM, PADDED_DIM, TILE_KEYS, True,
+    )  # fmt: skip
+    m, s, weighted = attend_to_tiles(
+        queries, seen, keys, values, blocks, border, last, m, s, weighted, scale,
+        BLOCK_SIZE, HEAD_DIM, PADDED_DIM, TILE_KEYS, False,
+    )  # fmt: skip
+    if NUM_PARTS > 1:  # each part has a row of ``out`` of its own, and a weight
+        tl.store(log_sums + out_rows, m + tl.log2(s), mask=tokens < num_new)
     out_places = out_rows[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out + out_places, (weighted / running_sum[:, None]).to(out.dtype.element_ty), mask=real)
+    tl.store(out + out_places, (weighted / s[:, None]).to(out.dtype.element_ty), mask=real)
 
 
 def join_parts_kernel(
@@ -103,7 +137,7 @@ def join_parts_kernel(
     row, dims = tl.program_id(0), tl.arange(0, PADDED_DIM)
     parts = row * NUM_PARTS + tl.arange(0, NUM_PARTS)
     sums = tl.load(log_sums + parts)
-    weights = tl.exp(sums - tl.max(sums, axis=0))
+    weights = tl.exp2(sums - tl.max(sums, axis=0))
     real = (dims < HEAD_DIM)[None, :] & (weights > 0)[:, None]  # an empty part weighs nothing, and has no average
     found = tl.load(averages + parts[:, None] * HEAD_DIM + dims[None, :], mask=real, other=0.0)
     joined = tl.sum(found * weights[:, None], axis=0) / tl.sum(weights, axis=0)
@@ -113,13 +147,14 @@ def join_parts_kernel(
 @cache
 def load_kernels() -> tuple[Any, Any]:
     """Both kernels as Triton compiles them, or interprets them if ``TRITON_INTERPRET=1`` was set before its import."""
-    global tl
+    global tl, attend_to_tiles
     import triton
     import triton.language as tl
 
     # These change from step to step. Triton would compile a kernel anew for a stride of 1 or a multiple of 16, and for
     # an address that is one.
     addresses = ["block_table", "query_start_loc", "seq_lens"]
+    attend_to_tiles = triton.jit(attend_to_tiles)  # which the first kernel calls
     attend = triton.jit(
         paged_attention_kernel, do_not_specialize=["table_stride"], do_not_specialize_on_alignment=addresses
     )
@@ -146,7 +181,8 @@ def choose_tiles(head_dim: int, num_rows: int, itemsize: int) -> tuple[int, int,
     padded_dim = max(MIN_TILE, 1 << (head_dim - 1).bit_length())  # Triton's tiles have sides that are powers of two
     row_bytes = padded_dim * itemsize
     if num_rows <= MIN_TILE:
-        return padded_dim, MIN_TILE, max(MIN_TILE, DECODE_KEY_TILE_BYTES // row_bytes)
+        key_bytes = KEY_TILE_BYTES if itemsize > 2 else DECODE_KEY_TILE_BYTES
+        return padded_dim, MIN_TILE, max(MIN_TILE, key_bytes // row_bytes)
     tile_rows = max(MIN_TILE, min(MAX_TILE_ROWS, QUERY_TILE_BYTES // row_bytes))
     return padded_dim, tile_rows, max(MIN_TILE, KEY_TILE_BYTES // row_bytes)
 
@@ -202,7 +238,7 @@ def paged_attention(
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         attend[num_tiles * num_parts, num_kv_heads, len(seq_lens)](
             averages, log_sums, q, keys, values, block_table, query_start_loc, seq_lens,
-            q.stride(0), q.stride(1), keys.stride(0), block_table.stride(0), head_dim**-0.5,
+            q.stride(0), q.stride(1), keys.stride(0), block_table.stride(0), LOG2_E * head_dim**-0.5,
             num_heads // num_kv_heads, block_size, head_dim, padded_dim, tile_rows, tile_keys, num_parts,
             num_stages=2, enable_fp_fusion=True,  # the default, of which Triton 3.9 warns that it will change
         )  # fmt: skip
