@@ -45,8 +45,8 @@ KEY_TILE_BYTES = 2**13
 """Bytes of a tile of keys: with its values, and the next tile on its way, it fits the shared memory of any GPU."""
 DECODE_KEY_TILE_BYTES = 2**14
 """The same for few rows of 16 bits, which leave room for more: 256 sequences of 800 tokens 214 us instead of 241."""
-ENOUGH_PROGRAMS = 1024
-"""Eight for each processor of a large GPU, so that a long sequence among short ones does not keep all waiting: with
+ENOUGH_PROGRAMS = 512
+"""Four for each processor of a large GPU, so that a long sequence among short ones does not keep all waiting: with
 fewer, keys are split."""
 MAX_PARTS = 16
 """Most parts of a sequence's keys."""
@@ -82,6 +82,9 @@ def attend_to_tiles(
     return running_max, running_sum, weighted
 
 
+_attend_to_tiles: Any = None  # the function above as Triton compiles it, which only a kernel can call
+
+
 def paged_attention_kernel(
     out: tl.tensor, log_sums: tl.tensor, q: tl.tensor, keys: tl.tensor, values: tl.tensor,
     block_table: tl.tensor, query_start_loc: tl.tensor, seq_lens: tl.tensor,
@@ -115,11 +118,11 @@ def paged_attention_kernel(
     weighted = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
     seen_by_all = (past + tile * TILE_ROWS // QUERIES_PER_KV + 1) // TILE_KEYS * TILE_KEYS  # in whole tiles
     border = tl.maximum(first, tl.minimum(last, seen_by_all))
-    m, s, weighted = attend_to_tiles(
+    m, s, weighted = _attend_to_tiles(
         queries, seen, keys, values, blocks, first, border, m, s, weighted, scale,
         BLOCK_SIZE, HEAD_DIM, PADDED_DIM, TILE_KEYS, True,
     )  # fmt: skip
-    m, s, weighted = attend_to_tiles(
+    m, s, weighted = _attend_to_tiles(
         queries, seen, keys, values, blocks, border, last, m, s, weighted, scale,
         BLOCK_SIZE, HEAD_DIM, PADDED_DIM, TILE_KEYS, False,
     )  # fmt: skip
@@ -147,14 +150,14 @@ def join_parts_kernel(
 @cache
 def load_kernels() -> tuple[Any, Any]:
     """Both kernels as Triton compiles them, or interprets them if ``TRITON_INTERPRET=1`` was set before its import."""
-    global tl, attend_to_tiles
+    global tl, _attend_to_tiles
     import triton
     import triton.language as tl
 
     # These change from step to step. Triton would compile a kernel anew for a stride of 1 or a multiple of 16, and for
     # an address that is one.
     addresses = ["block_table", "query_start_loc", "seq_lens"]
-    attend_to_tiles = triton.jit(attend_to_tiles)  # which the first kernel calls
+    _attend_to_tiles = triton.jit(attend_to_tiles)
     attend = triton.jit(
         paged_attention_kernel, do_not_specialize=["table_stride"], do_not_specialize_on_alignment=addresses
     )

@@ -50,10 +50,10 @@ ALONE = ("backends", "fused", "sampling", "features")
 PARTS = {
     "backends": Part(110, ("-n", WORKERS, "--dist=load", *(f"tests/gpu/test_{name}.py" for name in ALONE))),
     "integration": Part(
-        110, ("-n", WORKERS, "--dist=load", *(f"tests/integration/test_{name}.py" for name in INTEGRATION))
+        85, ("-n", WORKERS, "--dist=load", *(f"tests/integration/test_{name}.py" for name in INTEGRATION))
     ),
-    "captured": Part(80, ("tests/gpu/test_captured.py",)),
-    "notebooks": Part(160, ("-n", WORKERS, "--nbval", "notebooks")),
+    "captured": Part(75, ("tests/gpu/test_captured.py",)),
+    "notebooks": Part(185, ("-n", WORKERS, "--nbval", "notebooks")),
     "speed": Part(140, ("tests/gpu/test_speed.py",)),
 }
 

@@ -109,7 +109,7 @@ def test_attention_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, h
 
 def test_keys_are_split_where_few_sequences_decode() -> None:
     parts = [triton.choose_num_parts(num, torch.bfloat16, 1) for num in (1, 8, 24, 100, 128, 200, 256, 4096)]
-    assert parts == [16, 16, 16, 8, 8, 4, 4, 1]
+    assert parts == [16, 16, 16, 4, 4, 2, 2, 1]
     assert triton.choose_num_parts(1, torch.float32, 1) == triton.choose_num_parts(1, torch.float16, 2) == 1
 
 
