@@ -51,9 +51,10 @@ class Int4Kernel(Protocol):
 class CpuKernel:
     """The product of a CPU with AVX2 or AVX-512. Others fall back to a loop of single numbers, which nobody wants."""
 
-    # On one core with AVX2, weight 3,072 x 1,024, milliseconds for 64 / 128 / 256 / 1,024 rows by the kernel
-    # 9.9 / 19.8 / 40 / 159, in floats 10.7 / 15.4 / 24 / 91.
-    rows_for_floats = 128
+    # One core with AVX-512, weight 3,072 x 1,024, milliseconds for 64 / 96 / 128 / 256 / 1,024 rows: by the kernel 4.8
+    # / 7.1 / 9.5 / 19 / 76, in floats 5.2 / 6.2 / 7.4 / 11 / 35. With AVX2 7.5 / 11 / 15 / 30 / 121 and 8.0 / 10 / 13
+    # / 21 / 81.
+    rows_for_floats = 96
     floats = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
     @classmethod

@@ -270,7 +270,8 @@ class PackedInt4:
     def dequantize(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight as the kernel has it, in floats: ``[num_in, num_out]``, and so are its values."""
         steps = values.to(dtype).sub_(SYMMETRIC_ZERO)
-        scales, zeros = self.scales_and_zeros.to(dtype).unsqueeze(1).unbind(-1)
+        # Every second number of a row is read six times as slowly as a row of its own.
+        scales, zeros = (part.to(dtype).contiguous().unsqueeze(1) for part in self.scales_and_zeros.unbind(-1))
         return steps.unflatten(0, (-1, self.group_size)).mul_(scales).add_(zeros).flatten(0, 1)
 
 
