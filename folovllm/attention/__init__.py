@@ -27,7 +27,7 @@ BACKENDS = {
 }
 """Where each backend lives; its module is imported when it is asked for."""
 
-PREFERRED = {"cuda": ("flash", "triton", "gather")}
+PREFERRED = {"cuda": ("triton", "flash", "gather")}
 """What "auto" tries in turn on a kind of device; "gather" on every other."""
 
 

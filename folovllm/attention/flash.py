@@ -3,7 +3,7 @@
 ``torch.nn.attention.varlen.varlen_attn_out`` takes block tables since torch 2.13. The kernel in it, FlashAttention 2
 (Dao 2023), reads a block as a page: ``[num_blocks, block_size, num_kv_heads, head_dim]``, of a multiple of 256 tokens.
 Its own choice of splits along the keys leaves rows unwritten where a batch has several lengths (pytorch issue 194167),
-and it changes sums with the batch, so there is one split.
+so there is one split. It has not run on a GPU here yet, so "auto" takes our own kernel before it.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ float32 whatever the dtype. Prompts, chunks and decodes are the same to it, sinc
 
 Few sequences that decode would leave most of a GPU idle, so their keys are split into parts, which several programs
 read at the same time, and a second kernel joins what they have found (Flash-Decoding, Dao et al. 2023). That rounds
-sums otherwise in a small batch than in a large one, as a GPU's products of 16 bits do anyway. In float32 there is one
-part, so that no sum depends on who else is in the batch. Lengths are read on the device, so a captured step can be
-replayed.
+sums otherwise in a small batch than in a large one, as a GPU's products of 16 bits do anyway; in float32 keys are not
+split. Lengths are read on the device, so a captured step can be replayed.
 
 Triton is an extra that Linux alone has, so it is imported when the kernel is first asked for: this module and its
 listing need it not. Without a GPU the kernel runs under Triton's interpreter, slowly, and is tested that way. Names as
@@ -82,7 +81,7 @@ def attend_to_tiles(
     return running_max, running_sum, weighted
 
 
-_attend_to_tiles: Any = None  # the function above as Triton compiles it, which only a kernel can call
+_compiled_loop: Any = None  # the function above as Triton compiles it, which only a kernel can call
 
 
 def paged_attention_kernel(
@@ -118,11 +117,11 @@ def paged_attention_kernel(
     weighted = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
     seen_by_all = (past + tile * TILE_ROWS // QUERIES_PER_KV + 1) // TILE_KEYS * TILE_KEYS  # in whole tiles
     border = tl.maximum(first, tl.minimum(last, seen_by_all))
-    m, s, weighted = _attend_to_tiles(
+    m, s, weighted = _compiled_loop(
         queries, seen, keys, values, blocks, first, border, m, s, weighted, scale,
         BLOCK_SIZE, HEAD_DIM, PADDED_DIM, TILE_KEYS, True,
     )  # fmt: skip
-    m, s, weighted = _attend_to_tiles(
+    m, s, weighted = _compiled_loop(
         queries, seen, keys, values, blocks, border, last, m, s, weighted, scale,
         BLOCK_SIZE, HEAD_DIM, PADDED_DIM, TILE_KEYS, False,
     )  # fmt: skip
@@ -150,14 +149,14 @@ def join_parts_kernel(
 @cache
 def load_kernels() -> tuple[Any, Any]:
     """Both kernels as Triton compiles them, or interprets them if ``TRITON_INTERPRET=1`` was set before its import."""
-    global tl, _attend_to_tiles
+    global tl, _compiled_loop
     import triton
     import triton.language as tl
 
     # These change from step to step. Triton would compile a kernel anew for a stride of 1 or a multiple of 16, and for
     # an address that is one.
     addresses = ["block_table", "query_start_loc", "seq_lens"]
-    _attend_to_tiles = triton.jit(attend_to_tiles)
+    _compiled_loop = triton.jit(attend_to_tiles)
     attend = triton.jit(
         paged_attention_kernel, do_not_specialize=["table_stride"], do_not_specialize_on_alignment=addresses
     )
@@ -196,7 +195,8 @@ def choose_num_parts(num_programs: int, dtype: torch.dtype, max_query_len: int) 
     Args:
         num_programs: that there are with one part.
         dtype: of the queries; in float32 there is one part always.
-        max_query_len: the most tokens that a sequence may have; prompts make programs enough.
+        max_query_len: the most tokens that a sequence may have. With several there is one part, since a query might see
+            no key of a part; a step that checks guesses of a long text pays for that.
     """
     if dtype == torch.float32 or max_query_len > 1:
         return 1
@@ -233,7 +233,7 @@ def paged_attention(
     num_tiles = cdiv(num_rows, tile_rows)
     num_parts = choose_num_parts(num_tiles * num_kv_heads * len(seq_lens), q.dtype, max_query_len)
     out = torch.empty(len(q), num_heads * head_dim, dtype=q.dtype, device=q.device)
-    averages, log_sums = out, out  # of one part nothing is kept
+    averages, log_sums = out, out  # one part is the whole, and writes no sums
     if num_parts > 1:
         averages = torch.empty(len(q), num_heads, num_parts, head_dim, device=q.device)
         log_sums = torch.empty(len(q), num_heads, num_parts, device=q.device)

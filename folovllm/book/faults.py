@@ -348,7 +348,7 @@ def replace_part(engine: LLMEngine, part: type[Any]) -> LLMEngine:
         return engine
     if issubclass(part, AttentionBackend):
         runner = cast(ModelRunner, engine.runner)
-        runner.backend_cls = part
+        runner.set_attention_backend(part)
         runner.initialize_kv_cache(engine.cache.pool.num_blocks, engine.cache.swap_pool.num_blocks)
         return engine
     if issubclass(part, WeightReader):

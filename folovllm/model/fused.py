@@ -3,9 +3,9 @@
 Norms, rotations, gates and sums compute little, but each of torch's operations reads its numbers from the GPU's memory
 and writes them back, and each is a launch. Here the residual stream is added up by the norm that reads it; queries and
 keys are normalized, rotated and, with the values, written into the cache's slots in one go; and the gate multiplies
-while it is computed. So a layer is nine kernels, four products and attention among them, where it was nineteen. As in
-vLLM (``csrc/layernorm_kernels.cu``, ``csrc/activation_kernels.cu``, and ``do_rope_and_kv_cache_update`` in
-``v1/attention/backends/triton_attn.py``, 0.33.0).
+while it is computed. So a layer is nine kernels, four products and attention among them, where it was nineteen (ten
+where attention splits keys). As in vLLM (``csrc/layernorm_kernels.cu``, ``csrc/activation_kernels.cu``, and
+``do_rope_and_kv_cache_update`` in ``v1/attention/backends/triton_attn.py``, 0.33.0).
 
 Everything is computed in float32 and rounded once. Triton is imported when a kernel is first launched, as in
 `folovllm.attention.triton`, whose remarks on it hold here.
@@ -84,9 +84,12 @@ def rotate_and_write_kernel(
         first = first / length * tl.load(scales, mask=real & turns, other=1.0).to(tl.float32)
         second = second / length * tl.load(scales + HALF, mask=real & turns, other=1.0).to(tl.float32)
     angles = tl.load(positions + token) * 2 * HALF + dims
-    c = tl.where(turns, tl.load(cos + angles, mask=dims < HALF, other=0.0).to(tl.float32), 1.0)
-    s = tl.where(turns, tl.load(sin + angles + HALF, mask=dims < HALF, other=0.0).to(tl.float32), 0.0)
-    first, second = first * c - second * s, second * c + first * s
+    c = tl.load(cos + angles, mask=dims < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + angles + HALF, mask=dims < HALF, other=0.0).to(tl.float32)
+    first, second = (
+        tl.where(turns, first * c - second * s, first),
+        tl.where(turns, second * c + first * s, second),
+    )
 
     asks = real & (heads < NUM_HEADS)
     places = queries + (token * NUM_HEADS + heads) * 2 * HALF + dims

@@ -1,8 +1,8 @@
 """Torch's own products with weights of 4 bits, one class for each kind of device that has one. Chapter 15.
 
 All of them multiply rows of bfloat16 and compute ``(value - 8) * scale + zero`` for each weight; they differ in the
-order in which they want the values. torch promises no order. `unpack` finds it out, so that a product of many rows can
-be one of floats without a second copy of the weight.
+order in which they want the values, and torch promises none. `unpack` knows it all the same, since a CPU's is checked
+and a GPU's is found out, so that a product of many rows can be one of floats without a second copy of the weight.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ With few rows a product takes as long as reading its weight, so fewer bits are f
 to compute one:
 
 - *packed*: 4 bits, by torch's own kernels (`folovllm.model.int4_kernels`), on a CPU with AVX2 or AVX-512 or a GPU of
-  compute capability 8.0, with activations in bfloat16;
+  compute capability 8.0 or newer, with activations in bfloat16;
 - *dynamic*: 8 bits, and the activations are rounded to 8 bits as well, with a scale for each row, so that whole
   numbers are multiplied; on a CPU;
 - *plain*: the weight is turned into floats anew for each product. It runs everywhere and is what the others are
@@ -246,12 +246,12 @@ class PackedInt4:
     kernel = "4 bits, packed"
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        self.kernels, self.group_size = int4_kernels.KERNELS[weight.values.device.type], kernel_group_size(weight)
+        self.product, self.group_size = int4_kernels.KERNELS[weight.values.device.type], kernel_group_size(weight)
         order = weight.g_idx.argsort(stable=True)
         in_order = bool((weight.g_idx.diff() >= 0).all())
         self.order = None if in_order else order
         values = weight.values if in_order else weight.values[:, order]
-        self.packed = self.kernels.pack(values)
+        self.packed = self.product.pack(values)
         # The kernel computes (value - 8) * scale + zero, in groups that may be parts of ours.
         scales = weight.scales.to(torch.bfloat16)
         zeros = scales * (SYMMETRIC_ZERO - weight.zeros.to(torch.bfloat16))
@@ -263,9 +263,9 @@ class PackedInt4:
     def __call__(self, x: Tensor) -> Tensor:
         """See `LinearBase`."""
         x = x.contiguous() if self.order is None else x[:, self.order]
-        if len(x) >= self.kernels.rows_for_floats and (values := self.kernels.unpack(self.packed)) is not None:
-            return (x.to(self.kernels.floats) @ self.dequantize(values, self.kernels.floats)).to(x.dtype)
-        return self.kernels.multiply(x, self.packed, self.group_size, self.scales_and_zeros)
+        if len(x) >= self.product.rows_for_floats and (values := self.product.unpack(self.packed)) is not None:
+            return (x.to(self.product.floats) @ self.dequantize(values, self.product.floats)).to(x.dtype)
+        return self.product.multiply(x, self.packed, self.group_size, self.scales_and_zeros)
 
     def dequantize(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight as the kernel has it, in floats: ``[num_in, num_out]``, and so are its values."""
@@ -318,7 +318,7 @@ class Int4Linear(LinearBase):
 
     @property
     def num_bytes_meanwhile(self) -> int:
-        """See `LinearBase`; values are unpacked to bytes, fused, and made int32 to be packed anew."""
+        """See `LinearBase`; values are unpacked to bytes, fused, and for a CPU made int32 to be packed anew."""
         return (1 + 1 + 2 * torch.int32.itemsize) * self.num_in * self.num_out
 
     def places(self) -> dict[str, Place]:
@@ -429,8 +429,8 @@ class QuantizedLinearMethod(LinearMethod):
     def create_head(self, shards: Mapping[str, int], embedding: Tensor, tied: bool) -> LinearBase:
         """The head; in 8 bits too where a CPU has the others packed, since in 16 it would take longer than they."""
         num_in, is_int4 = embedding.shape[1], not tied and any(self._scheme(module) for module in shards)
-        is_packed = has_int8_kernel(self.target) and has_int4_kernel(self.dtype, self.target)
-        if self.config.method == "int8" or (is_packed and not is_int4):
+        cpu_packs = self.target.type == "cpu" and has_int4_kernel(self.dtype, self.target)
+        if self.config.method == "int8" or (cpu_packs and not is_int4):
             return Int8Linear(self, shards, num_in, tied=embedding if tied else None, is_head=True)
         return super().create_head(shards, embedding, tied)
 

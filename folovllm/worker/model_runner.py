@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from folovllm.attention import AttentionBackend, AttentionMetadata, choose_backend
-from folovllm.config import EngineConfig
+from folovllm.config import EngineConfig, SchedulerConfig
 from folovllm.core.scheduler import SchedulerOutput
 from folovllm.logprobs import NUM_CONTEXT_TOKENS, Logprob
 from folovllm.model.decoder import Decoder
@@ -137,6 +137,21 @@ def token_bytes(decoder: Decoder) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * decoder.dtype.itemsize
 
 
+def _largest_batch(
+    scheduler: SchedulerConfig, longest: int, block_size: int, device: torch.device
+) -> AttentionMetadata:
+    """As many tokens as a step may have; all sequences share one block, since what is computed is of no interest."""
+    num_tokens = cast(int, scheduler.max_num_batched_tokens)
+    num_seqs = min(scheduler.max_num_seqs, num_tokens)
+    # Prompts as long as can be while the budget lasts, and a token each for the others, at the end of a long past.
+    query_lens = 1 + np.clip(num_tokens - num_seqs - np.arange(num_seqs) * (longest - 1), 0, longest - 1)
+    starts, num_rows = np.concatenate([[0], query_lens.cumsum()]), int(query_lens.sum())
+    tables = np.zeros((num_seqs, cdiv(longest, block_size)), dtype=np.int64)
+    return AttentionMetadata.from_arrays(
+        starts, np.full(num_seqs, longest), np.zeros(num_rows, dtype=np.int64), tables, device
+    )
+
+
 def select_rows(rows: list[int], *tensors: Tensor) -> list[Tensor]:
     """Some rows of each tensor, in this order; the tensors themselves if it is all of them, as in a decode step."""
     if rows == list(range(len(tensors[0]))):
@@ -161,20 +176,25 @@ class ModelRunner:
         speculative = config.speculative_config
         self.proposer = None if speculative is None else Proposer(speculative, draft_cost)
         self.block_size = config.cache_config.block_size
-        self.backend_cls, self.backend_choice = choose_backend(
+        backend_cls, self.backend_choice = choose_backend(
             config.model_config.attention_backend, decoder.device, decoder.dtype, decoder.config.head_dim,
             self.block_size,
         )  # fmt: skip
         logger.info("attention backend %s", self.backend_choice)
+        self.set_attention_backend(backend_cls)
         self._sampled: tuple[list[Sequence], SamplingMetadata] = [], SamplingMetadata([])
-        self._recorder_cls = choose_recorder(config.model_config.enforce_eager, decoder.device, self.backend_cls)
-        # A block that the scheduler does not know of, for the rows of padding of recorded steps.
-        self._num_reserved = 0 if self._recorder_cls is None else 1
 
     def __repr__(self) -> str:
         dtype = str(self.decoder.dtype).removeprefix("torch.")
         recorded = "" if self._recorder_cls is None else ", recorded decode steps"
         return f"ModelRunner({self.decoder.device}, {dtype}, attention backend {self.backend_choice}{recorded})"
+
+    def set_attention_backend(self, backend_cls: type[AttentionBackend]) -> None:
+        """Computes attention by this backend, from the next `initialize_kv_cache` on."""
+        self.backend_cls = backend_cls
+        self._recorder_cls = choose_recorder(self.config.model_config.enforce_eager, self.decoder.device, backend_cls)
+        # A block that the scheduler does not know of, for the rows of padding of recorded steps.
+        self._num_reserved = 0 if self._recorder_cls is None else 1
 
     def count_blocks(self) -> tuple[int, int]:
         """KV blocks that there is memory for (or that the config asks for), and swap blocks in CPU memory.
@@ -234,21 +254,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run_largest_batch(self) -> None:
-        """A step as large as the config allows, through the attention backend and the sampler that will serve.
-
-        All sequences share one block, since what is computed is of no interest.
-        """
-        scheduler = self.config.scheduler_config
-        num_tokens = cast(int, scheduler.max_num_batched_tokens)
+        """A step as large as the config allows, through the attention backend and the sampler that will serve."""
         longest = cast(int, self.config.model_config.max_model_len)
-        num_seqs = min(scheduler.max_num_seqs, num_tokens)
-        # Prompts as long as can be while the budget lasts, and a token each for the others, at the end of a long past.
-        query_lens = 1 + np.clip(num_tokens - num_seqs - np.arange(num_seqs) * (longest - 1), 0, longest - 1)
-        starts, num_rows = np.concatenate([[0], query_lens.cumsum()]), int(query_lens.sum())
-        tables = np.zeros((num_seqs, cdiv(longest, self.block_size)), dtype=np.int64)
-        metadata = AttentionMetadata.from_arrays(
-            starts, np.full(num_seqs, longest), np.zeros(num_rows, dtype=np.int64), tables, self.decoder.device
-        )
+        metadata = _largest_batch(self.config.scheduler_config, longest, self.block_size, self.decoder.device)
+        num_seqs, num_rows = len(metadata.seq_lens_cpu), int(metadata.query_start_loc_cpu[-1])
         attention = self._attention_over(1)
         attention.begin(metadata)
         input_ids = torch.zeros(num_rows, dtype=torch.long, device=self.decoder.device)

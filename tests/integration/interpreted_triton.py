@@ -11,6 +11,7 @@ from attention_helpers import ROUNDING, Step, make_step
 from fused_helpers import check_add_rms_norm, check_rotate_and_write, check_silu_and_mul
 
 from folovllm import LLM, SamplingParams
+from folovllm.attention import triton
 from folovllm.attention.flash import FlashAttention
 from folovllm.attention.triton import TritonAttention, choose_num_parts
 from folovllm.model import fused
@@ -60,12 +61,18 @@ def test_ends_of_a_tile_of_keys(num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 500, 1025])
-@pytest.mark.parametrize("num_seqs", [1, 3])
-def test_parts(num_tokens: int, num_seqs: int) -> None:
-    """Of the keys of few sequences that decode; most are empty where there are few keys."""
-    lens = [(num_tokens - 1, 1), (0, 1), (39, 1)][:num_seqs]
-    assert choose_num_parts(2 * num_seqs, torch.float16, 1) == 16
-    check(make_step(num_tokens, lens, num_kv_heads=2, group=3, head_dim=96, block_size=16, dtype=torch.float16))
+@pytest.mark.parametrize(("num_parts", "group", "block_size"), [(2, 20, 3), (4, 3, 1), (16, 3, 16)])
+def test_parts(num_tokens: int, num_parts: int, group: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the keys of few sequences that decode; most are empty where there are few keys, and what they have not written
+    is not a number."""
+    monkeypatch.setattr(triton, "choose_num_parts", lambda *args: num_parts)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: torch.full(shape, float("nan"), **kwargs))
+    lens, shape = [(num_tokens - 1, 1), (0, 1), (39, 1)], {"num_kv_heads": 2, "group": group, "head_dim": 96}
+    check(make_step(num_tokens, lens, **shape, block_size=block_size, dtype=torch.float16))
+
+
+def test_few_sequences_that_decode_have_parts() -> None:
+    assert choose_num_parts(6, torch.float16, 1) == 16
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from folovllm.attention import triton
 from folovllm.model import fused
+from folovllm.model.int4_kernels import CudaKernel
 from folovllm.model.quantized_layers import hadamard
 
 aten = torch.ops.aten
@@ -145,4 +146,5 @@ def pretended_cuda() -> Iterator[Counter[str]]:
                 kernels.enter_context(kernel)
             yield counts
     finally:
-        hadamard.cache_clear()  # what it keeps for "cuda:0" is pretended
+        hadamard.cache_clear()  # what these keep for "cuda:0" is pretended
+        CudaKernel.order.cache_clear()

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -35,6 +36,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from folovllm import EngineConfig, ModelConfig, ModelLoader, get_model_and_tokenizer, model_loader, set_random_seed
+from folovllm.model.int4_kernels import CudaKernel
+from folovllm.model.quantization import QuantizationConfig
 from folovllm.model_loader import (
     LoadReport,
     ModelLoadError,
@@ -204,6 +207,15 @@ class TestLoadModel:
         monkeypatch.setattr(model_loader, "get_device", lambda device: torch.device("cuda", 0))
         monkeypatch.setattr(Qwen3ForCausalLM, "to", lambda self, *args, **kwargs: self)
         assert load(tmp_path).dtype == dtype
+
+    @pytest.mark.parametrize("has_kernel", [True, False])
+    def test_auto_with_weights_of_4_bits(self, tmp_path, monkeypatch, has_kernel):
+        monkeypatch.setattr(CudaKernel, "is_available", lambda device: has_kernel)
+        loader, asked = ModelLoader(ModelConfig(str(save(tmp_path, make_model(torch.float16))))), []
+        config = AutoConfig.from_pretrained(tmp_path)
+        for method in ("gptq", "int8"):
+            asked.append(loader._pick_dtype(config, torch.device("cuda"), QuantizationConfig(method)))
+        assert asked == [torch.bfloat16 if has_kernel else torch.float16, torch.float16]
 
     @needs_gpu
     @AUTO_ON_A_GPU

@@ -293,7 +293,10 @@ class TestSteps:
         assert num_rows == [min(2048, 16 * longest)]  # the budget of a step, or all of its sequences
         assert counts["waits"] <= 2 and counts["loose"] == 0
 
-    def test_the_memory_that_is_left_for_the_cache(self, backend, monkeypatch):
+    @pytest.mark.parametrize("is_recorded", [False, True])
+    def test_the_memory_that_is_left_for_the_cache(self, backend, is_recorded, recording, monkeypatch):
+        if is_recorded and not load_backend(backend).capturable:
+            pytest.skip("it plans on the CPU")
         peak, free, total = 1000, 500_000, 1_000_000
         for name, value in (
             ("reset_peak_memory_stats", None),
@@ -304,11 +307,12 @@ class TestSteps:
         ):
             monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
         with pretended_cuda():
-            runner = make_runner(backend)
+            runner = make_runner(backend, enforce_eager=not is_recorded)
             runner.config.cache_config.num_blocks, runner.config.cache_config.gpu_memory_utilization = None, 0.75
+            recording.clear()  # other graphs have another pool
             num_blocks, _ = runner.count_blocks()
         block_bytes = 2 * SHAPE.num_kv_heads * SHAPE.head_dim * torch.bfloat16.itemsize * runner.block_size
-        assert num_blocks == (free - total // 4 - peak) // block_bytes > 0
+        assert num_blocks == (free - total // 4 - peak) // block_bytes - is_recorded > 0  # one for padding
 
     @pytest.mark.parametrize("shape", ["decodes", "one decode"])
     @pytest.mark.parametrize("params", [GREEDY, SamplingParams(**EVERYTHING, logprobs=2)], ids=["greedy", "everything"])
@@ -448,8 +452,8 @@ class TestFewerBits:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("is_packed", [False, True])
-    def test_a_product_brings_nothing_there_and_waits_for_nothing(self, config, is_packed, monkeypatch):
+    @pytest.mark.parametrize(("is_packed", "num_rows"), [(False, 5), (True, 5), (True, 300)])
+    def test_a_product_brings_nothing_there_and_waits_for_nothing(self, config, is_packed, num_rows, monkeypatch):
         monkeypatch.setattr(CudaKernel, "is_available", lambda device: is_packed)
         monkeypatch.setattr(quantized_layers, "kernel_group_size", lambda weight: 32)  # which asks what the groups are
         kind = "packed" if is_packed and config.method != "int8" else "plain"
@@ -458,9 +462,12 @@ class TestFewerBits:
             decoder = Decoder(SHAPE, 64, torch.bfloat16, CUDA, QuantizedLinearMethod(checkpoint, CUDA))
             decoder.process_weights_after_loading()
             counts.clear()
-            rows = {size: torch.zeros(5, size, dtype=torch.bfloat16, device=CUDA) for size in (64, 96, 128)}
+            rows = {size: torch.zeros(num_rows, size, dtype=torch.bfloat16, device=CUDA) for size in (64, 96, 128)}
             for linear, size in zip(decoder.linears, (64, 128, 64, 96, 64)):
-                assert linear.kernel.endswith(kind) or linear is decoder.head
+                is_head = linear is decoder.head  # of 4 bits it stays as it is, but on a CPU
+                assert (
+                    linear.kernel == "floats" if is_head and config.method != "int8" else linear.kernel.endswith(kind)
+                )
                 assert linear(rows[size]).device == CUDA
             assert not counts
 

@@ -544,10 +544,18 @@ class TestRefusals:
     def test_recorded_on_a_gpu_unless_asked(self):
         gpu, cpu = torch.device("cuda"), torch.device("cpu")
         assert choose_recorder(None, cpu, GatherAttention) is None
+        assert choose_recorder(None, torch.device("mps"), GatherAttention) is None
         assert choose_recorder(None, gpu, FlashAttention) is CudaGraphs
         assert choose_recorder(None, gpu, GatherAttention) is choose_recorder(True, gpu, FlashAttention) is None
         with pytest.raises(ValueError, match="enforce_eager must be"):
             ModelConfig("m", enforce_eager=0)
+
+    def test_another_backend_has_its_own_recorder(self):
+        runner = make_engine().runner
+        runner.config.model_config.enforce_eager = None
+        runner.set_attention_backend(SdpaAttention)  # as `replace_part` does, on a CPU
+        runner.initialize_kv_cache(5, 0)
+        assert runner.step_graphs is None and runner.kv_cache.shape[3] == 5
 
     def test_a_device_without_recording(self):
         with pytest.raises(ValueError, match=r"on cuda and cpu, and the model is on mps: set enforce_eager=True"):

@@ -84,6 +84,7 @@ def compile_launched(kernel: Any, launched: FakeKernel, capability: int) -> Any:
     [
         (75, torch.float16, 128, 64),
         (80, torch.bfloat16, 96, 1),
+        (75, torch.float16, 256, 1),
         (75, torch.float32, 128, 1),
         (86, torch.float32, 256, 64),
         (90, torch.float16, 128, 1),
