@@ -7,10 +7,12 @@ one block after another, without bringing the blocks together first.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import ClassVar
 
 import numpy as np
@@ -184,6 +186,17 @@ def compare_with_kernel() -> float:
         backend.begin(metadata)
         outputs.append(backend(0, q, kv))
     return float((outputs[0] - outputs[1]).abs().max())
+
+
+def why_not_interpreted() -> str | None:
+    """A sentence that says why `interpret_kernel` cannot do it here; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, so the kernel is not run here"
+    found = {name: version(name) for name in ("triton", "numpy")}
+    triton, numpy = ([int(part) for part in text.split(".")[:2]] for text in found.values())
+    if triton < [3, 7] and numpy >= [2, 4]:
+        return f"Triton {found['triton']} compiles the kernel, but cannot interpret it with NumPy {found['numpy']}"
+    return None
 
 
 def interpret_kernel() -> float:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from folovllm.attention.gather import GatherAttention
 from folovllm.attention.sdpa import SdpaAttention
-from folovllm.book import plotting
+from folovllm.book import in_place, plotting
 from folovllm.book.counting import OperationCounter
 from folovllm.book.faults import KeepsOldWeights
 from folovllm.book.in_place import InPlaceAttention, make_step, softmax_steps
@@ -113,3 +113,14 @@ def test_operations_are_counted_with_who_asks() -> None:
     names = [operation.name for operation in counter.operations]
     assert names == ["ones", "clone", "mul", "ones", "ones", "mm"]
     assert counter.operations[1].num_bytes == 16
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "can"), [("3.6.0", "2.5.2", False), ("3.6.0", "2.2.6", True), ("3.10.1", "2.4.6", True)]
+)
+def test_why_the_kernel_is_not_interpreted(monkeypatch, triton: str, numpy: str, can: bool) -> None:
+    monkeypatch.setattr(in_place, "version", {"triton": triton, "numpy": numpy}.get)
+    monkeypatch.setattr(in_place.importlib.util, "find_spec", lambda name: name)
+    assert (in_place.why_not_interpreted() is None) == can
+    monkeypatch.setattr(in_place.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in in_place.why_not_interpreted()
