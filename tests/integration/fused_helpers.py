@@ -59,6 +59,7 @@ def check_rotate_and_write(
     num_tokens, num_heads, num_kv_heads = make.rng.randint(1, 4), make.rng.randint(1, 5), make.rng.randint(1, 3)
     head_dim, num_blocks, block_size = make.rng.choice([2, 32, 96, 128]), 3, 4
     qkv = make.normal(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+    qkv[0, -1, -1] = torch.inf  # of a value, which is not rotated, so that its neighbours stay numbers
     weight = make.normal(num_heads + num_kv_heads, head_dim) if make.rng.random() < 0.5 else None
     angles = torch.outer(torch.arange(50.0), torch.rand(head_dim // 2))
     cos = angles.cos().repeat(1, 2).unsqueeze(1).to(device, dtype)
