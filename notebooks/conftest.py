@@ -5,10 +5,18 @@ Readers do run cells again, so each one is run twice in a row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from nbval.plugin import IPyNbCell
+
+if workers := os.environ.get(
+    "PYTEST_XDIST_WORKER_COUNT"
+):  # as in tests/conftest.py, which may not be read here
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1))
+    )
 
 
 @pytest.hookimpl(wrapper=True)
