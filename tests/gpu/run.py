@@ -48,12 +48,12 @@ class Part:
 INTEGRATION = ("engine", "owners", "decoder", "embedded_model")
 ALONE = ("backends", "fused", "sampling", "features")
 PARTS = {
-    "backends": Part(110, ("-n", WORKERS, "--dist=load", *(f"tests/gpu/test_{name}.py" for name in ALONE))),
+    "backends": Part(140, ("-n", WORKERS, "--dist=load", *(f"tests/gpu/test_{name}.py" for name in ALONE))),
     "integration": Part(
         85, ("-n", WORKERS, "--dist=load", *(f"tests/integration/test_{name}.py" for name in INTEGRATION))
     ),
     "captured": Part(75, ("tests/gpu/test_captured.py",)),
-    "notebooks": Part(185, ("-n", WORKERS, "--nbval", "notebooks")),
+    "notebooks": Part(155, ("-n", WORKERS, "--nbval", "notebooks")),
     "speed": Part(140, ("tests/gpu/test_speed.py",)),
 }
 

@@ -20,7 +20,7 @@ PAGES = (256, 512)
 """Block sizes that every backend can read."""
 ALLOWED = {dtype: 2 * rounding for dtype, rounding in ROUNDING.items()}
 """What an output may be off by, as a share of itself or of 1: a GPU's exponentials and quotients are approximations."""
-NUM_STEPS = 24
+NUM_STEPS = 30
 NEAR_TIE = {torch.float16: 0.1, torch.bfloat16: 0.5}
 """Two log probabilities are a near tie if they are no further apart: a few units in the last place of a logit of 16."""
 PROMPTS = ("Once upon a time", "Long ago, in the swamp", "从前", "In the forest 🦊", "Once upon a time, " * 20)
