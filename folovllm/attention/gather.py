@@ -60,13 +60,6 @@ class GatherAttention(AttentionBackend):
         # it in turn, since a smaller buffer is more likely to stay in the processor's cache.
         self._scratch = kv_cache.new_empty(0)
 
-    def replays_well(self, metadata: AttentionMetadata, num_rows: int) -> bool:
-        """False where a step gathers too much for all heads at once, or blocks that its sequences share."""
-        shortest, token_bytes = int(metadata.seq_lens_cpu.min()), self.kv_cache[0, 0, :, 0, 0].nbytes
-        if num_rows * metadata.max_seq_len * token_bytes > GATHER_BYTES:
-            return False
-        return not self._count_shared(metadata.block_table[:, : (shortest - 1) // self.block_size])
-
     def begin(self, metadata: AttentionMetadata) -> None:
         """Sorts a step's sequences: those with one new token, whole prompts by length, and prompts with a past."""
         self.metadata = metadata

@@ -232,13 +232,16 @@ class Decoder:
         Returns:
             ``[num_tokens, hidden_size]``.
         """
-        x = F.embedding(input_ids, self.embedding)
         if self._has_fused and isinstance(attend, KernelBackend):
-            return self._run_fused(x, positions, attend)
-        cos, sin = self.cos[positions], self.sin[positions]
+            return self._run_fused(F.embedding(input_ids, self.embedding), positions, attend)
+        x, cos, sin = self.embed(input_ids, positions)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
         return self.norm(x)
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first `DecoderLayer` is given: ``x``, ``cos`` and ``sin``."""
+        return F.embedding(input_ids, self.embedding), self.cos[positions], self.sin[positions]
 
     def _run_fused(self, residual: Tensor, positions: Tensor, attend: KernelBackend) -> Tensor:
         """What all `DecoderLayer` and the last norm do, in fewer kernels: each norm adds what came before it first."""

@@ -1,25 +1,25 @@
-"""Decode steps compiled into one function each, for a CPU. Chapter 14.
+"""Decode steps compiled for a CPU. Chapter 14.
 
 A CPU launches nothing, but calling an operation from Python takes it some microseconds, and each operation reads its
-numbers from memory and writes them back. torch's compiler, Inductor, writes C++ for all of a step but its products:
-whatever stands between two of them becomes a loop or two. What a kernel computes of a product stays one operation that
-the compiler does not look into (`LinearBase.multiply`). So weights stay as they were packed, and are no part of what is
-compiled and kept on disk.
+numbers from memory and writes them back. torch's compiler, Inductor, writes C++ for what a layer does, and what stands
+between two products becomes a loop or two. `folovllm.worker.traced` has what it is given for attention, and for
+products of few rows. Other products stay what a kernel computes, one operation that the compiler does not look into
+(`LinearBase.multiply`).
 
-Attention is written for the compiler here. It copies keys and values from their slots for all sequences at once, up to
-the longest: that length alone may differ from step to step. Where `GatherAttention` knows better, since the copies
-would not stay in the processor's cache or sequences share much, the step is left to it (`replays_well`).
+One layer is compiled, and serves all that are like it: its weights are arguments. So compiling takes seconds however
+many layers there are, weights stay as they were packed, and what is compiled is kept on disk for all models of a shape.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-import math
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,122 +29,192 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from folovllm.attention import AttentionBackend
 from folovllm.attention.gather import GatherAttention
-from folovllm.model.decoder import Decoder
-from folovllm.model.layers import LinearBase
+from folovllm.model.decoder import Decoder, DecoderLayer
+from folovllm.model.layers import Linear, LinearBase, RMSNorm
 from folovllm.sample.sampler import find_likeliest
 from folovllm.worker.step_graph import Replay, StepInputs, StepOutputs
+from folovllm.worker.traced import FEW_ROWS, TracedAttention, find_keys, multiply_few
 
 logger = logging.getLogger(__name__)
 
 TYPICAL_NUM_KEYS = 256
 """The length for which the compiler chooses how to split its loops; what it makes serves any other."""
 
+COMPILER_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 8, "realize_acc_reads_threshold": 2}
+"""Inductor computes what is made of a few numbers anew wherever it is read: a query would be rotated for each of its
+keys, and a key turned into floats for each of its queries. With these, such things are kept. Attention of 16 sequences
+of 96 tokens takes 115 us a layer instead of 317 (SmolLM2-135M in bfloat16)."""
+
 _PRODUCTS: ContextVar[list[LinearBase]] = ContextVar("products")
-"""The products of the step that is running: compiled code knows them by number, so that it serves every such model."""
+"""The products of the layer that is running: compiled code knows them by number, so that it serves every such layer."""
 _library = torch.library.Library("folovllm", "FRAGMENT")
 _library.define("product(Tensor x, int number, int num_out) -> Tensor")
 _library.impl("product", lambda x, number, num_out: _PRODUCTS.get()[number].multiply(x), "CPU")
 _library.impl("product", lambda x, number, num_out: x.new_empty(x.shape[0], num_out), "Meta")
 
-Part = TypeVar("Part")
+Owner = TypeVar("Owner", bound=Decoder | DecoderLayer | RMSNorm)
+Function = Callable[..., Any]
 
 
-def hide_product(linear: LinearBase, products: list[LinearBase]) -> LinearBase:
-    """A copy of a product whose kernel is one operation to a compiler; the product itself is put into a list."""
-    number, made = len(products), copy.copy(linear)
-    products.append(linear)
-    multiply = torch.ops.folovllm.product
-    made.multiply = lambda x: multiply(x, number, linear.num_out)  # type: ignore[method-assign]
-    return made
+@dataclass
+class Parts:
+    """What a decoder or a layer owns, itself or through its norms and products."""
+
+    num_rows: int
+    """Of a step."""
+    tensors: list[Tensor] = field(default_factory=list)
+    """What compiled code is given."""
+    products: list[LinearBase] = field(default_factory=list)
+    """What compiled code calls, or what the memory that it reads belongs to."""
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Adds a tensor."""
+        self.tensors.append(tensor)
+        return tensor
+
+    @classmethod
+    def of(cls, owner: Decoder | DecoderLayer, num_rows: int) -> Parts:
+        """Those of a decoder, without its layers, or of a layer."""
+        parts = cls(num_rows)
+        replace_tensors(owner, parts.take, parts)
+        return parts
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """The same for all that one compiled function serves."""
+        shapes = ((tensor.shape, tensor.dtype) for tensor in self.tensors)
+        return *shapes, *((type(product), product.num_out) for product in self.products)
 
 
-def hide_products(part: Part, products: list[LinearBase]) -> Part:
-    """A copy of a decoder or a layer, with the same weights, all products of which are hidden; see `hide_product`."""
-    made = copy.copy(part)
-    for name, value in vars(part).items():
-        if isinstance(value, LinearBase):
-            setattr(made, name, hide_product(value, products))
-        elif isinstance(value, list):
-            setattr(made, name, [hide_products(each, products) for each in value])
-    return made
-
-
-class TracedAttention:
-    """Attention of a decode step in operations that a compiler can follow: `folovllm.model.decoder.Attend`.
+def replace_tensors(owner: Owner, replace: Callable[[Tensor], Tensor], parts: Parts) -> Owner:
+    """A copy of what owns norms and products, as a compiler shall see it.
 
     Args:
-        shape: the cache's, as `AttentionBackend` lays it out.
-        rows: the cache, one head of one slot after the other: ``[num_rows, head_dim]``.
-        slot_mapping: as in `AttentionMetadata`, and so are the next two.
-        seq_lens: of a step in which each sequence has one new token.
-        block_table: its columns behind the longest sequence are not read.
-        places: 0, 1, … up to the last token of the longest sequence, ``[num_keys]``.
+        owner: stays as it is.
+        replace: gives the tensor that each of its tensors becomes; it is called in the same order for all that are
+            alike.
+        parts: gets the products.
     """
-
-    def __init__(
-        self,
-        shape: torch.Size,
-        rows: Tensor,
-        slot_mapping: Tensor,
-        seq_lens: Tensor,
-        block_table: Tensor,
-        places: Tensor,
-    ) -> None:
-        num_layers, _, num_kv_heads, num_blocks, block_size, _ = shape
-        self.rows, self.slot_mapping = rows, slot_mapping
-        # Where the rows of each layer, of keys and of values, and of each head begin.
-        starts = torch.arange(num_layers * 2 * num_kv_heads, device=rows.device) * num_blocks * block_size
-        self.starts = starts.view(num_layers, 2, num_kv_heads)
-        self.key_slots = block_table[:, places // block_size] * block_size + places % block_size
-        is_unseen = torch.arange(places.shape[0], device=rows.device) >= seq_lens.unsqueeze(1)
-        self.mask = torch.where(is_unseen, -math.inf, 0.0).view(len(seq_lens), 1, 1, -1)
-
-    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """One layer's attention."""
-        num_seqs, _, head_dim = q.shape
-        starts = self.starts[layer]
-        self.rows.index_put_((starts.flatten() + self.slot_mapping.unsqueeze(1),), kv)
-        # [num_seqs, num_kv_heads, num_keys, head_dim]
-        keys, values = (self.rows[start.unsqueeze(1) + self.key_slots.unsqueeze(1)] for start in starts)
-        queries = q.reshape(num_seqs, starts.shape[1], -1, head_dim)
-        if q.dtype is torch.float32:
-            scores = queries @ keys.transpose(2, 3)
-        else:  # a loop that reads the keys where they lie, instead of a copy of them in float32
-            scores = (queries.float().unsqueeze(3) * keys.float().unsqueeze(2)).sum(dim=-1)
-        scores = scores * head_dim**-0.5 + self.mask
-        return (scores.softmax(dim=-1).to(q.dtype) @ values).reshape(num_seqs, -1)
+    made = copy.copy(owner)
+    for name, value in vars(owner).items():
+        if isinstance(value, LinearBase):
+            setattr(made, name, hide_product(value, replace, parts))
+        elif isinstance(value, RMSNorm):
+            setattr(made, name, replace_tensors(value, replace, parts))
+        elif isinstance(value, Tensor):
+            setattr(made, name, replace(value))
+    return made
 
 
-def compile_step(decoder: Decoder, shape: torch.Size, arguments: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """A decode step as one compiled function.
+def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts: Parts) -> LinearBase:
+    """A copy of a product whose kernel is one operation to a compiler, or which `multiply_few` computes."""
+    number, num_out, made = len(parts.products), linear.num_out, copy.copy(linear)
+    parts.products.append(linear)
+    bias = made.bias = None if linear.bias is None else replace(linear.bias)
+    is_read = isinstance(linear, Linear) and parts.num_rows <= FEW_ROWS
+    found = cast(Linear, linear).weight_in_memory if is_read else None
+    if found is not None:
+        weight = replace(found)
+
+        def multiply(x: Tensor) -> Tensor:
+            out = multiply_few(x, weight, num_out)
+            return out if bias is None else out + bias
+    else:
+
+        def multiply(x: Tensor) -> Tensor:
+            return torch.ops.folovllm.product(x, number, num_out)
+
+    made.multiply = multiply  # type: ignore[method-assign]
+    return made
+
+
+class Compiler:
+    """Compiles functions of tensors, each for certain shapes."""
+
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def pretend(self, *tensors: Tensor) -> list[Tensor]:
+        """Examples of arguments of these shapes."""
+        return [self._mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+    def pretend_length(self, tensor: Tensor) -> Tensor:
+        """An example of an argument ``[length]``, of any length but 1."""
+        any_length: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        return self._mode.from_tensor(tensor, symbolic_context=any_length)
+
+    def __call__(self, function: Function, examples: list[Tensor]) -> tuple[Function, list[Tensor]]:
+        """The compiled function, and examples of what it returns."""
+        with self._mode:
+            graph = make_fx(function, _allow_non_fake_inputs=True)(*examples)
+            outputs = graph(*examples)
+        return torch._inductor.compile(graph, [*examples], options=COMPILER_OPTIONS), list(outputs)
+
+
+class CompiledStep:
+    """A decode step on certain inputs: how it begins, its layers, and how it ends.
 
     Args:
         decoder: the model.
-        shape: the cache's.
-        arguments: examples of the function's: input ids, positions, and what `TracedAttention` takes after the shape.
-            The function takes tensors of the same shapes, but for the last, which may have any length but 1.
+        cache: as `AttentionBackend` lays it out.
+        inputs: where each step finds its own.
     """
-    products: list[LinearBase] = []
-    decoder = hide_products(decoder, products)
 
-    def step(input_ids: Tensor, positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        hidden = decoder(input_ids, positions, TracedAttention(shape, *tensors))
+    def __init__(self, decoder: Decoder, cache: Tensor, inputs: StepInputs) -> None:
+        self.decoder, self.num_rows, step = decoder, len(inputs.input_ids), inputs.metadata
+        num_layers, _, num_kv_heads, num_blocks, self.block_size, head_dim = cache.shape
+        starts = torch.arange(num_layers * 2 * num_kv_heads, device=cache.device) * num_blocks * self.block_size
+        self.starts = starts.view(num_layers, 2, num_kv_heads).unbind()
+        self.inputs = [inputs.input_ids, inputs.positions, step.seq_lens, step.block_table]
+        self.slots = [cache.view(-1, head_dim), step.slot_mapping]
+        self.own = Parts.of(decoder, self.num_rows)
+        self.layers = [Parts.of(layer, self.num_rows) for layer in decoder.layers]
+        self._compile(torch.arange(TYPICAL_NUM_KEYS, device=cache.device))
+
+    def _compile(self, places: Tensor) -> None:
+        compiler = Compiler()
+        own, slots = compiler.pretend(*self.own.tensors), compiler.pretend(*self.slots)
+        begins = [*compiler.pretend(*self.inputs), compiler.pretend_length(places)]
+        self._run_begin, (x, *same) = compiler(self._begin, [*begins, *own])
+        compiled: dict[tuple[object, ...], Function] = {}
+        for layer, starts, parts in zip(self.decoder.layers, self.starts, self.layers):
+            if parts.kind not in compiled:
+                run, arguments = functools.partial(self._layer, layer), compiler.pretend(starts, *parts.tensors)
+                compiled[parts.kind], _ = compiler(run, [x, *same, *slots, *arguments])
+        self._run_layers = [compiled[parts.kind] for parts in self.layers]
+        self._run_end, _ = compiler(self._end, [x, *own])
+
+    def _begin(
+        self, input_ids: Tensor, positions: Tensor, seq_lens: Tensor, block_table: Tensor, places: Tensor, *own: Tensor
+    ) -> tuple[Tensor, ...]:
+        embedded = self._with_tensors(self.decoder, own).embed(input_ids, positions)
+        return *embedded, *find_keys(seq_lens, block_table, places, self.block_size)
+
+    def _layer(
+        self, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, key_slots: Tensor, mask: Tensor,
+        rows: Tensor, slot_mapping: Tensor, starts: Tensor, *own: Tensor,
+    ) -> tuple[Tensor]:  # fmt: skip
+        attend = TracedAttention(rows, starts, slot_mapping, key_slots, mask)
+        return (self._with_tensors(layer, own)(x, cos, sin, attend),)
+
+    def _end(self, x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        decoder = self._with_tensors(self.decoder, own)
+        hidden = decoder.norm(x)
         logits = decoder.compute_logits(hidden)
         return hidden, logits, *find_likeliest(logits)
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    examples = [mode.from_tensor(argument, static_shapes=True) for argument in arguments[:-1]]
-    any_length: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    examples.append(mode.from_tensor(arguments[-1], symbolic_context=any_length))
-    with mode:
-        graph = make_fx(step, _allow_non_fake_inputs=True)(*examples)
-    function = torch._inductor.compile(graph, [*examples])
+    def _with_tensors(self, owner: Owner, tensors: tuple[Tensor, ...]) -> Owner:
+        given = iter(tensors)
+        return replace_tensors(owner, lambda _: next(given), Parts(self.num_rows))
 
-    def run(*arguments: Tensor) -> tuple[Tensor, ...]:
-        _PRODUCTS.set(products)
-        return function(*arguments)
-
-    return run
+    def __call__(self, places: Tensor) -> StepOutputs:
+        """Runs it on what its inputs hold now; ``places`` as in `find_keys`, at least two."""
+        x, *same = self._run_begin(*self.inputs, places, *self.own.tensors)
+        for run, starts, parts in zip(self._run_layers, self.starts, self.layers):
+            _PRODUCTS.set(parts.products)
+            (x,) = run(x, *same, *self.slots, starts, *parts.tensors)
+        _PRODUCTS.set(self.own.products)
+        return StepOutputs(*self._run_end(x, *self.own.tensors))
 
 
 class CompiledSteps:
@@ -169,20 +239,16 @@ class CompiledSteps:
         return None
 
     def __call__(self, decoder: Decoder, attention: AttentionBackend, inputs: StepInputs) -> Replay:
-        """Compiles a step; it takes seconds, or a minute for a large model, and less when it is on disk already."""
-        start, step, cache = time.perf_counter(), inputs.metadata, attention.kv_cache
-        places = torch.arange(inputs.max_model_len)
-        tensors = [
-            inputs.input_ids, inputs.positions, cache.view(-1, cache.shape[-1]),
-            step.slot_mapping, step.seq_lens, step.block_table,
-        ]  # fmt: skip
-        function = compile_step(decoder, cache.shape, [*tensors, places[:TYPICAL_NUM_KEYS]])
+        """Compiles a step; it takes seconds, and less when it is on disk already."""
+        start = time.perf_counter()
+        run = CompiledStep(decoder, attention.kv_cache, inputs)
         took = time.perf_counter() - start
         logger.info("the decode step of %d rows was compiled in %.0f s", len(inputs.input_ids), took)
+        places = torch.arange(inputs.max_model_len)
         single = places[:1].repeat(2)  # a dimension of 1 is a special case to a compiler; the second is masked
 
         def replay() -> StepOutputs:
-            longest = step.max_seq_len
-            return StepOutputs(*function(*tensors, places[:longest] if longest > 1 else single))
+            longest = inputs.metadata.max_seq_len
+            return run(places[:longest] if longest > 1 else single)
 
         return replay

@@ -11,10 +11,12 @@ shared    the 64 requests of a after 512 tokens that all of them share, prefix c
 smol-one  SmolLM2-135M, bfloat16, one request, 32 in, 64 out
 smol-b    SmolLM2-135M, bfloat16, the 16 requests of b
 int8      one, with our weights in 8 bits and the peers' in bfloat16; b-int8 and smol-int8: b-bf16 and smol-one likewise
+int4      one, with our weights in 4 bits (GPTQ's format, groups of 32) and the peers' in bfloat16
 gptq      SmolLM2-135M in files of 4 bits that ``python -m folovllm quantize`` has written, which vLLM reads as well: 20
           pieces of the book's README, 32 in, 16 out; compressed: the same in the format of compressed-tensors
 
-With the last two it is also said how near the two tokens are where an answer differs first.
+With the last two it is also said how near the two tokens are where an answer differs first. Where our weights have
+fewer bits, our own engine with weights in bfloat16, eager or compiled, is one of the peers.
 
 Each side is a process held open (``peer.py``): ours and one peer's are told in turn to run, A B A B. The peers live in
 an environment of their own, which the first run makes (some minutes, 3 GB). llama.cpp is measured where somebody has
@@ -54,7 +56,7 @@ NOT_USED = {"torch", "torchvision", "torchaudio", "torchcodec"}
 """What vLLM requires and is not installed for it: torch is there already, the others read pictures and sound."""
 
 OURS = ("folovllm", "folovllm compiled")
-PEERS = ("vLLM eager", "vLLM compiled", "transformers", "llama.cpp")
+PEERS = (*OURS, "vLLM eager", "vLLM compiled", "transformers", "llama.cpp")
 QWEN3, SMOLLM2 = "Qwen3-0.6B's shape", "SmolLM2-135M"
 
 
@@ -68,9 +70,17 @@ class Row:
     shared: int = 0
     """Tokens that all prompts begin with; where there are some, both sides keep prefixes for the length of a run."""
     quantization: str | None = None
-    """Ours; the peers' weights stay in ``dtype``."""
+    """Ours; the peers' weights stay in ``dtype``. Other than int8, it is the format of the files that we read."""
     file_format: str | None = None
     """That of files of 4 bits which both sides read; the prompts are text then, not tokens by chance."""
+
+    def has_peer(self, name: str) -> bool:
+        """Whether it is measured: our own engine only where it has another dtype, another only if it can read this."""
+        if name in OURS:
+            return self.quantization is not None
+        if name == "llama.cpp":  # it has a file of one model
+            return self.model == SMOLLM2 and self.requests == ONE
+        return self.file_format is None or name.startswith("vLLM")
 
     @property
     def title(self) -> str:
@@ -96,6 +106,7 @@ ROWS = {
     "smol-one": Row(SMOLLM2, "bfloat16", ONE),
     "smol-b": Row(SMOLLM2, "bfloat16", SIXTEEN),
     "int8": Row(QWEN3, "bfloat16", ONE, quantization="int8"),
+    "int4": Row(QWEN3, "bfloat16", ONE, quantization="gptq"),
     "b-int8": Row(QWEN3, "bfloat16", SIXTEEN, quantization="int8"),
     "smol-int8": Row(SMOLLM2, "bfloat16", ONE, quantization="int8"),
     "gptq": Row(SMOLLM2, "bfloat16", PIECES, file_format="gptq"),
@@ -151,10 +162,12 @@ def has_llama_cpp(env: Path) -> bool:
 def find_checkpoint(model: str, scratch: Path, file_format: str | None = None) -> Path:
     """The checkpoint of a row's model, perhaps in 4 bits; in ``scratch`` if it must be made."""
     if file_format is not None:
-        source, folder = find_checkpoint(model, scratch), scratch / file_format
+        source, folder = find_checkpoint(model, scratch), scratch / re.sub(r"\W", "-", f"{model} {file_format}")
         if not folder.exists():
+            text = scratch / "calibration.txt"  # short, for rounding to the nearest only reports its error on it
+            text.write_text(TEXT.read_text()[:1000])
             recipe = ["--bits", "4", "--group-size", "32", "--method", "rtn", "--format", file_format]
-            command(sys.executable, "-m", "folovllm", "quantize", source, folder, *recipe, "--calibration", TEXT)
+            command(sys.executable, "-m", "folovllm", "quantize", source, folder, *recipe, "--calibration", text)
         return folder
     if model == "embedded":
         return EMBEDDED_MODEL
@@ -176,7 +189,7 @@ class Side:
     def __init__(self, name: str, env: Path, task: Mapping[str, object]) -> None:
         self.name = name
         self.answers: list[list[int]] = []
-        self.log = env / f"{name}.log"
+        self.log = env / f"{name} {task['dtype']}.log"
         ours = name in (*OURS, "transformers")  # in this environment, and from this checkout
         python = [sys.executable] if ours else [python_of(env), "-P"]
         with self.log.open("w") as log:
@@ -260,6 +273,8 @@ def measure(row: Row, name: str, peers: list[str], env: Path, scratch: Path, rep
     useful = sum(wanted for _, wanted in work)
     cells, all_ours = dict.fromkeys(PEERS, "not measured"), []
     in_bits = {} if row.quantization is None else {"dtype": "auto", "quantization": row.quantization}
+    if row.quantization not in (None, "int8"):
+        in_bits["model"] = str(find_checkpoint(row.model, scratch, row.quantization))
     ours = Side(name, env, {**task, **in_bits})
     try:
         for peer in peers:
@@ -303,9 +318,7 @@ def main() -> None:
         print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             for row in (ROWS[name] for name in options.rows or ROWS):
-                here = [peer for peer in peers if peer != "llama.cpp" or row in (ROWS["smol-one"], ROWS["smol-int8"])]
-                if row.file_format is not None:
-                    here = [peer for peer in here if peer.startswith("vLLM")]
+                here = [peer for peer in peers if row.has_peer(peer)]
                 cells = measure(row, options.ours, here, env, Path(scratch), options.repeat)
                 print(f"| {' | '.join(cells)} |", flush=True)
     except RuntimeError as error:
