@@ -38,6 +38,10 @@ GATHER_BYTES = 2**24
 """Most bytes of keys gathered at once on a CPU (16 MiB), so that they stay in its cache; at least one head's. Those of
 16 bits count as the floats that they are multiplied as."""
 
+COMPILED_BYTES = 2**28
+"""Most bytes of keys that a compiled step may have in memory at once, as floats (256 MiB); of values it has as many.
+Filled up to the longest, 16 sequences of 4,096 tokens of Qwen3-0.6B's shape have as much. Longer ones stay eager."""
+
 FEW_NUMBERS = 2**18
 """Up to so many numbers of gathered keys are few: on a CPU values of 16 bits are multiplied in float32 then, as keys
 are, since a product of 16 bits needs some 30 microseconds before it begins. With AVX-512 a layer of one sequence of
@@ -59,6 +63,11 @@ class GatherAttention(AttentionBackend):
         # A scratch buffer for gathered blocks: allocating it for each layer would double the cost. Keys and values use
         # it in turn, since a smaller buffer is more likely to stay in the processor's cache.
         self._scratch = kv_cache.new_empty(0)
+
+    def replays_well(self, metadata: AttentionMetadata, num_rows: int) -> bool:
+        """False where a compiled step, which takes all heads at once, would need too much memory."""
+        head_bytes = num_rows * metadata.max_seq_len * self.kv_cache.shape[-1] * torch.float32.itemsize
+        return self.num_kv_heads * head_bytes <= COMPILED_BYTES
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """Sorts a step's sequences: those with one new token, whole prompts by length, and prompts with a past."""

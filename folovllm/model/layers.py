@@ -77,8 +77,8 @@ class LinearBase:
         raise NotImplementedError
 
     def multiply(self, x: Tensor) -> Tensor:
-        """What a kernel computes of it, which a compiler takes as one operation: ``[num_tokens, num_out]``, in the
-        dtype of ``x``."""
+        """What a kernel computes of it, which a compiler takes as one operation unless rows are few: ``[num_tokens,
+        num_out]``, in the dtype of ``x``."""
         raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -100,13 +100,13 @@ class Linear(LinearBase):
         self._use_onednn = has_onednn(weight)
 
     def process_weights_after_loading(self) -> None:
-        """Stores the weight in oneDNN's own order, if it has one; only oneDNN can read it afterwards."""
+        """Stores the weight in oneDNN's own order, if it has one."""
         if self._use_onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_FOR_ROWS)
 
     @functools.cached_property
     def weight_in_memory(self) -> Tensor | None:
-        """The weight as it lies in memory, for compiled code to read; it lives as long as the product.
+        """The weight as it lies in memory, for compiled code to read, once it is processed; `weight` must be kept.
 
         ``[num_out, num_in]`` unless it is packed. In oneDNN's order, filled up with zeros: in float32
         ``[num_blocks, num_in, PACKED_OUTPUTS]``; in bfloat16 two inputs lie side by side and are one int32,
@@ -122,9 +122,9 @@ class Linear(LinearBase):
         buffer = (ctypes.c_uint8 * num_bytes).from_address(torch.ops.mkldnn.data_ptr(self.weight))
         memory = torch.frombuffer(buffer, dtype=self.weight.dtype)
         # The order is nowhere promised, so it is compared.
-        in_order = memory.view(*shape, num_together).transpose(1, 2).reshape(-1, num_in)[:num_out]
-        if not torch.equal(in_order, self.weight.to_dense()):
-            return None
+        for block, rows in zip(memory.view(*shape, num_together), self.weight.to_dense().split(PACKED_OUTPUTS)):
+            if not torch.equal(block.transpose(0, 1).reshape(-1, num_in)[: len(rows)], rows):
+                return None
         return memory.view(torch.int32 if num_together == 2 else torch.float32).view(shape)
 
     def multiply(self, x: Tensor) -> Tensor:

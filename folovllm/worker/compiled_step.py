@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -45,6 +46,9 @@ COMPILER_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 8
 keys, and a key turned into floats for each of its queries. With these, such things are kept. Attention of 16 sequences
 of 96 tokens takes 115 us a layer instead of 317 (SmolLM2-135M in bfloat16)."""
 
+_COMPILING = threading.Lock()
+"""Tracing changes what all threads see, and two engines may need a step at the same time."""
+
 _PRODUCTS: ContextVar[list[LinearBase]] = ContextVar("products")
 """The products of the layer that is running: compiled code knows them by number, so that it serves every such layer."""
 _library = torch.library.Library("folovllm", "FRAGMENT")
@@ -61,11 +65,11 @@ class Parts:
     """What a decoder or a layer owns, itself or through its norms and products."""
 
     num_rows: int
-    """Of a step."""
+    """The rows of the steps that it is compiled for."""
     tensors: list[Tensor] = field(default_factory=list)
-    """What compiled code is given."""
+    """The arguments of compiled code, in the order in which `replace_tensors` comes upon them."""
     products: list[LinearBase] = field(default_factory=list)
-    """What compiled code calls, or what the memory that it reads belongs to."""
+    """Its products: compiled code calls them by number, or reads the memory of their weights."""
 
     def take(self, tensor: Tensor) -> Tensor:
         """Adds a tensor."""
@@ -91,8 +95,8 @@ def replace_tensors(owner: Owner, replace: Callable[[Tensor], Tensor], parts: Pa
 
     Args:
         owner: stays as it is.
-        replace: gives the tensor that each of its tensors becomes; it is called in the same order for all that are
-            alike.
+        replace: gives the tensor that each of its tensors becomes. The order of the calls is the same for all that are
+            alike, so that the tensors of one can be taken for those of another.
         parts: gets the products.
     """
     made = copy.copy(owner)
@@ -145,10 +149,11 @@ class Compiler:
 
     def __call__(self, function: Function, examples: list[Tensor]) -> tuple[Function, list[Tensor]]:
         """The compiled function, and examples of what it returns."""
-        with self._mode:
-            graph = make_fx(function, _allow_non_fake_inputs=True)(*examples)
-            outputs = graph(*examples)
-        return torch._inductor.compile(graph, [*examples], options=COMPILER_OPTIONS), list(outputs)
+        with _COMPILING:
+            with self._mode:
+                graph = make_fx(function, _allow_non_fake_inputs=True)(*examples)
+                outputs = graph(*examples)
+            return torch._inductor.compile(graph, [*examples], options=COMPILER_OPTIONS), list(outputs)
 
 
 class CompiledStep:
@@ -214,7 +219,9 @@ class CompiledStep:
             _PRODUCTS.set(parts.products)
             (x,) = run(x, *same, *self.slots, starts, *parts.tensors)
         _PRODUCTS.set(self.own.products)
-        return StepOutputs(*self._run_end(x, *self.own.tensors))
+        outputs = StepOutputs(*self._run_end(x, *self.own.tensors))
+        _PRODUCTS.set([])  # or the last model's head would be kept
+        return outputs
 
 
 class CompiledSteps:

@@ -188,8 +188,9 @@ class StepGraphs:
         logger.info("decode steps of %s rows were recorded", ", ".join(map(str, self.sizes)))
 
     def takes(self, metadata: AttentionMetadata) -> bool:
-        """Whether a step is a decode step."""
-        return metadata.max_query_len == 1
+        """Whether a step is a decode step that a recording serves."""
+        num_rows = len(metadata.seq_lens_cpu)
+        return metadata.max_query_len == 1 and self.attention.replays_well(metadata, self.bucket(num_rows))
 
     def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> StepOutputs:
         """A step with one new token for each sequence; what it is given is copied."""

@@ -18,9 +18,9 @@ gptq      SmolLM2-135M in files of 4 bits that ``python -m folovllm quantize`` h
 With the last two it is also said how near the two tokens are where an answer differs first. Where our weights have
 fewer bits, our own engine with weights in bfloat16, eager or compiled, is one of the peers.
 
-Each side is a process held open (``peer.py``): ours and one peer's are told in turn to run, A B A B. The peers live in
-an environment of their own, which the first run makes (some minutes, 3 GB). llama.cpp is measured where somebody has
-installed it there; ``tests/benchmarks/README.md`` says how.
+Each side is a process held open (``peer.py``): ours and one peer's are told in turn to run, A B A B. Other peers than
+our own engine and transformers live in an environment of their own, which the first run makes (some minutes, 3 GB).
+llama.cpp is measured where somebody has installed it there; ``tests/benchmarks/README.md`` says how.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Row:
     shared: int = 0
     """Tokens that all prompts begin with; where there are some, both sides keep prefixes for the length of a run."""
     quantization: str | None = None
-    """Ours; the peers' weights stay in ``dtype``. Other than int8, it is the format of the files that we read."""
+    """Ours; the peers' weights stay in ``dtype``. With "gptq" our weights are in files of 4 bits, made of theirs."""
     file_format: str | None = None
     """That of files of 4 bits which both sides read; the prompts are text then, not tokens by chance."""
 
@@ -88,7 +88,8 @@ class Row:
         num, *lens = self.requests
         tokens_in, tokens_out = (str(low) if low == high else f"{low} to {high}" for low, high in lens)
         after = f" after {self.shared} shared" if self.shared else ""
-        kind = self.dtype if self.quantization is None else f"{self.quantization} beside {self.dtype}"
+        bits = {None: "", "int8": "8 bits beside ", "gptq": "4 bits beside "}[self.quantization]
+        kind = f"{bits}{self.dtype}"
         kind = kind if self.file_format is None else f"4 bits in files of {self.file_format}"
         return f"{self.model}, {kind}, {num} x {tokens_in} in{after}, {tokens_out} out"
 
@@ -265,13 +266,14 @@ def name_ties(folder: Path, work: list[tuple[list[int], int]], ours: list[list[i
     return "; ".join(lines)
 
 
-def measure(row: Row, name: str, peers: list[str], env: Path, scratch: Path, repeat: int) -> list[str]:
-    """A line of the table."""
+def measure(row: Row, name: str, columns: list[str], env: Path, scratch: Path, repeat: int) -> list[str]:
+    """A line of the table, with a cell for each peer of ``columns``."""
+    peers = [peer for peer in columns if row.has_peer(peer)]
     folder = find_checkpoint(row.model, scratch, row.file_format)
     work = make_work(row, folder)
     task = {"model": str(folder), "dtype": row.dtype, "work": work, "keep_prefixes": bool(row.shared)}
     useful = sum(wanted for _, wanted in work)
-    cells, all_ours = dict.fromkeys(PEERS, "not measured"), []
+    cells, all_ours = dict.fromkeys(columns, "not measured"), []
     in_bits = {} if row.quantization is None else {"dtype": "auto", "quantization": row.quantization}
     if row.quantization not in (None, "int8"):
         in_bits["model"] = str(find_checkpoint(row.model, scratch, row.quantization))
@@ -310,16 +312,15 @@ def main() -> None:
     env = options.env.absolute()
     try:
         set_up(env)
-        peers = [peer for peer in options.peers if peer != "llama.cpp" or has_llama_cpp(env)]
+        columns = [peer for peer in options.peers if peer != "llama.cpp" or has_llama_cpp(env)]
         print(f"{len(os.sched_getaffinity(0))} cores, {VLLM}, torch {torch.__version__}, transformers", end=" ")
         print(f"{transformers.__version__}; medians of {options.repeat} rounds; useful output tokens per second,")
         print("in brackets how many times as fast we are, and how many of the tokens wanted are the same.\n")
-        header = ["work", "tokens wanted", "ours", *PEERS]
+        header = ["work", "tokens wanted", "ours", *columns]
         print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             for row in (ROWS[name] for name in options.rows or ROWS):
-                here = [peer for peer in peers if row.has_peer(peer)]
-                cells = measure(row, options.ours, here, env, Path(scratch), options.repeat)
+                cells = measure(row, options.ours, columns, env, Path(scratch), options.repeat)
                 print(f"| {' | '.join(cells)} |", flush=True)
     except RuntimeError as error:
         sys.exit(f"\nNot measured: {error}.")

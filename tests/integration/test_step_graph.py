@@ -10,6 +10,7 @@ import math
 import random
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from folovllm.sample.sampler import find_likeliest
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
 from folovllm.worker import model_runner
-from folovllm.worker.compiled_step import _PRODUCTS, CompiledSteps, Parts, hide_product
+from folovllm.worker.compiled_step import _PRODUCTS, CompiledSteps, Compiler, Parts, hide_product
 from folovllm.worker.recorders import choose_recorder
 from folovllm.worker.step_graph import (
     CudaGraphs,
@@ -280,6 +281,13 @@ class TestTakes:
         metadata = AttentionMetadata.from_arrays(*map(np.array, ([0, 2, 3], [2, 5], [0, 1, 4], [[0, 0], [1, 2]])))
         assert not Batches().graphs.takes(metadata)
 
+    @pytest.mark.parametrize("num_rows, is_taken", [(4, True), (5, False)])  # which are filled up to 4 and 7
+    def test_no_more_keys_than_there_is_memory_for(self, num_rows, is_taken, monkeypatch):
+        work = Batches()
+        longest, key_bytes = 8, work.cache.shape[2] * work.cache.shape[-1] * 4
+        monkeypatch.setattr("folovllm.attention.gather.COMPILED_BYTES", 4 * longest * key_bytes)
+        assert work.graphs.takes(work.make([longest] * num_rows)[2]) is is_taken
+
 
 class TestPadding:
     @settings(max_examples=30)
@@ -362,6 +370,21 @@ def test_a_compiled_step(num_rows, dtype, tolerance, caplog) -> None:
     assert operations["product"] == (0 if num_rows <= FEW_ROWS else 9) and not operations["_softmax"]
     said = [record.message for record in caplog.records if record.name.startswith("folovllm")]
     assert len(said) == 1 and said[0].startswith(f"the decode step of {num_rows} rows was compiled in ")
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+def test_threads_compile_one_after_the_other() -> None:
+    """Each engine has a thread of its own, and tracing changes what all of them see."""
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
+
+    def compile_one(number: int) -> bool:
+        compiler, x = Compiler(), torch.ones(64)
+        run, _ = compiler(lambda x: (x * number + 1,), compiler.pretend(x))
+        return torch.equal(run(x)[0], x * number + 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(compile_one, range(4)))
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
