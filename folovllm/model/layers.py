@@ -14,8 +14,6 @@ each call (of a ``torch.nn.Module``, of each operation) is a good part of a step
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 from collections.abc import Mapping
 from typing import Protocol
@@ -24,13 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folovllm.utils import cdiv
-
 PACK_FOR_ROWS = 16
 """Number of rows the packed order is chosen for; measured, the order is as good for 5 and for 661 rows."""
-
-PACKED_OUTPUTS = 64
-"""Outputs whose weights lie side by side in oneDNN's order."""
 
 
 class LinearBase:
@@ -103,29 +96,6 @@ class Linear(LinearBase):
         """Stores the weight in oneDNN's own order, if it has one."""
         if self._use_onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_FOR_ROWS)
-
-    @functools.cached_property
-    def weight_in_memory(self) -> Tensor | None:
-        """The weight as it lies in memory, for compiled code to read, once it is processed; `weight` must be kept.
-
-        ``[num_out, num_in]`` unless it is packed. In oneDNN's order, filled up with zeros: in float32
-        ``[num_blocks, num_in, PACKED_OUTPUTS]``; in bfloat16 two inputs lie side by side and are one int32,
-        ``[num_blocks, num_in / 2, PACKED_OUTPUTS]``. None if oneDNN has chosen another order.
-        """
-        if not self.weight.is_mkldnn:
-            return self.weight
-        num_out, num_in = self.weight.shape
-        num_bytes, num_together = torch.ops.mkldnn._nbytes(self.weight), 4 // self.weight.dtype.itemsize
-        shape = cdiv(num_out, PACKED_OUTPUTS), num_in // num_together, PACKED_OUTPUTS
-        if num_in % num_together or math.prod(shape) * 4 != num_bytes:
-            return None
-        buffer = (ctypes.c_uint8 * num_bytes).from_address(torch.ops.mkldnn.data_ptr(self.weight))
-        memory = torch.frombuffer(buffer, dtype=self.weight.dtype)
-        # The order is nowhere promised, so it is compared.
-        for block, rows in zip(memory.view(*shape, num_together), self.weight.to_dense().split(PACKED_OUTPUTS)):
-            if not torch.equal(block.transpose(0, 1).reshape(-1, num_in)[: len(rows)], rows):
-                return None
-        return memory.view(torch.int32 if num_together == 2 else torch.float32).view(shape)
 
     def multiply(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``."""

@@ -34,7 +34,7 @@ from folovllm.model.decoder import Decoder, DecoderLayer
 from folovllm.model.layers import Linear, LinearBase, RMSNorm
 from folovllm.sample.sampler import find_likeliest
 from folovllm.worker.step_graph import Replay, StepInputs, StepOutputs
-from folovllm.worker.traced import FEW_ROWS, TracedAttention, find_keys, multiply_few
+from folovllm.worker.traced import FEW_ROWS, TracedAttention, find_keys, multiply_few, weight_in_memory
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
     parts.products.append(linear)
     bias = made.bias = None if linear.bias is None else replace(linear.bias)
     is_read = isinstance(linear, Linear) and parts.num_rows <= FEW_ROWS
-    found = cast(Linear, linear).weight_in_memory if is_read else None
+    found = weight_in_memory(cast(Linear, linear)) if is_read else None
     if found is not None:
         weight = replace(found)
 

@@ -7,10 +7,21 @@ written as several sums here, each of which fills one vector of the processor.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from folovllm.model.layers import Linear
+from folovllm.utils import cdiv
+
+PACKED_OUTPUTS = 64
+"""Outputs whose weights lie side by side in oneDNN's order."""
+
+_MEMORY: WeakKeyDictionary[Linear, Tensor | None] = WeakKeyDictionary()
+"""What `weight_in_memory` has found; it is asked again while a compiler pretends that there are no numbers."""
 
 LANES = 16
 """Floats in a vector of AVX-512; with AVX2 such a part of a sum takes two."""
@@ -70,6 +81,33 @@ def find_keys(seq_lens: Tensor, block_table: Tensor, places: Tensor, block_size:
     return key_slots, torch.where(is_unseen, -math.inf, 0.0).view(len(seq_lens), 1, 1, -1)
 
 
+def weight_in_memory(linear: Linear) -> Tensor | None:
+    """The weight of a product as it lies in memory, for compiled code to read while the product is there.
+
+    ``[num_out, num_in]`` unless it is packed. In oneDNN's order, filled up with zeros: in float32 ``[num_blocks,
+    num_in, PACKED_OUTPUTS]``; in bfloat16 two inputs lie side by side and are one int32, ``[num_blocks, num_in / 2,
+    PACKED_OUTPUTS]``. None if oneDNN has chosen another order.
+    """
+    if linear not in _MEMORY:
+        _MEMORY[linear] = _find_packed(linear.weight) if linear.weight.is_mkldnn else linear.weight
+    return _MEMORY[linear]
+
+
+def _find_packed(weight: Tensor) -> Tensor | None:
+    num_out, num_in = weight.shape
+    num_bytes, num_together = torch.ops.mkldnn._nbytes(weight), 4 // weight.dtype.itemsize
+    shape = cdiv(num_out, PACKED_OUTPUTS), num_in // num_together, PACKED_OUTPUTS
+    if num_in % num_together or math.prod(shape) * 4 != num_bytes:
+        return None
+    buffer = (ctypes.c_uint8 * num_bytes).from_address(torch.ops.mkldnn.data_ptr(weight))
+    memory = torch.frombuffer(buffer, dtype=weight.dtype)
+    # The order is nowhere promised, so it is compared.
+    for block, rows in zip(memory.view(*shape, num_together), weight.to_dense().split(PACKED_OUTPUTS)):
+        if not torch.equal(block.transpose(0, 1).reshape(-1, num_in)[: len(rows)], rows):
+            return None
+    return memory.view(torch.int32 if num_together == 2 else torch.float32).view(shape)
+
+
 def multiply_few(x: Tensor, weight: Tensor, num_out: int) -> Tensor:
     """``x @ weight.T`` for `FEW_ROWS`, ``[num_rows, num_out]``, summed up in float32.
 
@@ -78,7 +116,7 @@ def multiply_few(x: Tensor, weight: Tensor, num_out: int) -> Tensor:
 
     Args:
         x: ``[num_rows, num_in]``.
-        weight: as `folovllm.model.layers.Linear.weight_in_memory` has it.
+        weight: as `weight_in_memory` has it.
         num_out: the outputs that it has without padding.
     """
     if weight.dim() == 2:  # row after row

@@ -33,7 +33,7 @@ from folovllm.book import judges
 from folovllm.book.counting import OperationCounter
 from folovllm.book.exercises.verdict import NotYet
 from folovllm.llm import make_engine_config
-from folovllm.model.layers import PACKED_OUTPUTS, Linear, LinearMethod
+from folovllm.model.layers import Linear, LinearMethod
 from folovllm.model.quantized_layers import Int8Linear
 from folovllm.sample.sampler import find_likeliest
 from folovllm.tales import EMBEDDED_MODEL
@@ -48,7 +48,14 @@ from folovllm.worker.step_graph import (
     bucket_sizes,
     replay_eagerly,
 )
-from folovllm.worker.traced import FEW_ROWS, TracedAttention, find_keys, multiply_few
+from folovllm.worker.traced import (
+    FEW_ROWS,
+    PACKED_OUTPUTS,
+    TracedAttention,
+    find_keys,
+    multiply_few,
+    weight_in_memory,
+)
 
 MAX_MODEL_LEN, MAX_TOKENS, NUM_PROMPTS = 64, 12, 8
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -410,10 +417,11 @@ def test_a_product_of_few_rows_reads_the_weight_as_it_lies_in_memory(num_rows, n
     weight = linear.weight.double()
     linear.process_weights_after_loading()
     x = torch.randn(num_rows, num_in, generator=torch.Generator().manual_seed(num_in)).to(dtype)
-    if linear.weight_in_memory is None:  # filled up otherwise, so oneDNN's kernel serves
+    memory = weight_in_memory(linear)
+    if memory is None:  # filled up otherwise, so oneDNN's kernel serves
         assert num_out % PACKED_OUTPUTS or num_in % 2
     else:
-        found, exact = multiply_few(x, linear.weight_in_memory, num_out), x.double() @ weight.T
+        found, exact = multiply_few(x, memory, num_out), x.double() @ weight.T
         torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=4 * torch.finfo(dtype).eps)
 
 
