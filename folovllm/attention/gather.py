@@ -66,8 +66,11 @@ class GatherAttention(AttentionBackend):
 
     def replays_well(self, metadata: AttentionMetadata, num_rows: int) -> bool:
         """False where a compiled step, which takes all heads at once, would need too much memory."""
-        head_bytes = num_rows * metadata.max_seq_len * self.kv_cache.shape[-1] * torch.float32.itemsize
-        return self.num_kv_heads * head_bytes <= COMPILED_BYTES
+        return self.num_kv_heads * self._head_bytes(num_rows * metadata.max_seq_len) <= COMPILED_BYTES
+
+    def _head_bytes(self, num_keys: int) -> int:
+        """Bytes of so many keys of one head, as the floats that they are multiplied as."""
+        return num_keys * self.kv_cache.shape[-1] * max(self.kv_cache.itemsize, torch.float32.itemsize)
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """Sorts a step's sequences: those with one new token, whole prompts by length, and prompts with a past."""
@@ -146,7 +149,7 @@ class GatherAttention(AttentionBackend):
         """How many key heads to compute at once, if ``num_keys`` keys are gathered per head."""
         if self.kv_cache.device.type != "cpu":
             return self.num_kv_heads
-        head_bytes = num_keys * self.kv_cache.shape[-1] * max(self.kv_cache.itemsize, torch.float32.itemsize)
+        head_bytes = self._head_bytes(num_keys)
         fitting = (
             n for n in range(2, self.num_kv_heads + 1) if self.num_kv_heads % n == 0 and n * head_bytes <= GATHER_BYTES
         )

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -115,8 +115,7 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
     number, num_out, made = len(parts.products), linear.num_out, copy.copy(linear)
     parts.products.append(linear)
     bias = made.bias = None if linear.bias is None else replace(linear.bias)
-    is_read = isinstance(linear, Linear) and parts.num_rows <= FEW_ROWS
-    found = weight_in_memory(cast(Linear, linear)) if is_read else None
+    found = weight_in_memory(linear) if isinstance(linear, Linear) and parts.num_rows <= FEW_ROWS else None
     if found is not None:
         weight = replace(found)
 
