@@ -32,15 +32,15 @@ class FlashAttention(KernelBackend):
         """A sentence that says why it cannot serve such a cache; None if it can."""
         if device.type != "cuda" or torch.version.hip:
             return f"FlashAttention runs on CUDA only, not on {'ROCm' if torch.version.hip else device.type}"
-        attend = getattr(varlen, "varlen_attn_out", None)
-        if attend is None or "block_table" not in inspect.signature(attend).parameters:
-            return f"torch {torch.__version__} has no FlashAttention with block tables; 2.13 has"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"FlashAttention computes in float16 and bfloat16 only, not in {str(dtype).removeprefix('torch.')}"
         if block_size % PAGE_TOKENS:
             return f"FlashAttention needs a block_size that is a multiple of {PAGE_TOKENS}, got {block_size}"
         if head_dim > MAX_HEAD_DIM or head_dim % 8:
             return f"FlashAttention needs heads of a multiple of 8 and at most {MAX_HEAD_DIM} numbers, got {head_dim}"
+        attend = getattr(varlen, "varlen_attn_out", None)
+        if attend is None or "block_table" not in inspect.signature(attend).parameters:
+            return f"torch {torch.__version__} has no FlashAttention with block tables; 2.13 has"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "FlashAttention needs a GPU of compute capability 8.0 or newer"
         return None
