@@ -104,15 +104,6 @@ class AttentionBackend(ABC):
         self.num_kv_heads, self.num_blocks, self.block_size = kv_cache.shape[2:5]
         self._slots = kv_cache.flatten(3, 4).flatten(1, 2)  # [num_layers, 2 * num_kv_heads, num_slots, head_dim]
 
-    def replays_well(self, metadata: AttentionMetadata, num_rows: int) -> bool:
-        """Whether a recorded decode step serves, and not only this backend itself.
-
-        Args:
-            metadata: of a step with one new token for each sequence.
-            num_rows: rows of the recorded step, which computes padding, too.
-        """
-        return True
-
     @abstractmethod
     def begin(self, metadata: AttentionMetadata) -> None:
         """Prepares a step: computes what is the same for all of its layers."""

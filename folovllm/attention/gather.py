@@ -38,10 +38,6 @@ GATHER_BYTES = 2**24
 """Most bytes of keys gathered at once on a CPU (16 MiB), so that they stay in its cache; at least one head's. Those of
 16 bits count as the floats that they are multiplied as."""
 
-COMPILED_BYTES = 2**28
-"""Most bytes of keys that a compiled step may have in memory at once, as floats (256 MiB); of values it has as many.
-Filled up to the longest, 16 sequences of 4,096 tokens of Qwen3-0.6B's shape have as much. Longer ones stay eager."""
-
 FEW_NUMBERS = 2**18
 """Up to so many numbers of gathered keys are few: on a CPU values of 16 bits are multiplied in float32 then, as keys
 are, since a product of 16 bits needs some 30 microseconds before it begins. With AVX-512 a layer of one sequence of
@@ -63,14 +59,6 @@ class GatherAttention(AttentionBackend):
         # A scratch buffer for gathered blocks: allocating it for each layer would double the cost. Keys and values use
         # it in turn, since a smaller buffer is more likely to stay in the processor's cache.
         self._scratch = kv_cache.new_empty(0)
-
-    def replays_well(self, metadata: AttentionMetadata, num_rows: int) -> bool:
-        """False where a compiled step, which takes all heads at once, would need too much memory."""
-        return self.num_kv_heads * self._head_bytes(num_rows * metadata.max_seq_len) <= COMPILED_BYTES
-
-    def _head_bytes(self, num_keys: int) -> int:
-        """Bytes of so many keys of one head, as the floats that they are multiplied as."""
-        return num_keys * self.kv_cache.shape[-1] * max(self.kv_cache.itemsize, torch.float32.itemsize)
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """Sorts a step's sequences: those with one new token, whole prompts by length, and prompts with a past."""
@@ -116,7 +104,7 @@ class GatherAttention(AttentionBackend):
             table, lens = table[self._decode_rows], lens[self._decode_rows]
         longest, shortest = int(lens_cpu.max()), int(lens_cpu.min())
         table = table[:, : cdiv(longest, self.block_size)]
-        num_shared = self._count_shared(table[:, : (shortest - 1) // self.block_size])
+        num_shared = count_shared_blocks(table, shortest, self.block_size)
         self._num_shared_tokens = num_shared * self.block_size
         # If a block is longer than any sequence, only its beginning is read.
         self._width = self.block_size if num_shared else min(self.block_size, longest)
@@ -137,19 +125,11 @@ class GatherAttention(AttentionBackend):
         # [num_heads * num_decodes, 1, num_keys]
         self._decode_mask = torch.zeros(unseen.shape, device=lens.device).masked_fill_(unseen, -math.inf)
 
-    def _count_shared(self, table: Tensor) -> int:
-        """How many blocks all rows of a table begin with, if computing them together saves enough; else 0."""
-        if table.device.type != "cpu":  # to know it, the CPU would have to wait for the device
-            return 0
-        rows = table.numpy()
-        num_shared = int(np.logical_and.accumulate((rows == rows[0]).all(axis=0)).sum())
-        return num_shared if num_shared * self.block_size * (len(table) - 1) >= SHARED_TOKENS else 0
-
     def _heads_at_once(self, num_keys: int) -> int:
         """How many key heads to compute at once, if ``num_keys`` keys are gathered per head."""
         if self.kv_cache.device.type != "cpu":
             return self.num_kv_heads
-        head_bytes = self._head_bytes(num_keys)
+        head_bytes = num_keys * self.kv_cache.shape[-1] * max(self.kv_cache.itemsize, torch.float32.itemsize)
         fitting = (
             n for n in range(2, self.num_kv_heads + 1) if self.num_kv_heads % n == 0 and n * head_bytes <= GATHER_BYTES
         )
@@ -226,6 +206,21 @@ class GatherAttention(AttentionBackend):
         gathered = self._scratch_view(len(blocks), self._width, self.kv_cache.shape[-1])
         torch.index_select(self._readable[layer, index, part], 0, blocks, out=gathered)
         return gathered.view(num_matrices, -1, gathered.shape[-1])
+
+
+def count_shared_blocks(block_table: Tensor, shortest: int, block_size: int) -> int:
+    """How many blocks all of a step's decoding sequences begin with, if computing them together saves enough; else 0.
+
+    Args:
+        block_table: of these sequences.
+        shortest: tokens of the shortest, whose newest is in a block of its own.
+        block_size: tokens of a block.
+    """
+    if block_table.device.type != "cpu":  # to know it, the CPU would have to wait for the device
+        return 0
+    rows = block_table[:, : (shortest - 1) // block_size].numpy()
+    num_shared = int(np.logical_and.accumulate((rows == rows[0]).all(axis=0)).sum())
+    return num_shared if num_shared * block_size * (len(rows) - 1) >= SHARED_TOKENS else 0
 
 
 def _alike(rows: np.ndarray, lens: np.ndarray) -> list[np.ndarray]:

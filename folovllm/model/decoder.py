@@ -180,7 +180,7 @@ class DecoderLayer:
         return x + self.down_proj(F.silu(gate).mul_(up))
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv: Tensor = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        qkv: Tensor = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))
         rotated = qkv[:, : self.num_heads + self.num_kv_heads]
         qk = rotated if self.qk_norm is None else self.qk_norm(rotated)
         # A pair is a number of the first half and one of the second; sin carries the sign of the first.

@@ -8,6 +8,7 @@ products of few rows. Other products stay what a kernel computes, one operation 
 
 One layer is compiled, and serves all that are like it: its weights are arguments. So compiling takes seconds however
 many layers there are, weights stay as they were packed, and what is compiled is kept on disk for all models of a shape.
+One loop also serves any number of rows and of keys, so that a batch needs no padding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,18 +29,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from folovllm.attention import AttentionBackend
-from folovllm.attention.gather import GatherAttention
+from folovllm.attention import AttentionBackend, AttentionMetadata
+from folovllm.attention.gather import GatherAttention, count_shared_blocks
+from folovllm.config import EngineConfig
 from folovllm.model.decoder import Decoder, DecoderLayer
 from folovllm.model.layers import Linear, LinearBase, RMSNorm
 from folovllm.sample.sampler import find_likeliest
-from folovllm.worker.step_graph import Replay, StepInputs, StepOutputs
-from folovllm.worker.traced import FEW_ROWS, TracedAttention, find_keys, multiply_few, weight_in_memory
+from folovllm.utils import cdiv
+from folovllm.worker.step_graph import StepOutputs
+from folovllm.worker.traced import (
+    FEW_ROWS,
+    TracedAttention,
+    find_slots,
+    mask_places,
+    multiply_few,
+    weight_in_memory,
+)
 
 logger = logging.getLogger(__name__)
 
-TYPICAL_NUM_KEYS = 256
-"""The length for which the compiler chooses how to split its loops; what it makes serves any other."""
+TYPICAL_NUM_KEYS, TYPICAL_NUM_ROWS = 256, 16
+"""The lengths for which the compiler chooses how to split its loops; what it makes serves any others."""
+
+COMPILED_BYTES = 2**28
+"""Most bytes of keys that a compiled step may have in memory at once, as floats (256 MiB); of values it has as many.
+Filled up to the longest, 16 sequences of 4,096 tokens of Qwen3-0.6B's shape have as much. Longer ones stay eager."""
 
 COMPILER_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 8, "realize_acc_reads_threshold": 2}
 """Inductor computes what is made of a few numbers anew wherever it is read: a query would be rotated for each of its
@@ -137,68 +151,92 @@ class Compiler:
     def __init__(self) -> None:
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
-    def pretend(self, *tensors: Tensor) -> list[Tensor]:
-        """Examples of arguments of these shapes."""
-        return [self._mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+    def pretend(self, tensor: Tensor, *dims: DimDynamic) -> Tensor:
+        """An example of an argument: of its first dimensions some may have any length but 1, as ``dims`` says.
 
-    def pretend_length(self, tensor: Tensor) -> Tensor:
-        """An example of an argument ``[length]``, of any length but 1."""
-        any_length: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        return self._mode.from_tensor(tensor, symbolic_context=any_length)
+        STATIC: it has this length. DYNAMIC: any. DUCK: any, but always as many as all that were given the same length.
+        """
+        sizes = [*dims, *[DimDynamic.STATIC] * (tensor.dim() - len(dims))]
+        context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return self._mode.from_tensor(tensor, symbolic_context=context)
 
     def __call__(self, function: Function, examples: list[Tensor]) -> tuple[Function, list[Tensor]]:
         """The compiled function, and examples of what it returns."""
+        from torch._inductor.cpu_vec_isa import pick_vec_isa  # see `CompiledSteps.unsupported`
+
         with _COMPILING:
             with self._mode:
                 graph = make_fx(function, _allow_non_fake_inputs=True)(*examples)
                 outputs = graph(*examples)
-            return torch._inductor.compile(graph, [*examples], options=COMPILER_OPTIONS), list(outputs)
+            # What is on disk is asked for by its options, not by the processor: loops for other vectors give rubbish.
+            options = {**COMPILER_OPTIONS, "cpp.simdlen": pick_vec_isa().bit_width()}
+            return torch._inductor.compile(graph, [*examples], options=options), list(outputs)
+
+
+class StepKind(NamedTuple):
+    """What one compiled step serves."""
+
+    num_rows: int | None
+    """Sequences of a step; None: any number above `FEW_ROWS`."""
+    shares_keys: bool
+    """Whether they begin with the same blocks, which are multiplied once for all."""
 
 
 class CompiledStep:
-    """A decode step on certain inputs: how it begins, its layers, and how it ends.
+    """A decode step of a model over a cache: how it begins, its layers, and how it ends.
 
     Args:
         decoder: the model.
-        cache: as `AttentionBackend` lays it out.
-        inputs: where each step finds its own.
+        attention: over the cache.
+        kind: the steps that it serves.
     """
 
-    def __init__(self, decoder: Decoder, cache: Tensor, inputs: StepInputs) -> None:
-        self.decoder, self.num_rows, step = decoder, len(inputs.input_ids), inputs.metadata
+    def __init__(self, decoder: Decoder, attention: GatherAttention, kind: StepKind) -> None:
+        self.decoder, self.shares_keys, cache = decoder, kind.shares_keys, attention.kv_cache
+        self.num_rows = kind.num_rows or TYPICAL_NUM_ROWS
         num_layers, _, num_kv_heads, num_blocks, self.block_size, head_dim = cache.shape
         starts = torch.arange(num_layers * 2 * num_kv_heads, device=cache.device) * num_blocks * self.block_size
         self.starts = starts.view(num_layers, 2, num_kv_heads).unbind()
-        self.inputs = [inputs.input_ids, inputs.positions, step.seq_lens, step.block_table]
-        self.slots = [cache.view(-1, head_dim), step.slot_mapping]
+        self.rows = cache.view(-1, head_dim)
         self.own = Parts.of(decoder, self.num_rows)
         self.layers = [Parts.of(layer, self.num_rows) for layer in decoder.layers]
-        self._compile(torch.arange(TYPICAL_NUM_KEYS, device=cache.device))
+        self._compile(DimDynamic.DUCK if kind.num_rows is None else DimDynamic.STATIC)
 
-    def _compile(self, places: Tensor) -> None:
-        compiler = Compiler()
-        own, slots = compiler.pretend(*self.own.tensors), compiler.pretend(*self.slots)
-        begins = [*compiler.pretend(*self.inputs), compiler.pretend_length(places)]
+    def _compile(self, rows: DimDynamic) -> None:
+        compiler, any_length = Compiler(), DimDynamic.DYNAMIC
+        ids, positions, slots = (compiler.pretend(torch.zeros(self.num_rows, dtype=torch.int64), rows) for _ in "123")
+        lens = compiler.pretend(torch.zeros(self.num_rows, dtype=torch.int32), rows)
+        table = torch.zeros(self.num_rows, cdiv(TYPICAL_NUM_KEYS, self.block_size) + 1, dtype=torch.int32)
+        places, shared = (compiler.pretend(torch.arange(TYPICAL_NUM_KEYS), any_length) for _ in "12")
+        begins = [ids, positions, lens, compiler.pretend(table, rows, any_length), places, shared]
+        own = list(map(compiler.pretend, self.own.tensors))
         self._run_begin, (x, *same) = compiler(self._begin, [*begins, *own])
+        same += [compiler.pretend(self.rows, any_length), slots]
         compiled: dict[tuple[object, ...], Function] = {}
         for layer, starts, parts in zip(self.decoder.layers, self.starts, self.layers):
             if parts.kind not in compiled:
-                run, arguments = functools.partial(self._layer, layer), compiler.pretend(starts, *parts.tensors)
-                compiled[parts.kind], _ = compiler(run, [x, *same, *slots, *arguments])
+                run, arguments = functools.partial(self._layer, layer), map(compiler.pretend, [starts, *parts.tensors])
+                compiled[parts.kind], _ = compiler(run, [x, *same, *arguments])
         self._run_layers = [compiled[parts.kind] for parts in self.layers]
         self._run_end, _ = compiler(self._end, [x, *own])
 
     def _begin(
-        self, input_ids: Tensor, positions: Tensor, seq_lens: Tensor, block_table: Tensor, places: Tensor, *own: Tensor
-    ) -> tuple[Tensor, ...]:
+        self, input_ids: Tensor, positions: Tensor, seq_lens: Tensor, block_table: Tensor,
+        places: Tensor, shared_places: Tensor, *own: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         embedded = self._with_tensors(self.decoder, own).embed(input_ids, positions)
-        return *embedded, *find_keys(seq_lens, block_table, places, self.block_size)
+        own_slots = find_slots(block_table, places, self.block_size)
+        shared_slots = find_slots(block_table[:1], shared_places, self.block_size).flatten()
+        return *embedded, own_slots, mask_places(places, seq_lens), shared_slots
 
     def _layer(
         self, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, key_slots: Tensor, mask: Tensor,
-        rows: Tensor, slot_mapping: Tensor, starts: Tensor, *own: Tensor,
+        shared_slots: Tensor, rows: Tensor, slot_mapping: Tensor, starts: Tensor, *own: Tensor,
     ) -> tuple[Tensor]:  # fmt: skip
-        attend = TracedAttention(rows, starts, slot_mapping, key_slots, mask)
+        shared = shared_slots if self.shares_keys else None
+        attend = TracedAttention(rows, starts, slot_mapping, key_slots, mask, shared)
+        # For any number of rows torch cannot trace an addcmul that broadcasts.
+        sin = sin.expand(-1, layer.num_heads + layer.num_kv_heads, -1)
         return (self._with_tensors(layer, own)(x, cos, sin, attend),)
 
     def _end(self, x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
@@ -211,12 +249,24 @@ class CompiledStep:
         given = iter(tensors)
         return replace_tensors(owner, lambda _: next(given), Parts(self.num_rows))
 
-    def __call__(self, places: Tensor) -> StepOutputs:
-        """Runs it on what its inputs hold now; ``places`` as in `find_keys`, at least two."""
-        x, *same = self._run_begin(*self.inputs, places, *self.own.tensors)
+    def __call__(
+        self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, places: Tensor, num_shared: int
+    ) -> StepOutputs:
+        """Runs it.
+
+        Args:
+            input_ids: ``[num_rows]``.
+            positions: ``[num_rows]``.
+            metadata: of a decode step.
+            places: 0, 1, … up to the last token of the longest sequence.
+            num_shared: tokens that all sequences begin with, if the step is of that kind.
+        """
+        begins = [input_ids, positions, metadata.seq_lens, metadata.block_table]
+        x, *same = self._run_begin(*begins, places[num_shared:], places[:num_shared], *self.own.tensors)
+        same += [self.rows, metadata.slot_mapping]
         for run, starts, parts in zip(self._run_layers, self.starts, self.layers):
             _PRODUCTS.set(parts.products)
-            (x,) = run(x, *same, *self.slots, starts, *parts.tensors)
+            (x,) = run(x, *same, starts, *parts.tensors)
         _PRODUCTS.set(self.own.products)
         outputs = StepOutputs(*self._run_end(x, *self.own.tensors))
         _PRODUCTS.set([])  # or the last model's head would be kept
@@ -224,7 +274,16 @@ class CompiledStep:
 
 
 class CompiledSteps:
-    """Compiles decode steps for a CPU, each when it is first needed."""
+    """Runs decode steps that are compiled for a CPU, when the first of its kind is needed.
+
+    Args:
+        decoder: the model, its head included.
+        attention: over the cache that will be read; where it would need less memory, it serves instead.
+        config: with ``max_model_len`` filled in.
+    """
+
+    num_reserved_blocks = 0
+    """Blocks at the end of the cache that no sequence may have."""
 
     @classmethod
     def unsupported(cls, backend_cls: type[AttentionBackend]) -> str | None:
@@ -244,17 +303,31 @@ class CompiledSteps:
             return "on a CPU steps are compiled by a C++ compiler, and there is none: install g++ (on macOS, clang++)"
         return None
 
-    def __call__(self, decoder: Decoder, attention: AttentionBackend, inputs: StepInputs) -> Replay:
+    def __init__(self, decoder: Decoder, attention: GatherAttention, config: EngineConfig) -> None:
+        self.decoder, self.attention = decoder, attention
+        self.steps: dict[StepKind, CompiledStep] = {}
+        """What is compiled so far."""
+        self._key_bytes = attention.num_kv_heads * attention.kv_cache.shape[-1] * torch.float32.itemsize
+        self._places = torch.arange(cast(int, config.scheduler_config.max_model_len))
+
+    def takes(self, metadata: AttentionMetadata) -> bool:
+        """Whether a step is a decode step, and its keys have room in memory."""
+        keys = len(metadata.seq_lens_cpu) * metadata.max_seq_len * self._key_bytes
+        return metadata.max_query_len == 1 and keys <= COMPILED_BYTES
+
+    def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> StepOutputs:
+        """A step with one new token for each sequence."""
+        num_rows, lens, block_size = len(input_ids), metadata.seq_lens_cpu, self.attention.block_size
+        num_shared = count_shared_blocks(metadata.block_table, int(lens.min()), block_size) * block_size
+        kind = StepKind(num_rows if num_rows <= FEW_ROWS else None, num_shared > 0)
+        if kind not in self.steps:
+            self.steps[kind] = self._compile(kind)
+        return self.steps[kind](input_ids, positions, metadata, self._places[: metadata.max_seq_len], num_shared)
+
+    def _compile(self, kind: StepKind) -> CompiledStep:
         """Compiles a step; it takes seconds, and less when it is on disk already."""
         start = time.perf_counter()
-        run = CompiledStep(decoder, attention.kv_cache, inputs)
-        took = time.perf_counter() - start
-        logger.info("the decode step of %d rows was compiled in %.0f s", len(inputs.input_ids), took)
-        places = torch.arange(inputs.max_model_len)
-        single = places[:1].repeat(2)  # a dimension of 1 is a special case to a compiler; the second is masked
-
-        def replay() -> StepOutputs:
-            longest = inputs.metadata.max_seq_len
-            return run(places[:longest] if longest > 1 else single)
-
-        return replay
+        step = CompiledStep(self.decoder, self.attention, kind)
+        what = f"{kind.num_rows or f'more than {FEW_ROWS}'}{' that share keys' if kind.shares_keys else ''}"
+        logger.info("the decode step for a batch of %s was compiled in %.0f s", what, time.perf_counter() - start)
+        return step

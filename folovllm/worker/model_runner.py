@@ -31,8 +31,7 @@ from folovllm.utils import cdiv, get_cpu_memory_info
 from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
 from folovllm.worker.cache_blocks import clear_begun_blocks, move_blocks
-from folovllm.worker.recorders import choose_recorder
-from folovllm.worker.step_graph import StepGraphs
+from folovllm.worker.recorded_steps import RecordedSteps, choose_recorded_steps
 
 logger = logging.getLogger(__name__)
 
@@ -186,15 +185,16 @@ class ModelRunner:
 
     def __repr__(self) -> str:
         dtype = str(self.decoder.dtype).removeprefix("torch.")
-        recorded = "" if self._recorder_cls is None else ", recorded decode steps"
+        recorded = "" if self._steps_cls is None else ", recorded decode steps"
         return f"ModelRunner({self.decoder.device}, {dtype}, attention backend {self.backend_choice}{recorded})"
 
     def set_attention_backend(self, backend_cls: type[AttentionBackend]) -> None:
         """Computes attention by this backend, from the next `initialize_kv_cache` on."""
         self.backend_cls = backend_cls
-        self._recorder_cls = choose_recorder(self.config.model_config.enforce_eager, self.decoder.device, backend_cls)
-        # A block that the scheduler does not know of, for the rows of padding of recorded steps.
-        self._num_reserved = 0 if self._recorder_cls is None else 1
+        enforce_eager = self.config.model_config.enforce_eager
+        self._steps_cls = choose_recorded_steps(enforce_eager, self.decoder.device, backend_cls)
+        # The scheduler does not know of these.
+        self._num_reserved = 0 if self._steps_cls is None else self._steps_cls.num_reserved_blocks
 
     def count_blocks(self) -> tuple[int, int]:
         """KV blocks that there is memory for (or that the config asks for), and swap blocks in CPU memory.
@@ -227,21 +227,16 @@ class ModelRunner:
         before = torch.cuda.memory_allocated(device)
         self._run_largest_batch()
         activations = torch.cuda.max_memory_allocated(device) - before
-        graphs = self._record_steps(self._attention_over(1), reserved_block=0)  # for what they take, then thrown away
+        steps = self._record_steps(self._attention_over(1))  # for what they take, then thrown away
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        del graphs
+        del steps
         torch.cuda.empty_cache()
         return free - total * (1 - self.config.cache_config.gpu_memory_utilization) - activations
 
-    def _record_steps(self, attention: AttentionBackend, reserved_block: int) -> StepGraphs | None:
-        """Recorded decode steps over a cache, if steps are recorded; on CUDA all sizes, elsewhere none yet."""
-        if self._recorder_cls is None:
-            return None
-        graphs = StepGraphs(self.decoder, attention, self.config, reserved_block, self._recorder_cls())
-        if self.decoder.device.type == "cuda":
-            graphs.record_all()
-        return graphs
+    def _record_steps(self, attention: AttentionBackend) -> RecordedSteps | None:
+        """Recorded decode steps over a cache, if steps are recorded."""
+        return None if self._steps_cls is None else self._steps_cls(self.decoder, attention, self.config)
 
     def _attention_over(self, num_blocks: int) -> AttentionBackend:
         """The attention backend over a new cache."""
@@ -273,7 +268,7 @@ class ModelRunner:
         swap_shape[self.backend_cls.block_dim] = num_swap_blocks
         pinned = self.decoder.device.type == "cuda" and torch.cuda.is_available()
         self.swap_cache = torch.empty(swap_shape, dtype=self.decoder.dtype, device="cpu", pin_memory=pinned)
-        self.step_graphs = self._record_steps(self.attention, reserved_block=num_blocks)
+        self.recorded_steps = self._record_steps(self.attention)
         if self.draft is not None:
             self.draft.initialize_kv_cache(num_blocks, num_swap_blocks)
 
@@ -303,8 +298,8 @@ class ModelRunner:
         """Hidden states of all tokens, logits of the sampled rows, and what a recorded step has found likeliest."""
         input_ids, positions, metadata = self.prepare(scheduler_output)
         rows = scheduler_output.get_sampled_rows()
-        if self.step_graphs is not None and self.step_graphs.takes(metadata):
-            hidden, *found = self.step_graphs.run(input_ids, positions, metadata)
+        if self.recorded_steps is not None and self.recorded_steps.takes(metadata):
+            hidden, *found = self.recorded_steps.run(input_ids, positions, metadata)
             return [hidden, *select_rows(rows, *found)]
         self.attention.begin(metadata)
         hidden = self.decoder(input_ids, positions, self.attention)

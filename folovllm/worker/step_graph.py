@@ -1,4 +1,4 @@
-"""Decode steps of a few sizes, in memory that never moves, so that they are recorded once and replayed. Chapter 14.
+"""Decode steps of a few sizes, in memory that never moves, which a GPU records once and replays. Chapter 14.
 
 A decode step has one new token for each sequence, and much of its short time goes into calling operations one by one.
 Recorded, they are all started by one call. But a recording always reads the same addresses, in the same shapes. So the
@@ -94,16 +94,6 @@ class CudaGraphs:
         self._pool: Any = None
         self._stream: Any = None
 
-    @classmethod
-    def unsupported(cls, backend_cls: type[AttentionBackend]) -> str | None:
-        """A sentence that says why steps with such attention cannot be recorded; None if they can."""
-        if not backend_cls.capturable:
-            return (
-                "a recorded step needs attention that reads the lengths of sequences from the GPU, which "
-                f"{backend_cls.__name__} does not: set attention_backend='triton'"
-            )
-        return None
-
     def __call__(self, decoder: Decoder, attention: AttentionBackend, inputs: StepInputs) -> Replay:
         """Captures a step."""
         step = replay_eagerly(decoder, attention, inputs)
@@ -141,23 +131,32 @@ class StepGraphs:
 
     Args:
         decoder: the model, its head included.
-        attention: over the cache that will be read.
+        attention: over the cache that will be read. Rows of padding write to its last block, which no sequence may
+            have.
         config: with ``max_model_len`` and ``max_num_batched_tokens`` filled in.
-        reserved_block: the block that rows of padding write to, which no sequence may have.
-        recorder: what makes a step repeatable.
+        recorder: records each size when it is first needed. None: all are recorded as CUDA graphs now.
     """
 
+    num_reserved_blocks = 1
+    """Blocks at the end of the cache that no sequence may have."""
+
+    @classmethod
+    def unsupported(cls, backend_cls: type[AttentionBackend]) -> str | None:
+        """A sentence that says why steps with such attention cannot be recorded; None if they can."""
+        if not backend_cls.capturable:
+            return (
+                "a recorded step needs attention that reads the lengths of sequences from the GPU, which "
+                f"{backend_cls.__name__} does not: set attention_backend='triton'"
+            )
+        return None
+
     def __init__(
-        self,
-        decoder: Decoder,
-        attention: AttentionBackend,
-        config: EngineConfig,
-        reserved_block: int,
-        recorder: Recorder,
+        self, decoder: Decoder, attention: AttentionBackend, config: EngineConfig, recorder: Recorder | None = None
     ) -> None:
-        self.decoder, self.attention, self.recorder = decoder, attention, recorder
+        self.decoder, self.attention, self.recorder = decoder, attention, recorder or CudaGraphs()
         scheduler, block_size = config.scheduler_config, config.cache_config.block_size
         max_model_len = cast(int, scheduler.max_model_len)
+        reserved_block = attention.kv_cache.shape[attention.block_dim] - 1
         max_num_rows = min(scheduler.max_num_seqs, cast(int, scheduler.max_num_batched_tokens))
         self.sizes = bucket_sizes(max_num_rows)
         self.replays: dict[int, Replay] = {}
@@ -175,6 +174,8 @@ class StepGraphs:
         """The buffers; whatever is recorded reads their first rows."""
         self._padding = (0, 0, 1, reserved_block * block_size, reserved_block)
         self._num_used = 0  # rows that may hold something other than padding
+        if recorder is None:
+            self.record_all()
 
     def bucket(self, num_rows: int) -> int:
         """The smallest size with room for ``num_rows`` sequences."""
@@ -188,9 +189,8 @@ class StepGraphs:
         logger.info("decode steps of %s rows were recorded", ", ".join(map(str, self.sizes)))
 
     def takes(self, metadata: AttentionMetadata) -> bool:
-        """Whether a step is a decode step that a recording serves."""
-        num_rows = len(metadata.seq_lens_cpu)
-        return metadata.max_query_len == 1 and self.attention.replays_well(metadata, self.bucket(num_rows))
+        """Whether a step is a decode step."""
+        return metadata.max_query_len == 1
 
     def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> StepOutputs:
         """A step with one new token for each sequence; what it is given is copied."""

@@ -1,0 +1,213 @@
+"""Decode steps that are compiled for a CPU, and products and attention as the compiler sees them."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import logging
+import math
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from attention_helpers import ROUNDING, make_step
+from hypothesis import given
+from hypothesis import strategies as st
+from recorded_helpers import Batches
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from folovllm import LLMEngine
+from folovllm.attention.gather import GatherAttention
+from folovllm.book.counting import OperationCounter
+from folovllm.llm import make_engine_config
+from folovllm.model.layers import Linear, LinearMethod
+from folovllm.model.quantized_layers import Int8Linear
+from folovllm.tales import EMBEDDED_MODEL
+from folovllm.worker.compiled_step import _PRODUCTS, CompiledSteps, Compiler, Parts, hide_product
+from folovllm.worker.traced import (
+    FEW_ROWS,
+    PACKED_OUTPUTS,
+    TracedAttention,
+    find_slots,
+    mask_places,
+    multiply_few,
+    weight_in_memory,
+)
+
+
+def hide(linear):
+    """A product as a compiler sees it where it has many rows."""
+    return hide_product(linear, lambda tensor: tensor, Parts(FEW_ROWS + 1))
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16", "quantization": "int8"}])
+def test_a_compiler_is_told_what_comes_out_of_a_product(settings) -> None:
+    """A head of 8 bits gives float32 logits whatever it is given; taken for bfloat16, they would be other numbers."""
+    config = make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, num_blocks=4, **settings)
+    decoder = LLMEngine(config, "cpu").decoder
+    for linear in (decoder.layers[0].qkv_proj, decoder.head):
+        x = torch.zeros(2, decoder.config.hidden_size, dtype=decoder.dtype)
+        told, given = hide(linear)(x.to("meta")), linear(x)
+        assert (told.dtype, told.shape) == (given.dtype, given.shape)
+
+
+@pytest.fixture
+def _path_is_given_back(monkeypatch):
+    """torch's compiler puts folders of its own on it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_a_compiled_step(dtype, tolerance, caplog) -> None:
+    """Any number of rows, any length, whatever was written behind it, and full blocks; two layers are compiled once."""
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
+    work = Batches(CompiledSteps, 2, tolerance, dtype=dtype)
+    pairs = [[5, 9], [1, 1], [2, 1], [16, 3], [4, 4], [1, 1], [30, 20]]
+    others = [[5, 9, 1], [1] * 7, [1, 2, 3, 4], [16, 3, 8], [8] * 7, [1, 1, 1], [30, 20, 4], [4] * 5]
+    with caplog.at_level(logging.INFO, "folovllm"):
+        for seed, lens in enumerate([*pairs, *others]):
+            work.check(lens, seed)
+    for num_rows, num_products in ((2, 0), (3, 9), (7, 9)):
+        with OperationCounter() as counter:
+            work.steps.run(*work.make([7] * num_rows))
+        operations = Counter(operation.name for operation in counter.operations)
+        assert operations["product"] == num_products and not operations["_softmax"]
+    said = [record.message for record in caplog.records if record.name.startswith("folovllm")]
+    assert [message.partition(" was compiled in ")[0] for message in said] == [
+        "the decode step for a batch of 2", f"the decode step for a batch of more than {FEW_ROWS}"
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+def test_a_compiled_step_whose_sequences_begin_alike(monkeypatch) -> None:
+    """With any number of blocks of their own, one token in the last one at least."""
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
+    monkeypatch.setattr("folovllm.attention.gather.SHARED_TOKENS", 8)
+    work = Batches(CompiledSteps, 2, num_shared=2)
+    for seed, lens in enumerate([[9, 10, 12], [9, 9, 9], [9, 20, 13, 14, 9], [30, 9, 11]]):
+        work.check(lens, seed)
+    assert [(kind.num_rows, kind.shares_keys) for kind in work.steps.steps] == [(None, True)]
+
+
+@pytest.mark.parametrize("num_rows, is_taken", [(4, True), (5, False)])
+def test_no_more_keys_than_there_is_memory_for(num_rows, is_taken, monkeypatch) -> None:
+    work = Batches(CompiledSteps)
+    longest, key_bytes = 8, work.cache.shape[2] * work.cache.shape[-1] * 4
+    monkeypatch.setattr("folovllm.worker.compiled_step.COMPILED_BYTES", 4 * longest * key_bytes)
+    assert work.steps.takes(work.make([longest] * num_rows)[2]) is is_taken
+
+
+def is_right_compiled(number: int) -> bool:
+    """Whether a compiled function gives what it should."""
+    compiler, x = Compiler(), torch.arange(64.0)
+    run, _ = compiler(lambda x: (x * number + 1,), [compiler.pretend(x)])
+    return torch.equal(run(x)[0], x * number + 1)
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+def test_threads_compile_one_after_the_other() -> None:
+    """Each engine has a thread of its own, and tracing changes what all of them see."""
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(is_right_compiled, range(4)))
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+def test_loops_of_another_processor_are_not_taken_from_disk(monkeypatch, tmp_path) -> None:
+    """Machines may share a folder, and what is compiled for AVX-512 gives other numbers with the vectors of AVX2."""
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert is_right_compiled(3)
+    for capability in "avx2", "default":
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        assert is_right_compiled(3)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("head_dim", [32, 40])  # which vectors divide, and which they do not
+@pytest.mark.parametrize("num_shared", [0, 2])
+def test_attention_as_the_compiler_sees_it(dtype, head_dim, num_shared) -> None:
+    step = make_step(0, [(4, 1), (29, 1), (0, 1)], group=3, dtype=dtype, head_dim=head_dim, num_shared=num_shared)
+    cache, block_size, table = step.make_backend(GatherAttention).kv_cache, step.block_size, step.metadata.block_table
+    shared, places = torch.arange(step.metadata.max_seq_len).tensor_split([num_shared * block_size])
+    found = find_slots(table, places, block_size), mask_places(places, step.metadata.seq_lens)
+    shared_slots = find_slots(table[:1], shared, block_size).flatten() if num_shared else None
+    starts = torch.arange(2 * cache.shape[2]).view(2, -1) * cache.shape[3] * block_size
+    traced = TracedAttention(cache.view(-1, head_dim), starts, step.metadata.slot_mapping, *found, shared_slots)
+    assert (traced(0, step.q, step.kv).double() - step.expected()).abs().max() <= ROUNDING[dtype]
+
+
+@given(
+    num_rows=st.integers(1, FEW_ROWS),
+    num_out=st.integers(1, 200),
+    num_in=st.integers(1, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_product_of_few_rows_reads_the_weight_as_it_lies_in_memory(num_rows, num_out, num_in, dtype) -> None:
+    linear = Linear(torch.randn(num_out, num_in, generator=torch.Generator().manual_seed(num_out)).to(dtype))
+    weight = linear.weight.double()
+    linear.process_weights_after_loading()
+    x = torch.randn(num_rows, num_in, generator=torch.Generator().manual_seed(num_in)).to(dtype)
+    memory = weight_in_memory(linear)
+    if memory is None:  # filled up otherwise, so oneDNN's kernel serves
+        assert num_out % PACKED_OUTPUTS or num_in % 2
+    else:
+        found, exact = multiply_few(x, memory, num_out), x.double() @ weight.T
+        torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=4 * torch.finfo(dtype).eps)
+
+
+def test_layers_that_differ_are_not_served_by_the_same_function() -> None:
+    config = make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, num_blocks=4)
+    first, second, *others = LLMEngine(config, "cpu").decoder.layers
+    kind = Parts.of(first, 1).kind
+    assert all(Parts.of(layer, 1).kind == kind for layer in (second, *others))
+    for name, other in (
+        ("qk_norm", None),
+        ("down_proj", first.o_proj),
+        ("qkv_proj", Int8Linear(LinearMethod(torch.float32, torch.device("cpu")), {"m": 8}, 8)),
+    ):
+        changed = copy.copy(first)
+        setattr(changed, name, other)
+        assert Parts.of(changed, 1).kind != kind, name
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+def test_a_compiled_product_of_8_bits() -> None:
+    """What is around its kernel is compiled: rotations, scales of rows, a bias, and what is not a number."""
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
+    linear = Int8Linear(LinearMethod(torch.float32, torch.device("cpu")), {"m": 32}, 96, bias=True)
+    for place in linear.places().values():
+        place.copy_(torch.randn(place.shape, generator=torch.Generator().manual_seed(0)))
+    linear.process_weights_after_loading()
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
+    x[1], x[2, 5], x[3] = 0, math.nan, 1e4 * x[3]
+
+    def run() -> torch.Tensor:
+        _PRODUCTS.set([linear])
+        compiled = torch._inductor.compile(make_fx(hide(linear))(x), [x])
+        with OperationCounter() as counter:
+            compiled(x)
+        assert {"amax", "nan_to_num_"}.isdisjoint(operation.name for operation in counter.operations)
+        return compiled(x)
+
+    with torch.inference_mode():
+        found, expected = contextvars.copy_context().run(run), linear(x)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert expected[2].isnan().all() and expected[[0, 1, 3]].isfinite().all() and torch.equal(expected[1], linear.bias)
+
+
+@pytest.mark.usefixtures("_path_is_given_back")
+def test_a_machine_without_a_cpp_compiler(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    config = make_engine_config(str(EMBEDDED_MODEL), enforce_eager=False)
+    with pytest.raises(ValueError, match=r"there is none: install g\+\+ .* or set enforce_eager=True"):
+        LLMEngine(config, "cpu")
