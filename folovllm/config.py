@@ -67,9 +67,9 @@ class ModelConfig:
     attention_backend: Literal["auto", "gather", "sdpa", "triton", "flash"] = "auto"
     """How attention reads the cache; "auto" takes the fastest that can serve on the device."""
     enforce_eager: bool | None = None
-    """Whether every step calls its operations one by one. False: decode steps are recorded, once for each size of a
-    batch, on CUDA as graphs at the start, on a CPU by compiling them when they are first needed. None: recorded on
-    CUDA, where the attention backend allows it, and eager elsewhere, since compiling takes its time."""
+    """Whether every step calls its operations one by one. False: on CUDA decode steps are recorded as graphs at the
+    start, for each of a few batch sizes; on a CPU all steps are compiled, each kind when it is first needed. None:
+    recorded on CUDA, where the attention backend allows it, and eager elsewhere, since compiling takes its time."""
     quantization: Literal["int8", "gptq", "compressed-tensors"] | None = None
     """How weights are kept in fewer bits. None: as the checkpoint has them. "int8": rounded to 8 bits while they are
     loaded. The others read a checkpoint of that kind, with 4 bits, and refuse any other."""

@@ -1,10 +1,10 @@
-"""Decode steps compiled for a CPU. Chapter 14.
+"""Steps compiled for a CPU. Chapter 14.
 
 A CPU launches nothing, but calling an operation from Python takes it some microseconds, and each operation reads its
 numbers from memory and writes them back. torch's compiler, Inductor, writes C++ for what a layer does, and what stands
-between two products becomes a loop or two. `folovllm.worker.traced` has what it is given for attention, and for
-products of few rows. Other products stay what a kernel computes, one operation that the compiler does not look into
-(`LinearBase.multiply`).
+between two products becomes a loop or two. `folovllm.worker.traced` has what it is given for the attention of decode
+steps, and for products of few rows. Other products and the attention of prompts stay what a kernel computes, one
+operation that the compiler does not look into (`LinearBase.multiply`, `GatherAttention`).
 
 One layer is compiled, and serves all that are like it: its weights are arguments. So compiling takes seconds however
 many layers there are, weights stay as they were packed, and what is compiled is kept on disk for all models of a shape.
@@ -32,11 +32,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from folovllm.attention import AttentionBackend, AttentionMetadata
 from folovllm.attention.gather import GatherAttention, count_shared_blocks
 from folovllm.config import EngineConfig
-from folovllm.model.decoder import Decoder, DecoderLayer
+from folovllm.model.decoder import Attend, Decoder, DecoderLayer
 from folovllm.model.layers import Linear, LinearBase, RMSNorm
 from folovllm.sample.sampler import find_likeliest
-from folovllm.utils import cdiv
-from folovllm.worker.step_graph import StepOutputs
+from folovllm.worker.prepared_steps import PreparedSteps, StepOutputs
 from folovllm.worker.traced import (
     FEW_ROWS,
     TracedAttention,
@@ -53,24 +52,40 @@ TYPICAL_NUM_KEYS, TYPICAL_NUM_ROWS = 256, 16
 
 COMPILED_BYTES = 2**28
 """Most bytes of keys that a compiled step may have in memory at once, as floats (256 MiB); of values it has as many.
-Filled up to the longest, 16 sequences of 4,096 tokens of Qwen3-0.6B's shape have as much. Longer ones stay eager."""
+Filled up to the longest, 16 sequences of 4,096 tokens of Qwen3-0.6B's shape have as much. Longer ones are left to
+`GatherAttention`."""
 
-COMPILER_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 8, "realize_acc_reads_threshold": 2}
+DECODE_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 8, "realize_acc_reads_threshold": 2}
 """Inductor computes what is made of a few numbers anew wherever it is read: a query would be rotated for each of its
 keys, and a key turned into floats for each of its queries. With these, such things are kept. Attention of 16 sequences
-of 96 tokens takes 115 us a layer instead of 317 (SmolLM2-135M in bfloat16)."""
+of 96 tokens takes 115 us a layer instead of 317 (SmolLM2-135M in bfloat16). What is around a product of 8 bits loses by
+them, so that prompts, whose attention is not compiled, are read 1.15 times as fast without."""
 
 _COMPILING = threading.Lock()
 """Tracing changes what all threads see, and two engines may need a step at the same time."""
 
-_PRODUCTS: ContextVar[list[LinearBase]] = ContextVar("products")
-"""The products of the layer that is running: compiled code knows them by number, so that it serves every such layer."""
+
+class Called(NamedTuple):
+    """What compiled code calls without looking into it, and so serves every layer that is alike."""
+
+    products: list[LinearBase]
+    """Of the layer that is running; it knows them by number."""
+    attend: Callable[[Tensor, Tensor], Tensor] | None = None
+    """The layer's attention, if that is not compiled: of queries, and of new keys and values."""
+
+
+_CALLED: ContextVar[Called] = ContextVar("called")
 _library = torch.library.Library("folovllm", "FRAGMENT")
 _library.define("product(Tensor x, int number, int num_out) -> Tensor")
-_library.impl("product", lambda x, number, num_out: _PRODUCTS.get()[number].multiply(x), "CPU")
+_library.impl("product", lambda x, number, num_out: _CALLED.get().products[number].multiply(x), "CPU")
 _library.impl("product", lambda x, number, num_out: x.new_empty(x.shape[0], num_out), "Meta")
+# It writes the new keys and values as well, and does not say so: the compiler sees the cache nowhere else.
+_library.define("attention(Tensor q, Tensor kv) -> Tensor")
+_library.impl("attention", lambda q, kv: cast(Function, _CALLED.get().attend)(q, kv), "CPU")
+_library.impl("attention", lambda q, kv: q.new_empty(q.shape[0], q.shape[1] * q.shape[2]), "Meta")
 
 Owner = TypeVar("Owner", bound=Decoder | DecoderLayer | RMSNorm)
+Made = TypeVar("Made")
 Function = Callable[..., Any]
 
 
@@ -78,8 +93,8 @@ Function = Callable[..., Any]
 class Parts:
     """What a decoder or a layer owns, itself or through its norms and products."""
 
-    num_rows: int
-    """The rows of the steps that it is compiled for."""
+    has_few_rows: bool
+    """Whether it is compiled for no more rows than `FEW_ROWS`."""
     tensors: list[Tensor] = field(default_factory=list)
     """The arguments of compiled code, in the order in which `replace_tensors` comes upon them."""
     products: list[LinearBase] = field(default_factory=list)
@@ -91,9 +106,9 @@ class Parts:
         return tensor
 
     @classmethod
-    def of(cls, owner: Decoder | DecoderLayer, num_rows: int) -> Parts:
+    def of(cls, owner: Decoder | DecoderLayer, has_few_rows: bool) -> Parts:
         """Those of a decoder, without its layers, or of a layer."""
-        parts = cls(num_rows)
+        parts = cls(has_few_rows)
         replace_tensors(owner, parts.take, parts)
         return parts
 
@@ -129,7 +144,7 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
     number, num_out, made = len(parts.products), linear.num_out, copy.copy(linear)
     parts.products.append(linear)
     bias = made.bias = None if linear.bias is None else replace(linear.bias)
-    found = weight_in_memory(linear) if isinstance(linear, Linear) and parts.num_rows <= FEW_ROWS else None
+    found = weight_in_memory(linear) if isinstance(linear, Linear) and parts.has_few_rows else None
     if found is not None:
         weight = replace(found)
 
@@ -146,15 +161,24 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
 
 
 class Compiler:
-    """Compiles functions of tensors, each for certain shapes."""
+    """Compiles functions of tensors, for the dtypes and, where it is not told otherwise, the shapes of examples.
 
-    def __init__(self) -> None:
+    Args:
+        options: of Inductor's.
+    """
+
+    def __init__(self, options: dict[str, int]) -> None:
+        self.options = options
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
     def pretend(self, tensor: Tensor, *dims: DimDynamic) -> Tensor:
-        """An example of an argument: of its first dimensions some may have any length but 1, as ``dims`` says.
+        """An example of an argument, at least 2 long where its length may be another.
 
-        STATIC: it has this length. DYNAMIC: any. DUCK: any, but always as many as all that were given the same length.
+        Args:
+            tensor: has its shape and dtype.
+            dims: of its first dimensions. STATIC: it has this length. DYNAMIC: any. DUCK: any, but the same as all
+                with which it shares its length here. The compiler takes it for at least 2; the loops made here run for
+                1 as well.
         """
         sizes = [*dims, *[DimDynamic.STATIC] * (tensor.dim() - len(dims))]
         context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes)
@@ -169,21 +193,132 @@ class Compiler:
                 graph = make_fx(function, _allow_non_fake_inputs=True)(*examples)
                 outputs = graph(*examples)
             # What is on disk is asked for by its options, not by the processor: loops for other vectors give rubbish.
-            options = {**COMPILER_OPTIONS, "cpp.simdlen": pick_vec_isa().bit_width()}
+            options = {**self.options, "cpp.simdlen": pick_vec_isa().bit_width()}
             return torch._inductor.compile(graph, [*examples], options=options), list(outputs)
 
 
+class CompiledPass:
+    """A model's way from tokens to what its last layer gives, compiled: what passes of all kinds have in common.
+
+    Args:
+        decoder: the model.
+        num_rows: how many tokens it has, `FEW_ROWS` at most; None: any number.
+    """
+
+    def __init__(self, decoder: Decoder, num_rows: int | None) -> None:
+        self.decoder, self.num_rows = decoder, num_rows or TYPICAL_NUM_ROWS
+        self.own = Parts.of(decoder, has_few_rows=num_rows is not None)
+        self.layers = [Parts.of(layer, has_few_rows=num_rows is not None) for layer in decoder.layers]
+        self._row_dim = DimDynamic.DUCK if num_rows is None else DimDynamic.STATIC
+
+    def _pretend_rows(self, compiler: Compiler, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """An example of what there is for each row, with any numbers of ``shape`` for it."""
+        tensor = torch.zeros(self.num_rows, *shape, dtype=dtype)
+        return compiler.pretend(tensor, self._row_dim, *[DimDynamic.DYNAMIC] * len(shape))
+
+    def _compile(
+        self,
+        compiler: Compiler,
+        begin: Function,
+        begins: list[Tensor],
+        make_attend: Callable[..., Attend],
+        others: list[Tensor],
+        per_layer: list[list[Tensor]],
+    ) -> Tensor:
+        """Compiles the beginning and each kind of layer; returns an example of what the last layer gives.
+
+        Args:
+            compiler: of this pass.
+            begin: gives what a layer is given but for its attention, ``x, cos, sin``, and what ``make_attend`` is given
+                first. Its arguments are a decoder and ``begins``.
+            begins: examples.
+            make_attend: gives a layer's attention.
+            others: examples of what it is given next.
+            per_layer: what it is given last, which differs from layer to layer.
+        """
+        self.per_layer = per_layer
+        run = self._with_own_first(self.decoder, self.own, begin)
+        self._run_begin, (x, *same) = compiler(run, [*map(compiler.pretend, self.own.tensors), *begins])
+
+        def run_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, *given: Tensor) -> tuple[Tensor]:
+            # For any number of rows torch cannot trace an addcmul that broadcasts.
+            sin = sin.expand(-1, layer.num_heads + layer.num_kv_heads, -1)
+            return (layer(x, cos, sin, make_attend(*given)),)
+
+        compiled: dict[tuple[object, ...], Function] = {}
+        for layer, parts, last in zip(self.decoder.layers, self.layers, per_layer):
+            if parts.kind not in compiled:
+                run, own = self._with_own_first(layer, parts, run_layer), map(compiler.pretend, parts.tensors)
+                compiled[parts.kind], _ = compiler(run, [*own, x, *same, *others, *map(compiler.pretend, last)])
+        self._run_layers = [compiled[parts.kind] for parts in self.layers]
+        return x
+
+    @staticmethod
+    def _with_own_first(owner: Decoder | DecoderLayer, parts: Parts, function: Function) -> Function:
+        """A function of an owner and others as one of its tensors and others."""
+        num_own = len(parts.tensors)
+
+        def run(*tensors: Tensor) -> Any:
+            own = iter(tensors[:num_own])
+            made = replace_tensors(owner, lambda _: next(own), Parts(parts.has_few_rows))
+            return function(made, *tensors[num_own:])
+
+        return run
+
+    def _run(self, begins: list[Tensor], others: list[Tensor], end: Function, attend: Attend | None = None) -> Any:
+        """What ``end`` makes of what the last layer gives.
+
+        Args:
+            begins: those of `_compile`.
+            others: likewise.
+            end: called while compiled code may call the decoder's own products.
+            attend: attention, if that is not compiled.
+        """
+        before = _CALLED.set(Called(self.own.products))
+        try:
+            x, *same = self._run_begin(*self.own.tensors, *begins)
+            for run, layer, parts, last in zip(self._run_layers, self.decoder.layers, self.layers, self.per_layer):
+                _CALLED.set(Called(parts.products, attend and functools.partial(attend, layer.index)))
+                (x,) = run(*parts.tensors, x, *same, *others, *last)
+            _CALLED.set(Called(self.own.products))
+            return end(x)
+        finally:
+            _CALLED.reset(before)  # or a model and its cache would be kept
+
+
+class CompiledDecoder(CompiledPass):
+    """The pass of any step, as `Decoder` has it, but for attention, which stays the backend's."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder, None)
+        compiler = Compiler({})
+        no_more: list[list[Tensor]] = [[] for _ in decoder.layers]
+        begins = [self._pretend_rows(compiler), self._pretend_rows(compiler)]
+        self._compile(compiler, Decoder.embed, begins, lambda: _call_attention, [], no_more)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The last hidden state of every token: `Decoder.__call__`."""
+        return self._run([input_ids, positions], [], self.decoder.norm, attend)
+
+
+def _call_attention(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+    return torch.ops.folovllm.attention(q, kv)
+
+
 class StepKind(NamedTuple):
-    """What one compiled step serves."""
+    """What one compiled decode step serves."""
 
     num_rows: int | None
     """Sequences of a step; None: any number above `FEW_ROWS`."""
     shares_keys: bool
     """Whether they begin with the same blocks, which are multiplied once for all."""
 
+    def __str__(self) -> str:
+        return f"{self.num_rows or f'more than {FEW_ROWS}'}{' that share keys' if self.shares_keys else ''}"
 
-class CompiledStep:
-    """A decode step of a model over a cache: how it begins, its layers, and how it ends.
+
+class CompiledStep(CompiledPass):
+    """A decode step over a cache, its attention and its head included.
 
     Args:
         decoder: the model.
@@ -192,65 +327,45 @@ class CompiledStep:
     """
 
     def __init__(self, decoder: Decoder, attention: GatherAttention, kind: StepKind) -> None:
-        self.decoder, self.shares_keys, cache = decoder, kind.shares_keys, attention.kv_cache
-        self.num_rows = kind.num_rows or TYPICAL_NUM_ROWS
+        super().__init__(decoder, kind.num_rows)
+        cache = attention.kv_cache
         num_layers, _, num_kv_heads, num_blocks, self.block_size, head_dim = cache.shape
         starts = torch.arange(num_layers * 2 * num_kv_heads, device=cache.device) * num_blocks * self.block_size
-        self.starts = starts.view(num_layers, 2, num_kv_heads).unbind()
-        self.rows = cache.view(-1, head_dim)
-        self.own = Parts.of(decoder, self.num_rows)
-        self.layers = [Parts.of(layer, self.num_rows) for layer in decoder.layers]
-        self._compile(DimDynamic.DUCK if kind.num_rows is None else DimDynamic.STATIC)
-
-    def _compile(self, rows: DimDynamic) -> None:
-        compiler, any_length = Compiler(), DimDynamic.DYNAMIC
-        ids, positions, slots = (compiler.pretend(torch.zeros(self.num_rows, dtype=torch.int64), rows) for _ in "123")
-        lens = compiler.pretend(torch.zeros(self.num_rows, dtype=torch.int32), rows)
-        table = torch.zeros(self.num_rows, cdiv(TYPICAL_NUM_KEYS, self.block_size) + 1, dtype=torch.int32)
-        places, shared = (compiler.pretend(torch.arange(TYPICAL_NUM_KEYS), any_length) for _ in "12")
-        begins = [ids, positions, lens, compiler.pretend(table, rows, any_length), places, shared]
-        own = list(map(compiler.pretend, self.own.tensors))
-        self._run_begin, (x, *same) = compiler(self._begin, [*begins, *own])
-        same += [compiler.pretend(self.rows, any_length), slots]
-        compiled: dict[tuple[object, ...], Function] = {}
-        for layer, starts, parts in zip(self.decoder.layers, self.starts, self.layers):
-            if parts.kind not in compiled:
-                run, arguments = functools.partial(self._layer, layer), map(compiler.pretend, [starts, *parts.tensors])
-                compiled[parts.kind], _ = compiler(run, [x, *same, *arguments])
-        self._run_layers = [compiled[parts.kind] for parts in self.layers]
-        self._run_end, _ = compiler(self._end, [x, *own])
+        self.cache_rows = cache.view(-1, head_dim)
+        compiler, any_length = Compiler(DECODE_OPTIONS), DimDynamic.DYNAMIC
+        ids, positions, slots = (self._pretend_rows(compiler) for _ in range(3))
+        lens = self._pretend_rows(compiler, dtype=torch.int32)
+        width = max(TYPICAL_NUM_KEYS // self.block_size, 2)
+        table = self._pretend_rows(compiler, width, dtype=torch.int32)
+        places = [compiler.pretend(torch.arange(TYPICAL_NUM_KEYS), any_length) for _ in range(1 + kind.shares_keys)]
+        others = [compiler.pretend(self.cache_rows, any_length), slots]
+        per_layer = [[layer] for layer in starts.view(num_layers, 2, num_kv_heads).unbind()]
+        begins = [ids, positions, lens, table, *places]
+        x = self._compile(compiler, self._begin, begins, self._make_attend, others, per_layer)
+        run = self._with_own_first(decoder, self.own, self._end)
+        self._run_end, _ = compiler(run, [*map(compiler.pretend, self.own.tensors), x])
 
     def _begin(
-        self, input_ids: Tensor, positions: Tensor, seq_lens: Tensor, block_table: Tensor,
-        places: Tensor, shared_places: Tensor, *own: Tensor,
+        self, decoder: Decoder, input_ids: Tensor, positions: Tensor, seq_lens: Tensor, block_table: Tensor,
+        places: Tensor, *shared_places: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        embedded = self._with_tensors(self.decoder, own).embed(input_ids, positions)
-        own_slots = find_slots(block_table, places, self.block_size)
-        shared_slots = find_slots(block_table[:1], shared_places, self.block_size).flatten()
-        return *embedded, own_slots, mask_places(places, seq_lens), shared_slots
+        shared_slots = [find_slots(block_table[:1], some, self.block_size).flatten() for some in shared_places]
+        key_slots, mask = find_slots(block_table, places, self.block_size), mask_places(places, seq_lens)
+        return *decoder.embed(input_ids, positions), key_slots, mask, *shared_slots
 
-    def _layer(
-        self, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, key_slots: Tensor, mask: Tensor,
-        shared_slots: Tensor, rows: Tensor, slot_mapping: Tensor, starts: Tensor, *own: Tensor,
-    ) -> tuple[Tensor]:  # fmt: skip
-        shared = shared_slots if self.shares_keys else None
-        attend = TracedAttention(rows, starts, slot_mapping, key_slots, mask, shared)
-        # For any number of rows torch cannot trace an addcmul that broadcasts.
-        sin = sin.expand(-1, layer.num_heads + layer.num_kv_heads, -1)
-        return (self._with_tensors(layer, own)(x, cos, sin, attend),)
+    @staticmethod
+    def _make_attend(*given: Tensor) -> Attend:
+        *found, cache_rows, slot_mapping, starts = given
+        return TracedAttention(cache_rows, starts, slot_mapping, *found)
 
-    def _end(self, x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        decoder = self._with_tensors(self.decoder, own)
+    @staticmethod
+    def _end(decoder: Decoder, x: Tensor) -> tuple[Tensor, ...]:
         hidden = decoder.norm(x)
         logits = decoder.compute_logits(hidden)
         return hidden, logits, *find_likeliest(logits)
 
-    def _with_tensors(self, owner: Owner, tensors: tuple[Tensor, ...]) -> Owner:
-        given = iter(tensors)
-        return replace_tensors(owner, lambda _: next(given), Parts(self.num_rows))
-
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, places: Tensor, num_shared: int
+        self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, places: list[Tensor]
     ) -> StepOutputs:
         """Runs it.
 
@@ -258,32 +373,23 @@ class CompiledStep:
             input_ids: ``[num_rows]``.
             positions: ``[num_rows]``.
             metadata: of a decode step.
-            places: 0, 1, … up to the last token of the longest sequence.
-            num_shared: tokens that all sequences begin with, if the step is of that kind.
+            places: 0, 1, … up to the last token of the longest sequence, without those that all share, which come next.
         """
-        begins = [input_ids, positions, metadata.seq_lens, metadata.block_table]
-        x, *same = self._run_begin(*begins, places[num_shared:], places[:num_shared], *self.own.tensors)
-        same += [self.rows, metadata.slot_mapping]
-        for run, starts, parts in zip(self._run_layers, self.starts, self.layers):
-            _PRODUCTS.set(parts.products)
-            (x,) = run(x, *same, starts, *parts.tensors)
-        _PRODUCTS.set(self.own.products)
-        outputs = StepOutputs(*self._run_end(x, *self.own.tensors))
-        _PRODUCTS.set([])  # or the last model's head would be kept
-        return outputs
+        begins = [input_ids, positions, metadata.seq_lens, metadata.block_table, *places]
+        end = functools.partial(self._run_end, *self.own.tensors)
+        return StepOutputs(*self._run(begins, [self.cache_rows, metadata.slot_mapping], end))
 
 
-class CompiledSteps:
-    """Runs decode steps that are compiled for a CPU, when the first of its kind is needed.
+class CompiledSteps(PreparedSteps):
+    """Runs steps that are compiled for a CPU, each kind when it is first needed.
 
     Args:
         decoder: the model, its head included.
-        attention: over the cache that will be read; where it would need less memory, it serves instead.
+        attention: over the cache. It computes the attention of prompts, and of decode steps that need less memory so.
         config: with ``max_model_len`` filled in.
     """
 
-    num_reserved_blocks = 0
-    """Blocks at the end of the cache that no sequence may have."""
+    how = "compiled"
 
     @classmethod
     def unsupported(cls, backend_cls: type[AttentionBackend]) -> str | None:
@@ -303,31 +409,45 @@ class CompiledSteps:
             return "on a CPU steps are compiled by a C++ compiler, and there is none: install g++ (on macOS, clang++)"
         return None
 
-    def __init__(self, decoder: Decoder, attention: GatherAttention, config: EngineConfig) -> None:
-        self.decoder, self.attention = decoder, attention
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, config: EngineConfig) -> None:
+        self._eager, self.attention = decoder, cast(GatherAttention, attention)
         self.steps: dict[StepKind, CompiledStep] = {}
-        """What is compiled so far."""
+        """The decode steps that are compiled so far."""
         self._key_bytes = attention.num_kv_heads * attention.kv_cache.shape[-1] * torch.float32.itemsize
         self._places = torch.arange(cast(int, config.scheduler_config.max_model_len))
 
+    @functools.cached_property
+    def decoder(self) -> CompiledDecoder:  # type: ignore[override]
+        """Computes all steps that `run` does not."""
+        return _say_how_long("the pass of steps with prompts", functools.partial(CompiledDecoder, self._eager))
+
     def takes(self, metadata: AttentionMetadata) -> bool:
         """Whether a step is a decode step, and its keys have room in memory."""
-        keys = len(metadata.seq_lens_cpu) * metadata.max_seq_len * self._key_bytes
-        return metadata.max_query_len == 1 and keys <= COMPILED_BYTES
+        if metadata.max_query_len > 1:
+            return False
+        num_shared = self._count_shared(metadata)
+        num_keys = len(metadata.seq_lens_cpu) * (metadata.max_seq_len - num_shared) + num_shared
+        return num_keys * self._key_bytes <= COMPILED_BYTES
+
+    def _count_shared(self, metadata: AttentionMetadata) -> int:
+        """Tokens that all sequences begin with, if they are worth a product of their own."""
+        block_size = self.attention.block_size
+        return count_shared_blocks(metadata.block_table, int(metadata.seq_lens_cpu.min()), block_size) * block_size
 
     def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> StepOutputs:
         """A step with one new token for each sequence."""
-        num_rows, lens, block_size = len(input_ids), metadata.seq_lens_cpu, self.attention.block_size
-        num_shared = count_shared_blocks(metadata.block_table, int(lens.min()), block_size) * block_size
+        num_rows, num_shared = len(input_ids), self._count_shared(metadata)
         kind = StepKind(num_rows if num_rows <= FEW_ROWS else None, num_shared > 0)
         if kind not in self.steps:
-            self.steps[kind] = self._compile(kind)
-        return self.steps[kind](input_ids, positions, metadata, self._places[: metadata.max_seq_len], num_shared)
+            make = functools.partial(CompiledStep, self._eager, self.attention, kind)
+            self.steps[kind] = _say_how_long(f"the decode step for a batch of {kind}", make)
+        shared, own = self._places[: metadata.max_seq_len].tensor_split([num_shared])
+        return self.steps[kind](input_ids, positions, metadata, [own, shared] if kind.shares_keys else [own])
 
-    def _compile(self, kind: StepKind) -> CompiledStep:
-        """Compiles a step; it takes seconds, and less when it is on disk already."""
-        start = time.perf_counter()
-        step = CompiledStep(self.decoder, self.attention, kind)
-        what = f"{kind.num_rows or f'more than {FEW_ROWS}'}{' that share keys' if kind.shares_keys else ''}"
-        logger.info("the decode step for a batch of %s was compiled in %.0f s", what, time.perf_counter() - start)
-        return step
+
+def _say_how_long(what: str, make: Callable[[], Made]) -> Made:
+    """Compiling takes seconds, and less when it is on disk already."""
+    start = time.perf_counter()
+    made = make()
+    logger.info("%s was compiled in %.0f s", what, time.perf_counter() - start)
+    return made

@@ -31,7 +31,7 @@ from folovllm.utils import cdiv, get_cpu_memory_info
 from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
 from folovllm.worker.cache_blocks import clear_begun_blocks, move_blocks
-from folovllm.worker.recorded_steps import RecordedSteps, choose_recorded_steps
+from folovllm.worker.prepared_steps import PreparedSteps, choose_prepared_steps
 
 logger = logging.getLogger(__name__)
 
@@ -185,15 +185,15 @@ class ModelRunner:
 
     def __repr__(self) -> str:
         dtype = str(self.decoder.dtype).removeprefix("torch.")
-        recorded = "" if self._steps_cls is None else ", recorded decode steps"
-        return f"ModelRunner({self.decoder.device}, {dtype}, attention backend {self.backend_choice}{recorded})"
+        how = "" if self._steps_cls is None else f", {self._steps_cls.how} steps"
+        return f"ModelRunner({self.decoder.device}, {dtype}, attention backend {self.backend_choice}{how})"
 
     def set_attention_backend(self, backend_cls: type[AttentionBackend]) -> None:
         """Computes attention by this backend, from the next `initialize_kv_cache` on."""
         self.backend_cls = backend_cls
         enforce_eager = self.config.model_config.enforce_eager
-        self._steps_cls = choose_recorded_steps(enforce_eager, self.decoder.device, backend_cls)
-        # The scheduler does not know of these.
+        self._steps_cls = choose_prepared_steps(enforce_eager, self.decoder.device, backend_cls)
+        # Blocks that the scheduler does not know of.
         self._num_reserved = 0 if self._steps_cls is None else self._steps_cls.num_reserved_blocks
 
     def count_blocks(self) -> tuple[int, int]:
@@ -227,15 +227,15 @@ class ModelRunner:
         before = torch.cuda.memory_allocated(device)
         self._run_largest_batch()
         activations = torch.cuda.max_memory_allocated(device) - before
-        steps = self._record_steps(self._attention_over(1))  # for what they take, then thrown away
+        steps = self._prepare_steps(self._attention_over(1))  # for what they take, then thrown away
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         del steps
         torch.cuda.empty_cache()
         return free - total * (1 - self.config.cache_config.gpu_memory_utilization) - activations
 
-    def _record_steps(self, attention: AttentionBackend) -> RecordedSteps | None:
-        """Recorded decode steps over a cache, if steps are recorded."""
+    def _prepare_steps(self, attention: AttentionBackend) -> PreparedSteps | None:
+        """Prepared steps over a cache, if the config has them."""
         return None if self._steps_cls is None else self._steps_cls(self.decoder, attention, self.config)
 
     def _attention_over(self, num_blocks: int) -> AttentionBackend:
@@ -268,7 +268,7 @@ class ModelRunner:
         swap_shape[self.backend_cls.block_dim] = num_swap_blocks
         pinned = self.decoder.device.type == "cuda" and torch.cuda.is_available()
         self.swap_cache = torch.empty(swap_shape, dtype=self.decoder.dtype, device="cpu", pin_memory=pinned)
-        self.recorded_steps = self._record_steps(self.attention)
+        self.prepared_steps = self._prepare_steps(self.attention)
         if self.draft is not None:
             self.draft.initialize_kv_cache(num_blocks, num_swap_blocks)
 
@@ -298,11 +298,13 @@ class ModelRunner:
         """Hidden states of all tokens, logits of the sampled rows, and what a recorded step has found likeliest."""
         input_ids, positions, metadata = self.prepare(scheduler_output)
         rows = scheduler_output.get_sampled_rows()
-        if self.recorded_steps is not None and self.recorded_steps.takes(metadata):
-            hidden, *found = self.recorded_steps.run(input_ids, positions, metadata)
+        steps = self.prepared_steps
+        if steps is not None and steps.takes(metadata):
+            hidden, *found = steps.run(input_ids, positions, metadata)
             return [hidden, *select_rows(rows, *found)]
         self.attention.begin(metadata)
-        hidden = self.decoder(input_ids, positions, self.attention)
+        decoder = self.decoder if steps is None else steps.decoder
+        hidden = decoder(input_ids, positions, self.attention)
         return [hidden, self.decoder.compute_logits(*select_rows(rows, hidden))]
 
     def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]], *likeliest: Tensor) -> RunnerOutput:

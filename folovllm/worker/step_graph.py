@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from folovllm.config import EngineConfig
 from folovllm.model.decoder import Decoder
 from folovllm.sample.sampler import find_likeliest
 from folovllm.utils import cdiv
+from folovllm.worker.prepared_steps import PreparedSteps, StepOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +52,6 @@ class StepInputs:
             step.seq_lens_cpu[rows],
         )
         return StepInputs(self.input_ids[rows], self.positions[rows], metadata, self.max_model_len)
-
-
-class StepOutputs(NamedTuple):
-    """What a decode step gives for each of its rows; the next step overwrites it."""
-
-    hidden: Tensor
-    """``[num_rows, hidden_size]``."""
-    logits: Tensor
-    """``[num_rows, vocab_size]``."""
-    token_ids: Tensor
-    """The likeliest token, int64 ``[num_rows]``: what a greedy request takes."""
-    largest: Tensor
-    """Its logit, ``[num_rows]``."""
 
 
 Replay = Callable[[], StepOutputs]
@@ -126,19 +114,17 @@ def bucket_sizes(most: int) -> list[int]:
     return [*(2**i for i in range((most - 1).bit_length())), most]
 
 
-class StepGraphs:
+class StepGraphs(PreparedSteps):
     """Runs decode steps that were recorded, one recording for each size of a batch.
 
     Args:
         decoder: the model, its head included.
-        attention: over the cache that will be read. Rows of padding write to its last block, which no sequence may
-            have.
+        attention: over the cache. Rows of padding write to its last block.
         config: with ``max_model_len`` and ``max_num_batched_tokens`` filled in.
-        recorder: records each size when it is first needed. None: all are recorded as CUDA graphs now.
+        recorder: records a size when it is first needed.
     """
 
-    num_reserved_blocks = 1
-    """Blocks at the end of the cache that no sequence may have."""
+    how, num_reserved_blocks = "recorded", 1
 
     @classmethod
     def unsupported(cls, backend_cls: type[AttentionBackend]) -> str | None:
@@ -150,10 +136,9 @@ class StepGraphs:
             )
         return None
 
-    def __init__(
-        self, decoder: Decoder, attention: AttentionBackend, config: EngineConfig, recorder: Recorder | None = None
-    ) -> None:
-        self.decoder, self.attention, self.recorder = decoder, attention, recorder or CudaGraphs()
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, config: EngineConfig, recorder: Recorder) -> None:
+        self.decoder: Decoder = decoder
+        self.attention, self.recorder = attention, recorder
         scheduler, block_size = config.scheduler_config, config.cache_config.block_size
         max_model_len = cast(int, scheduler.max_model_len)
         reserved_block = attention.kv_cache.shape[attention.block_dim] - 1
@@ -174,8 +159,6 @@ class StepGraphs:
         """The buffers; whatever is recorded reads their first rows."""
         self._padding = (0, 0, 1, reserved_block * block_size, reserved_block)
         self._num_used = 0  # rows that may hold something other than padding
-        if recorder is None:
-            self.record_all()
 
     def bucket(self, num_rows: int) -> int:
         """The smallest size with room for ``num_rows`` sequences."""
@@ -224,6 +207,14 @@ class StepGraphs:
                 buffer.fill_(value)
             rows.metadata.seq_lens_cpu.fill(1)
         self._num_used = start
+
+
+class RecordedSteps(StepGraphs):
+    """Decode steps that are all recorded as CUDA graphs when the engine starts."""
+
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, config: EngineConfig) -> None:
+        super().__init__(decoder, attention, config, CudaGraphs())
+        self.record_all()
 
 
 def _tensors(inputs: StepInputs) -> list[Tensor]:

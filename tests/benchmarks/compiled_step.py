@@ -2,7 +2,8 @@
 
 For each number of rows a step is run eagerly and compiled, in turn in one process. CPU time counts and not the clock's,
 and of each turn the least, so that the ratio holds on a machine that others use. With several threads their time adds
-up. A second run finds on disk what the first has compiled, unless ``TORCHINDUCTOR_CACHE_DIR`` names an empty folder.
+up. What serves one number of rows may serve the next, and a second run finds on disk what the first has compiled,
+unless ``TORCHINDUCTOR_CACHE_DIR`` names an empty folder.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ def make_inputs(num_rows: int, context: int, num_blocks: int, block_size: int) -
 
 
 @torch.inference_mode()
-def measure(engine: LLMEngine, num_rows: int, context: int) -> str:
+def measure(engine: LLMEngine, steps: CompiledSteps, num_rows: int, context: int) -> str:
     """A line of the table."""
     attention = engine.runner.attention
     inputs = make_inputs(num_rows, context, attention.num_blocks, attention.block_size)
     eager = replay_eagerly(engine.decoder, attention, inputs)
-    seconds, cpu_seconds = time.perf_counter(), time.process_time()
-    steps = CompiledSteps(engine.decoder, attention, engine.config)
     compiled = functools.partial(steps.run, inputs.input_ids, inputs.positions, inputs.metadata)
-    expected, found = eager(), compiled()
+    seconds, cpu_seconds = time.perf_counter(), time.process_time()
+    found = compiled()
     seconds, cpu_seconds = time.perf_counter() - seconds, time.process_time() - cpu_seconds
+    expected = eager()
     pairs = [(least_seconds(eager), least_seconds(compiled)) for _ in range(TURNS)]
     gain = statistics.median(before / after for before, after in pairs)
     before, after = (1e3 * statistics.median(column) for column in zip(*pairs))
@@ -92,8 +93,9 @@ def main() -> None:
         print(f"\n{model}, {kinds}, context {options.context}, {options.threads} threads\n")
         print("| rows | eager, ms | compiled, ms | gain | largest error | to compile, s (of CPU) | memory, MiB |")
         print("|---|---|---|---|---|---|---|")
+        steps = CompiledSteps(engine.decoder, engine.runner.attention, engine.config)
         for num_rows in options.rows:
-            print(measure(engine, num_rows, options.context), flush=True)
+            print(measure(engine, steps, num_rows, options.context), flush=True)
 
 
 if __name__ == "__main__":

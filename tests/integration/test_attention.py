@@ -51,7 +51,9 @@ class TestNumbers:
         assert error <= ROUNDING[step.q.dtype], f"{error:.1e}"
 
     @pytest.mark.parametrize("name", HERE)
-    @pytest.mark.parametrize("lens", [[(1999, 1)], [(0, 2000)], [(1500, 500), (1999, 1), (0, 1)]])
+    @pytest.mark.parametrize(
+        "lens", [[(1999, 1)], [(0, 2000)], [(1500, 500), (1999, 1), (0, 1)], [(0, 512), (0, 300), (0, 257)]]
+    )
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_long_texts(self, name, lens, dtype):
         step = make_step(0, lens, group=8, head_dim=128, block_size=16, dtype=dtype)

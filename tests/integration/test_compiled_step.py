@@ -10,22 +10,47 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from attention_helpers import ROUNDING, make_step
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded_helpers import Batches
+from prepared_helpers import (
+    GREEDY,
+    LOOKUP,
+    SEEDED,
+    Batches,
+    arrivals,
+    check,
+    engine_settings,
+    make_engine,
+    prompts,
+    tell_alone,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from folovllm import LLMEngine
+from folovllm import LLMEngine, SamplingParams
+from folovllm.attention import AttentionMetadata
 from folovllm.attention.gather import GatherAttention
+from folovllm.book import judges
 from folovllm.book.counting import OperationCounter
 from folovllm.llm import make_engine_config
 from folovllm.model.layers import Linear, LinearMethod
 from folovllm.model.quantized_layers import Int8Linear
 from folovllm.tales import EMBEDDED_MODEL
-from folovllm.worker.compiled_step import _PRODUCTS, CompiledSteps, Compiler, Parts, hide_product
+from folovllm.worker.compiled_step import (
+    _CALLED,
+    TYPICAL_NUM_KEYS,
+    TYPICAL_NUM_ROWS,
+    Called,
+    CompiledDecoder,
+    CompiledSteps,
+    Compiler,
+    Parts,
+    StepKind,
+    hide_product,
+)
 from folovllm.worker.traced import (
     FEW_ROWS,
     PACKED_OUTPUTS,
@@ -39,13 +64,13 @@ from folovllm.worker.traced import (
 
 def hide(linear):
     """A product as a compiler sees it where it has many rows."""
-    return hide_product(linear, lambda tensor: tensor, Parts(FEW_ROWS + 1))
+    return hide_product(linear, lambda tensor: tensor, Parts(has_few_rows=False))
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16", "quantization": "int8"}])
-def test_a_compiler_is_told_what_comes_out_of_a_product(settings) -> None:
+@pytest.mark.parametrize("kwargs", [{"dtype": "float32"}, {"dtype": "bfloat16", "quantization": "int8"}])
+def test_a_compiler_is_told_what_comes_out_of_a_product(kwargs) -> None:
     """A head of 8 bits gives float32 logits whatever it is given; taken for bfloat16, they would be other numbers."""
-    config = make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, num_blocks=4, **settings)
+    config = make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, num_blocks=4, **kwargs)
     decoder = LLMEngine(config, "cpu").decoder
     for linear in (decoder.layers[0].qkv_proj, decoder.head):
         x = torch.zeros(2, decoder.config.hidden_size, dtype=decoder.dtype)
@@ -54,22 +79,23 @@ def test_a_compiler_is_told_what_comes_out_of_a_product(settings) -> None:
 
 
 @pytest.fixture
-def _path_is_given_back(monkeypatch):
-    """torch's compiler puts folders of its own on it."""
+def _compiler(monkeypatch):
+    """There is one; torch's puts folders of its own on the path, which is given back."""
     monkeypatch.setattr(sys, "path", [*sys.path])
+    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
+        pytest.skip(why_not)
 
 
-@pytest.mark.usefixtures("_path_is_given_back")
+@pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_a_compiled_step(dtype, tolerance, caplog) -> None:
     """Any number of rows, any length, whatever was written behind it, and full blocks; two layers are compiled once."""
-    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
-        pytest.skip(why_not)
-    work = Batches(CompiledSteps, 2, tolerance, dtype=dtype)
+    work = Batches(CompiledSteps, 2, tolerance, num_blocks=100, dtype=dtype, max_model_len=400)
     pairs = [[5, 9], [1, 1], [2, 1], [16, 3], [4, 4], [1, 1], [30, 20]]
     others = [[5, 9, 1], [1] * 7, [1, 2, 3, 4], [16, 3, 8], [8] * 7, [1, 1, 1], [30, 20, 4], [4] * 5]
+    beyond = [[5] * (2 * TYPICAL_NUM_ROWS), [TYPICAL_NUM_KEYS + 30, 1, 40]]  # what the compiler had in mind
     with caplog.at_level(logging.INFO, "folovllm"):
-        for seed, lens in enumerate([*pairs, *others]):
+        for seed, lens in enumerate([*pairs, *others, *beyond]):
             work.check(lens, seed)
     for num_rows, num_products in ((2, 0), (3, 9), (7, 9)):
         with OperationCounter() as counter:
@@ -82,16 +108,105 @@ def test_a_compiled_step(dtype, tolerance, caplog) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("_path_is_given_back")
-def test_a_compiled_step_whose_sequences_begin_alike(monkeypatch) -> None:
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_a_compiled_step_whose_sequences_begin_alike(dtype, tolerance, monkeypatch) -> None:
     """With any number of blocks of their own, one token in the last one at least."""
-    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
-        pytest.skip(why_not)
     monkeypatch.setattr("folovllm.attention.gather.SHARED_TOKENS", 8)
-    work = Batches(CompiledSteps, 2, num_shared=2)
-    for seed, lens in enumerate([[9, 10, 12], [9, 9, 9], [9, 20, 13, 14, 9], [30, 9, 11]]):
-        work.check(lens, seed)
-    assert [(kind.num_rows, kind.shares_keys) for kind in work.steps.steps] == [(None, True)]
+    batches = {
+        2: [[9, 10, 12], [9, 9, 9], [9, 20, 13, 14, 9], [30, 9, 11], [9] * (2 * TYPICAL_NUM_ROWS)],
+        70: [[281, 290, 283]],  # more than the compiler had in mind
+    }
+    for num_shared, found in batches.items():
+        work = Batches(CompiledSteps, 2, tolerance, num_shared, num_blocks=100, dtype=dtype, max_model_len=400)
+        for seed, lens in enumerate(found):
+            work.check(lens, seed)
+        assert [*work.steps.steps] == [StepKind(None, True)]
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize(
+    "kwargs, tolerance", [({"dtype": "float32"}, 1e-4), ({"dtype": "bfloat16"}, 0.1), ({"quantization": "int8"}, 0.1)]
+)
+def test_the_pass_of_any_step(kwargs, tolerance) -> None:
+    """Hidden states and what is written are those of the decoder, whatever lies in the cache already."""
+    work = Batches(CompiledSteps, 2, **kwargs)
+    for seed, (past, new) in enumerate([([0], [20]), ([0, 5, 9], [3, 1, 4]), ([7], [1]), ([0, 0], [1, 1]), ([3], [2])]):
+        starts, lens = np.concatenate([[0], np.cumsum(new)]), np.add(past, new)
+        tables = np.random.default_rng(seed).permutation(16)[: 5 * len(lens)].reshape(len(lens), 5)
+        places = [np.arange(first, end) for first, end in zip(past, lens)]
+        slots = np.concatenate([table[of // 4] * 4 + of % 4 for table, of in zip(tables, places)])
+        metadata = AttentionMetadata.from_arrays(starts, lens, slots, tables)
+        given = torch.arange(len(slots)) + 3, torch.from_numpy(np.concatenate(places))
+        found = []
+        for decoder, attention in ((work.decoder, work.plain), (work.steps.decoder, work.steps.attention)):
+            attention.begin(metadata)
+            found.append((decoder(*given, attention), attention.kv_cache))
+        torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
+    assert isinstance(work.steps.decoder, CompiledDecoder)
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_nothing_is_kept_of_a_step_that_fails(monkeypatch) -> None:
+    def fail(x):
+        raise OSError("no memory")
+
+    work = Batches(CompiledSteps, 2)
+    step = work.make([3, 4, 5])
+    work.steps.run(*step)
+    monkeypatch.setattr(work.decoder.layers[1].down_proj, "multiply", fail)
+    with pytest.raises(OSError, match="no memory"):
+        work.steps.run(*step)
+    assert _CALLED not in contextvars.copy_context()
+
+
+def interpret(compiler, function, examples):
+    """Stands in for `Compiler.__call__`, and compiles nothing."""
+    with compiler._mode:
+        return function, list(function(*examples))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return tell_alone()
+
+
+class TestTokens:
+    @settings(max_examples=25)
+    @given(kwargs=engine_settings(), asked=arrivals(), shared=st.sampled_from([4, 2048]), room=st.integers(15, 30))
+    def test_the_same_whatever_the_settings(self, tokens, kwargs, asked, shared, room):
+        """Interpreted: which step is of which kind, and what it is given."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Compiler, "__call__", interpret)
+            patch.setattr("folovllm.attention.gather.SHARED_TOKENS", shared)
+            patch.setattr("folovllm.worker.compiled_step.COMPILED_BYTES", 2**room)
+            check(make_engine(CompiledSteps, **kwargs), asked, tokens)
+
+    def test_steps_are_of_the_kinds_that_they_should_be(self, tokens, monkeypatch):
+        monkeypatch.setattr(Compiler, "__call__", interpret)
+        monkeypatch.setattr("folovllm.attention.gather.SHARED_TOKENS", 8)
+        engine = make_engine(CompiledSteps, block_size=4, enable_prefix_caching=True)
+        asked = [
+            judges.Arrival(f"greedy 3 {i}", prompts()[3], SamplingParams(**GREEDY, max_tokens=4 + i), step)
+            for i, step in enumerate([0, 4, 4, 6])
+        ]
+        check(engine, asked, tokens)
+        kinds = {*engine.runner.prepared_steps.steps}
+        assert kinds >= {StepKind(1, False), StepKind(2, True), StepKind(None, True)}
+
+    @pytest.mark.usefixtures("_compiler")
+    def test_the_same_compiled(self, tokens):
+        """Whole prompts, chunks beside decode steps, guesses, and batches of all sizes."""
+        asked = [
+            judges.Arrival(
+                f"{kind} {i % 8} {i}", prompts()[i % 8], SamplingParams(**params, max_tokens=1 + i, n=1 + i % 2), i // 3
+            )
+            for i in range(9)
+            for kind, params in [("greedy", GREEDY) if i % 3 else ("seeded", SEEDED)]
+        ]
+        chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 20, "enable_prefix_caching": True}
+        for kwargs in ({}, {**chunks, "speculative_config": LOOKUP}):
+            check(make_engine(CompiledSteps, max_num_seqs=7, **kwargs), asked, tokens)
 
 
 @pytest.mark.parametrize("num_rows, is_taken", [(4, True), (5, False)])
@@ -104,26 +219,22 @@ def test_no_more_keys_than_there_is_memory_for(num_rows, is_taken, monkeypatch) 
 
 def is_right_compiled(number: int) -> bool:
     """Whether a compiled function gives what it should."""
-    compiler, x = Compiler(), torch.arange(64.0)
+    compiler, x = Compiler({}), torch.arange(64.0)
     run, _ = compiler(lambda x: (x * number + 1,), [compiler.pretend(x)])
     return torch.equal(run(x)[0], x * number + 1)
 
 
-@pytest.mark.usefixtures("_path_is_given_back")
+@pytest.mark.usefixtures("_compiler")
 def test_threads_compile_one_after_the_other() -> None:
     """Each engine has a thread of its own, and tracing changes what all of them see."""
-    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
-        pytest.skip(why_not)
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(is_right_compiled, range(4)))
 
 
-@pytest.mark.usefixtures("_path_is_given_back")
+@pytest.mark.usefixtures("_compiler")
 def test_loops_of_another_processor_are_not_taken_from_disk(monkeypatch, tmp_path) -> None:
     """Machines may share a folder, and what is compiled for AVX-512 gives other numbers with the vectors of AVX2."""
-    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
-        pytest.skip(why_not)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     assert is_right_compiled(3)
     for capability in "avx2", "default":
@@ -167,8 +278,8 @@ def test_a_product_of_few_rows_reads_the_weight_as_it_lies_in_memory(num_rows, n
 def test_layers_that_differ_are_not_served_by_the_same_function() -> None:
     config = make_engine_config(str(EMBEDDED_MODEL), max_model_len=64, num_blocks=4)
     first, second, *others = LLMEngine(config, "cpu").decoder.layers
-    kind = Parts.of(first, 1).kind
-    assert all(Parts.of(layer, 1).kind == kind for layer in (second, *others))
+    kind = Parts.of(first, True).kind
+    assert all(Parts.of(layer, True).kind == kind for layer in (second, *others))
     for name, other in (
         ("qk_norm", None),
         ("down_proj", first.o_proj),
@@ -176,14 +287,12 @@ def test_layers_that_differ_are_not_served_by_the_same_function() -> None:
     ):
         changed = copy.copy(first)
         setattr(changed, name, other)
-        assert Parts.of(changed, 1).kind != kind, name
+        assert Parts.of(changed, True).kind != kind, name
 
 
-@pytest.mark.usefixtures("_path_is_given_back")
+@pytest.mark.usefixtures("_compiler")
 def test_a_compiled_product_of_8_bits() -> None:
     """What is around its kernel is compiled: rotations, scales of rows, a bias, and what is not a number."""
-    if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
-        pytest.skip(why_not)
     linear = Int8Linear(LinearMethod(torch.float32, torch.device("cpu")), {"m": 32}, 96, bias=True)
     for place in linear.places().values():
         place.copy_(torch.randn(place.shape, generator=torch.Generator().manual_seed(0)))
@@ -192,7 +301,7 @@ def test_a_compiled_product_of_8_bits() -> None:
     x[1], x[2, 5], x[3] = 0, math.nan, 1e4 * x[3]
 
     def run() -> torch.Tensor:
-        _PRODUCTS.set([linear])
+        _CALLED.set(Called([linear]))
         compiled = torch._inductor.compile(make_fx(hide(linear))(x), [x])
         with OperationCounter() as counter:
             compiled(x)
@@ -205,7 +314,7 @@ def test_a_compiled_product_of_8_bits() -> None:
     assert expected[2].isnan().all() and expected[[0, 1, 3]].isfinite().all() and torch.equal(expected[1], linear.bias)
 
 
-@pytest.mark.usefixtures("_path_is_given_back")
+@pytest.mark.usefixtures("_compiler")
 def test_a_machine_without_a_cpp_compiler(monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     config = make_engine_config(str(EMBEDDED_MODEL), enforce_eager=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 
 import numpy as np
 import pytest
@@ -11,32 +10,37 @@ import torch
 from graph_helpers import patch_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded_helpers import MAX_MODEL_LEN, Batches, make_engine, recording
+from prepared_helpers import (
+    GREEDY,
+    MAX_MODEL_LEN,
+    MAX_TOKENS,
+    Batches,
+    arrivals,
+    check,
+    engine_settings,
+    make_engine,
+    prompts,
+    recording,
+    tell_alone,
+)
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from folovllm import LLMEngine, SamplingParams
+from folovllm import SamplingParams
 from folovllm.attention import BACKENDS, AttentionMetadata
 from folovllm.attention.sdpa import SdpaAttention
 from folovllm.book import judges
 from folovllm.book.counting import OperationCounter
 from folovllm.book.exercises.verdict import NotYet
-from folovllm.llm import make_engine_config
 from folovllm.sample.sampler import find_likeliest
-from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
+from folovllm.worker.prepared_steps import StepOutputs
 from folovllm.worker.step_graph import (
     CudaGraphs,
-    StepOutputs,
     bucket_sizes,
     replay_eagerly,
 )
-
-MAX_TOKENS, NUM_PROMPTS = 12, 8
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
-SEEDED = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True, "seed": 5}
-LOOKUP = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}  # steps with guesses run eagerly
 
 
 class PretendedGraph(TorchDispatchMode):
@@ -100,68 +104,9 @@ class DeviceAttention(SdpaAttention):
         return found.flatten(1)
 
 
-def prompts() -> list[list[int]]:
-    """Some begin alike, at lengths around blocks."""
-    rng = random.Random(0)
-    common = [rng.randrange(2, 1000) for _ in range(MAX_MODEL_LEN)]
-    lens = (1, 2, 16, 17, 31, 33, 40, 48)[:NUM_PROMPTS]
-    return [(common if i % 2 else [rng.randrange(2, 1000) for _ in range(n)])[:n] for i, n in enumerate(lens)]
-
-
 @pytest.fixture(scope="module")
 def tokens():
-    """What an eager engine gives to each prompt alone, greedy and seeded, three answers each."""
-    engine = LLMEngine(make_engine_config(str(EMBEDDED_MODEL), max_model_len=MAX_MODEL_LEN), "cpu")
-    found = {}
-    for kind, params in (("greedy", GREEDY), ("seeded", SEEDED)):
-        for i, prompt in enumerate(prompts()):
-            asked = [judges.Arrival("only", prompt, SamplingParams(**params, max_tokens=MAX_TOKENS, n=3))]
-            answers = judges.drive(engine, asked)["only"].outputs
-            found[kind, i] = [answer.token_ids for answer in answers]
-    return found
-
-
-@st.composite
-def arrivals(draw):
-    """Up to eight requests; a name is the kind of sampling, the prompt's number, and the request's."""
-    made = []
-    for i in range(draw(st.integers(1, 8))):
-        kind, prompt = draw(st.sampled_from(["greedy", "seeded"])), draw(st.integers(0, NUM_PROMPTS - 1))
-        params = SamplingParams(
-            **(GREEDY if kind == "greedy" else SEEDED),
-            max_tokens=draw(st.integers(1, MAX_TOKENS)),
-            n=draw(st.integers(1, 3)),
-        )
-        abort_after = draw(st.one_of(st.none(), st.none(), st.integers(0, 10)))
-        name = f"{kind} {prompt} {i}"
-        made.append(judges.Arrival(name, prompts()[prompt], params, draw(st.integers(0, 10)), 0, None, abort_after))
-    return sorted(made, key=lambda a: a.step)
-
-
-@st.composite
-def engine_settings(draw):
-    block_size = draw(st.sampled_from([1, 3, 16, 256]))
-    fits_one, chunked = cdiv(MAX_MODEL_LEN, block_size), draw(st.booleans())
-    return {
-        "block_size": block_size,
-        "num_blocks": fits_one + draw(st.integers(0, 2 * fits_one)),
-        "enable_chunked_prefill": chunked,
-        "max_num_batched_tokens": draw(st.integers(1, 80) if chunked else st.integers(MAX_MODEL_LEN, 200)),
-        "enable_prefix_caching": draw(st.booleans()),
-        "max_num_seqs": draw(st.integers(1, 9)),
-        "preemption_mode": draw(st.sampled_from(["recompute", "swap"])),
-        "swap_space": draw(st.sampled_from([0.0, 1e-4, 0.01])),
-        "speculative_config": draw(st.sampled_from([None, LOOKUP])),
-    }
-
-
-def check(engine, arrivals, tokens) -> None:
-    def expected(a, index):
-        kind, prompt, _ = a.name.split()
-        return tokens[kind, int(prompt)][index]
-
-    judges.Watch(engine)
-    judges.check_outputs(arrivals, judges.drive(engine, arrivals, max_steps=20_000), expected)
+    return tell_alone()
 
 
 class TestTokens:
@@ -197,7 +142,7 @@ class TestTokens:
             logprobs = output.prompt_logprobs[1:] + output.outputs[0].logprobs
             found.append([entry.logprob for each in logprobs for entry in each.values()])
         assert found[0] == pytest.approx(found[1], abs=1e-4)
-        assert len(engine.runner.recorded_steps.replays) == 1
+        assert len(engine.runner.prepared_steps.replays) == 1
 
 
 class TestTakes:
@@ -268,12 +213,12 @@ class TestBuckets:
         assert bucket_sizes(most) == sizes
 
     def test_a_batch_takes_the_next_size(self):
-        graphs = make_engine(max_num_seqs=11).runner.recorded_steps
+        graphs = make_engine(max_num_seqs=11).runner.prepared_steps
         assert [graphs.bucket(n) for n in range(1, 12)] == [1, 2, 4, 4, 8, 8, 8, 8, 11, 11, 11]
 
     def test_a_step_has_no_more_rows_than_its_budget_has_tokens(self):
         engine = make_engine(max_num_seqs=11, enable_chunked_prefill=True, max_num_batched_tokens=6)
-        assert engine.runner.recorded_steps.sizes == [1, 2, 4, 6]
+        assert engine.runner.prepared_steps.sizes == [1, 2, 4, 6]
 
     def test_all_are_recorded_largest_first(self):
         sizes = []
