@@ -23,7 +23,7 @@ MAX_MODEL_LEN = 2048
 def load_folovllm(
     model: str, dtype: str, work: Work, keep_prefixes: bool, quantization: str | None = None, eager: bool = True
 ) -> Callable[[], Answers]:
-    """Our engine, with compiled decode steps or without."""
+    """Our engine, with compiled steps or without."""
     from throughput import run_engine
 
     from folovllm import LLM
