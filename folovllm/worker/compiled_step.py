@@ -192,6 +192,8 @@ class Compiler:
             with self._mode:
                 graph = make_fx(function, _allow_non_fake_inputs=True)(*examples)
                 outputs = graph(*examples)
+            # Nobody checks what the compiler takes for granted of lengths. Of attention it is one thing: that no more
+            # than 4,096 keys are summed up, since it would sum up more in pieces. The sums of 5,000 are as exact.
             # What is on disk is asked for by its options, not by the processor: loops for other vectors give rubbish.
             options = {**self.options, "cpp.simdlen": pick_vec_isa().bit_width()}
             return torch._inductor.compile(graph, [*examples], options=options), list(outputs)
