@@ -99,7 +99,7 @@ class GatherAttention(AttentionBackend):
         num_tokens = len(places) // len(group)
         if places.device.type != "cpu" or not PIECE_QUERIES < num_tokens <= TILE_KEYS:
             return None
-        return torch.ones(num_tokens - PIECE_QUERIES, num_tokens, dtype=torch.bool).tril(PIECE_QUERIES)
+        return _mask_of_last(num_tokens - PIECE_QUERIES, num_tokens, places.device)
 
     def _look_back(self, i: int) -> tuple[slice, Tensor, Tensor]:
         """A sequence with several new tokens and earlier ones: the slice of the new ones in the batch, its blocks, and
@@ -107,8 +107,7 @@ class GatherAttention(AttentionBackend):
         start, end = self.metadata.query_start_loc_cpu[i : i + 2].tolist()
         num_new, num_tokens = end - start, int(self.metadata.seq_lens_cpu[i])
         blocks = self.metadata.block_table[i, : cdiv(num_tokens, self.block_size)]
-        mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=blocks.device).tril(num_tokens - num_new)
-        return slice(start, end), blocks, mask
+        return slice(start, end), blocks, _mask_of_last(num_new, num_tokens, blocks.device)
 
     def _begin_decodes(self, lens_cpu: np.ndarray) -> None:
         """Prepares the sequences with one new token: the blocks that all share, those of each, and what each sees."""
@@ -221,6 +220,11 @@ class GatherAttention(AttentionBackend):
         return gathered.view(num_matrices, -1, gathered.shape[-1])
 
 
+def _mask_of_last(num_new: int, num_tokens: int, device: torch.device) -> Tensor:
+    """What the last tokens of a sequence see of it, ``[num_new, num_tokens]``."""
+    return torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).tril(num_tokens - num_new)
+
+
 def attend_to_prompts(queries: Tensor, keys: Tensor, values: Tensor, later_mask: Tensor | None) -> Tensor:
     """Causal attention of whole prompts of one length, ``[num_prompts, num_heads, num_tokens, head_dim]``.
 
@@ -247,8 +251,6 @@ def count_shared_blocks(block_table: Tensor, shortest: int, block_size: int) -> 
         block_size: tokens of a block.
     """
     if block_table.device.type != "cpu":  # to know it, the CPU would have to wait for the device
-        return 0
-    if (shortest - 1) * (len(block_table) - 1) < SHARED_TOKENS:
         return 0
     rows = block_table[:, : (shortest - 1) // block_size].numpy()
     num_shared = int(np.logical_and.accumulate((rows == rows[0]).all(axis=0)).sum())

@@ -191,12 +191,13 @@ class Compiler:
         with _COMPILING:
             with self._mode:
                 graph = make_fx(function, _allow_non_fake_inputs=True)(*examples)
-                outputs = graph(*examples)
+            (returned,) = cast(Any, graph.graph.output_node().args)
+            outputs = [node.meta["val"] for node in returned]
             # Nobody checks what the compiler takes for granted of lengths. Of attention it is one thing: that no more
             # than 4,096 keys are summed up, since it would sum up more in pieces. The sums of 5,000 are as exact.
             # What is on disk is asked for by its options, not by the processor: loops for other vectors give rubbish.
             options = {**self.options, "cpp.simdlen": pick_vec_isa().bit_width()}
-            return torch._inductor.compile(graph, [*examples], options=options), list(outputs)
+            return torch._inductor.compile(graph, [*examples], options=options), outputs
 
 
 class CompiledPass:
@@ -427,7 +428,9 @@ class CompiledSteps(PreparedSteps):
         """Whether a step is a decode step, and its keys have room in memory."""
         if metadata.max_query_len > 1:
             return False
-        num_shared = self._count_shared(metadata)
+        return self._has_room(metadata, 0) or self._has_room(metadata, self._count_shared(metadata))
+
+    def _has_room(self, metadata: AttentionMetadata, num_shared: int) -> bool:
         num_keys = len(metadata.seq_lens_cpu) * (metadata.max_seq_len - num_shared) + num_shared
         return num_keys * self._key_bytes <= COMPILED_BYTES
 

@@ -24,7 +24,7 @@ MAX_MODEL_LEN = 64
 MAX_TOKENS, NUM_PROMPTS = 12, 8
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True, "seed": 5}
-LOOKUP = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}  # steps with guesses run eagerly
+LOOKUP = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}  # its steps are no decode steps
 
 
 def recording(recorder: Recorder) -> type[StepGraphs]:
@@ -41,7 +41,7 @@ EAGER = recording(replay_eagerly)
 
 
 def make_engine(steps_cls: type[PreparedSteps] = EAGER, **kwargs) -> LLMEngine:
-    """An engine that records decode steps on a CPU."""
+    """An engine that has prepared steps on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_runner, "choose_prepared_steps", lambda is_eager, *_: None if is_eager else steps_cls)
         config = make_engine_config(
