@@ -184,7 +184,8 @@ class DecoderLayer:
         rotated = qkv[:, : self.num_heads + self.num_kv_heads]
         qk = rotated if self.qk_norm is None else self.qk_norm(rotated)
         # A pair is a number of the first half and one of the second; sin carries the sign of the first.
-        torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin, out=rotated)
+        first, second = qk.chunk(2, dim=-1)
+        torch.addcmul(qk * cos, torch.cat([second, first], dim=-1), sin, out=rotated)
         return attend(self.index, qkv[:, : self.num_heads], qkv[:, self.num_heads :])
 
 

@@ -99,7 +99,7 @@ def rotate(x: Tensor) -> Tensor:
     nats per token without it, and 0.002 with it (QuaRot, Ashkboos et al. 2024).
     """
     size = math.gcd(x.shape[-1], MAX_ROTATED)
-    return (x.float().reshape(-1, size) @ hadamard(size, x.device)).view(x.shape)
+    return (x.float().unflatten(-1, (-1, size)) @ hadamard(size, x.device)).flatten(-2)
 
 
 class Int8Rows:
@@ -183,7 +183,8 @@ class Int8Linear(LinearBase):
             self.kernel, self.weight = "8 bits, dynamic", self.weight.to("meta")  # its size is all that is left
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``x @ weight.T`` of rows that are rotated and at most 1 in size; float32 in and out."""
+        """``x @ weight.T`` of rows that are rotated and at most 1 in size, float32; what is no number counts as 0."""
+        x = x.nan_to_num()  # here, as torch's compiler would look at each number by itself
         if self._packed is not None:
             return cast(Tensor, torch.ops.quantized.linear_dynamic(x, self._packed))
         # As whole numbers they would make sums that float16 has no room for.
@@ -203,7 +204,7 @@ class Int8Linear(LinearBase):
         largest = rotated.abs().amax(-1, keepdim=True)  # for 16 rows of 3,072 vector_norm takes eight times as long
         # A row of zeros is 0 / 0, and comes out as zeros. Torch's kernel does not see what is not a number; a row with
         # such a thing comes out as that, and alone.
-        out = self.multiply((rotated / largest).nan_to_num_()).mul_(largest)
+        out = self.multiply(rotated / largest).mul_(largest)
         return (out if self.bias is None else out.add_(self.bias)).to(torch.float32 if self.is_head else self.dtype)
 
 

@@ -47,19 +47,19 @@ from folovllm.worker.traced import (
 
 logger = logging.getLogger(__name__)
 
-TYPICAL_NUM_KEYS, TYPICAL_NUM_ROWS = 256, 16
-"""The lengths for which the compiler chooses how to split its loops; what it makes serves any others."""
+TYPICAL_NUM_KEYS, TYPICAL_NUM_ROWS, TYPICAL_NUM_CACHED = 256, 16, 2**16
+"""The lengths for which the compiler chooses how to split its loops; what it makes serves any others. That of the cache
+is another at each start, and what was compiled at the last one shall be found on disk."""
 
 COMPILED_BYTES = 2**28
 """Most bytes of keys that a compiled step may have in memory at once, as floats (256 MiB); of values it has as many.
 Filled up to the longest, 16 sequences of 4,096 tokens of Qwen3-0.6B's shape have as much. Longer ones are left to
 `GatherAttention`."""
 
-DECODE_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 8, "realize_acc_reads_threshold": 2}
-"""Inductor computes what is made of a few numbers anew wherever it is read: a query would be rotated for each of its
-keys, and a key turned into floats for each of its queries. With these, such things are kept. Attention of 16 sequences
-of 96 tokens takes 115 us a layer instead of 317 (SmolLM2-135M in bfloat16). What is around a product of 8 bits loses by
-them, so that prompts, whose attention is not compiled, are read 1.2 times as fast without."""
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "size_asserts": False, "alignment_asserts": False}
+"""What Inductor is told: to multiply and add in one instruction, and not to look at the shape and the address of each
+argument of each call, which `Parts.kind` has compared. The first makes attention a tenth faster, the others a step of
+SmolLM2-135M two percent."""
 
 _COMPILING = threading.Lock()
 """Tracing changes what all threads see, and two engines may need a step at the same time."""
@@ -115,7 +115,7 @@ class Parts:
     @property
     def kind(self) -> tuple[object, ...]:
         """The same for all that one compiled function serves."""
-        shapes = ((tensor.shape, tensor.dtype) for tensor in self.tensors)
+        shapes = ((tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors)
         return *shapes, *((type(product), product.num_out) for product in self.products)
 
 
@@ -161,14 +161,9 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
 
 
 class Compiler:
-    """Compiles functions of tensors, for the dtypes and, where it is not told otherwise, the shapes of examples.
+    """Compiles functions of tensors, for the dtypes and, where it is not told otherwise, the shapes of examples."""
 
-    Args:
-        options: of Inductor's.
-    """
-
-    def __init__(self, options: dict[str, int]) -> None:
-        self.options = options
+    def __init__(self) -> None:
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
     def pretend(self, tensor: Tensor, *dims: DimDynamic) -> Tensor:
@@ -196,7 +191,7 @@ class Compiler:
             # Nobody checks what the compiler takes for granted of lengths. Of attention it is one thing: that no more
             # than 4,096 keys are summed up, since it would sum up more in pieces. The sums of 5,000 are as exact.
             # What is on disk is asked for by its options, not by the processor: loops for other vectors give rubbish.
-            options = {**self.options, "cpp.simdlen": pick_vec_isa().bit_width()}
+            options = {**OPTIONS, "cpp.simdlen": pick_vec_isa().bit_width()}
             return torch._inductor.compile(graph, [*examples], options=options), outputs
 
 
@@ -212,6 +207,8 @@ class CompiledPass:
         self.decoder, self.num_rows = decoder, num_rows or TYPICAL_NUM_ROWS
         self.own = Parts.of(decoder, has_few_rows=num_rows is not None)
         self.layers = [Parts.of(layer, has_few_rows=num_rows is not None) for layer in decoder.layers]
+        self.per_layer: list[list[Tensor]] = [[] for _ in decoder.layers]
+        """What the attention of each layer is given beside what is the same for all."""
         self._row_dim = DimDynamic.DUCK if num_rows is None else DimDynamic.STATIC
 
     def _pretend_rows(self, compiler: Compiler, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -225,8 +222,7 @@ class CompiledPass:
         begin: Function,
         begins: list[Tensor],
         make_attend: Callable[..., Attend],
-        others: list[Tensor],
-        per_layer: list[list[Tensor]],
+        lasts: list[Tensor],
     ) -> Tensor:
         """Compiles the beginning and each kind of layer; returns an example of what the last layer gives.
 
@@ -236,10 +232,8 @@ class CompiledPass:
                 first. Its arguments are a decoder and ``begins``.
             begins: examples.
             make_attend: gives a layer's attention.
-            others: examples of what it is given next.
-            per_layer: what it is given last, which differs from layer to layer.
+            lasts: examples of what that is given last, which differs from layer to layer.
         """
-        self.per_layer = per_layer
         run = self._with_own_first(self.decoder, self.own, begin)
         self._run_begin, (x, *same) = compiler(run, [*map(compiler.pretend, self.own.tensors), *begins])
 
@@ -249,10 +243,10 @@ class CompiledPass:
             return (layer(x, cos, sin, make_attend(*given)),)
 
         compiled: dict[tuple[object, ...], Function] = {}
-        for layer, parts, last in zip(self.decoder.layers, self.layers, per_layer):
+        for layer, parts in zip(self.decoder.layers, self.layers):
             if parts.kind not in compiled:
                 run, own = self._with_own_first(layer, parts, run_layer), map(compiler.pretend, parts.tensors)
-                compiled[parts.kind], _ = compiler(run, [*own, x, *same, *others, *map(compiler.pretend, last)])
+                compiled[parts.kind], _ = compiler(run, [*own, x, *same, *lasts])
         self._run_layers = [compiled[parts.kind] for parts in self.layers]
         return x
 
@@ -268,12 +262,11 @@ class CompiledPass:
 
         return run
 
-    def _run(self, begins: list[Tensor], others: list[Tensor], end: Function, attend: Attend | None = None) -> Any:
+    def _run(self, begins: list[Tensor], end: Function, attend: Attend | None = None) -> Any:
         """What ``end`` makes of what the last layer gives.
 
         Args:
             begins: those of `_compile`.
-            others: likewise.
             end: called while compiled code may call the decoder's own products.
             attend: attention, if that is not compiled.
         """
@@ -282,7 +275,7 @@ class CompiledPass:
             x, *same = self._run_begin(*self.own.tensors, *begins)
             for run, layer, parts, last in zip(self._run_layers, self.decoder.layers, self.layers, self.per_layer):
                 _CALLED.set(Called(parts.products, attend and functools.partial(attend, layer.index)))
-                (x,) = run(*parts.tensors, x, *same, *others, *last)
+                (x,) = run(*parts.tensors, x, *same, *last)
             _CALLED.set(Called(self.own.products))
             return end(x)
         finally:
@@ -294,14 +287,13 @@ class CompiledDecoder(CompiledPass):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder, None)
-        compiler = Compiler({})
-        no_more: list[list[Tensor]] = [[] for _ in decoder.layers]
+        compiler = Compiler()
         begins = [self._pretend_rows(compiler), self._pretend_rows(compiler)]
-        self._compile(compiler, Decoder.embed, begins, lambda: _call_attention, [], no_more)
+        self._compile(compiler, Decoder.embed, begins, lambda: _call_attention, [])
 
     def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The last hidden state of every token: `Decoder.__call__`."""
-        return self._run([input_ids, positions], [], self.decoder.norm, attend)
+        return self._run([input_ids, positions], self.decoder.norm, attend)
 
 
 def _call_attention(layer: int, q: Tensor, kv: Tensor) -> Tensor:
@@ -331,35 +323,38 @@ class CompiledStep(CompiledPass):
 
     def __init__(self, decoder: Decoder, attention: GatherAttention, kind: StepKind) -> None:
         super().__init__(decoder, kind.num_rows)
-        cache = attention.kv_cache
-        num_layers, _, num_kv_heads, num_blocks, self.block_size, head_dim = cache.shape
-        starts = torch.arange(num_layers * 2 * num_kv_heads, device=cache.device) * num_blocks * self.block_size
-        self.cache_rows = cache.view(-1, head_dim)
-        compiler, any_length = Compiler(DECODE_OPTIONS), DimDynamic.DYNAMIC
+        cache, any_length = attention.kv_cache, DimDynamic.DYNAMIC
+        num_kv_heads, num_blocks, self.block_size = cache.shape[2:5]
+        self.per_layer = [list(layer.flatten(1, 3)) for layer in cache]
+        self.head_starts = torch.arange(num_kv_heads, device=cache.device) * num_blocks * self.block_size
+        compiler = Compiler()
+        head_starts = compiler.pretend(self.head_starts)
         ids, positions, slots = (self._pretend_rows(compiler) for _ in range(3))
         lens = self._pretend_rows(compiler, dtype=torch.int32)
-        width = max(TYPICAL_NUM_KEYS // self.block_size, 2)
-        table = self._pretend_rows(compiler, width, dtype=torch.int32)
+        table = self._pretend_rows(compiler, max(TYPICAL_NUM_KEYS // self.block_size, 2), dtype=torch.int32)
         places = [compiler.pretend(torch.arange(TYPICAL_NUM_KEYS), any_length) for _ in range(1 + kind.shares_keys)]
-        others = [compiler.pretend(self.cache_rows, any_length), slots]
-        per_layer = [[layer] for layer in starts.view(num_layers, 2, num_kv_heads).unbind()]
-        begins = [ids, positions, lens, table, *places]
-        x = self._compile(compiler, self._begin, begins, self._make_attend, others, per_layer)
+        keys, values = (cache.new_zeros(TYPICAL_NUM_CACHED, cache.shape[-1]) for _ in range(2))
+        lasts = [compiler.pretend(keys, any_length), compiler.pretend(values, any_length)]
+        begins = [ids, positions, slots, lens, table, head_starts, *places]
+        x = self._compile(compiler, self._begin, begins, self._make_attend, lasts)
         run = self._with_own_first(decoder, self.own, self._end)
         self._run_end, _ = compiler(run, [*map(compiler.pretend, self.own.tensors), x])
 
     def _begin(
-        self, decoder: Decoder, input_ids: Tensor, positions: Tensor, seq_lens: Tensor, block_table: Tensor,
-        places: Tensor, *shared_places: Tensor,
+        self, decoder: Decoder, input_ids: Tensor, positions: Tensor, slot_mapping: Tensor, seq_lens: Tensor,
+        block_table: Tensor, head_starts: Tensor, places: Tensor, *shared_places: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        shared_slots = [find_slots(block_table[:1], some, self.block_size).flatten() for some in shared_places]
-        key_slots, mask = find_slots(block_table, places, self.block_size), mask_places(places, seq_lens)
-        return *decoder.embed(input_ids, positions), key_slots, mask, *shared_slots
+        new_rows = slot_mapping.unsqueeze(1) + head_starts
+        rows = find_slots(block_table, places, self.block_size).unsqueeze(2) + head_starts
+        shared = [
+            find_slots(block_table[:1], some, self.block_size).T + head_starts.unsqueeze(1) for some in shared_places
+        ]
+        return *decoder.embed(input_ids, positions), new_rows, rows, mask_places(places, seq_lens), *shared
 
     @staticmethod
     def _make_attend(*given: Tensor) -> Attend:
-        *found, cache_rows, slot_mapping, starts = given
-        return TracedAttention(cache_rows, starts, slot_mapping, *found)
+        *found, keys, values = given
+        return TracedAttention(keys, values, *found)
 
     @staticmethod
     def _end(decoder: Decoder, x: Tensor) -> tuple[Tensor, ...]:
@@ -378,9 +373,9 @@ class CompiledStep(CompiledPass):
             metadata: of a decode step.
             places: 0, 1, … up to the last token of the longest sequence, without those that all share, which come next.
         """
-        begins = [input_ids, positions, metadata.seq_lens, metadata.block_table, *places]
+        slots, lens, table = metadata.slot_mapping, metadata.seq_lens, metadata.block_table
         end = functools.partial(self._run_end, *self.own.tensors)
-        return StepOutputs(*self._run(begins, [self.cache_rows, metadata.slot_mapping], end))
+        return StepOutputs(*self._run([input_ids, positions, slots, lens, table, self.head_starts, *places], end))
 
 
 class CompiledSteps(PreparedSteps):

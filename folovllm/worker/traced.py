@@ -2,14 +2,14 @@
 
 Inductor, the compiler, writes loops in C++. A sum of products becomes a loop that keeps the sum in a register, and sums
 over the same range become one loop that reads its numbers once. So what is read once and used for several sums is
-written as several sums here, each of which fills one vector of the processor.
+written as several sums here, each of which fills one vector of the processor. And what it would compute anew for each
+of its readers is named (`in_memory`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,79 +36,93 @@ and four rows have too many: a step of SmolLM2-135M in bfloat16 takes 25 ms so a
 class TracedAttention:
     """Attention of one layer of a decode step: `folovllm.model.decoder.Attend`.
 
-    Each key is multiplied with all queries that share it, and each value with all their probabilities, in float32. As
-    matrix products of what is gathered first, as in `folovllm.attention.gather`, a layer of 8 sequences of 528 tokens
-    takes 3.0 ms instead of 1.2 (Qwen3-0.6B's shape in bfloat16, two cores), and one of 16 sequences of 70 tokens 0.57
-    instead of 0.37. Tokens that all sequences begin with are multiplied in one matrix product, as there.
+    Each key is multiplied with all queries that share it, and each value with all their weights, in float32. As matrix
+    products of what is gathered first, as in `folovllm.attention.gather`, a layer of 8 sequences of 528 tokens takes
+    3.0 ms instead of 1.0 (Qwen3-0.6B's shape in bfloat16, two cores), and one of 16 sequences of 70 tokens 0.57 instead
+    of 0.3. Tokens that all sequences begin with are multiplied in one matrix product, as there.
 
     Args:
-        rows: the cache, one head of one slot after the other: ``[num_rows, head_dim]``.
-        starts: where the rows of this layer begin, of keys and of values, for each head: ``[2, num_kv_heads]``.
-        slot_mapping: as in `AttentionMetadata`.
-        key_slots: the slot of each token, ``[num_seqs, num_keys]``; behind a sequence's end any will do.
+        keys: of the cache, one head of one slot after the other: ``[num_rows, head_dim]``.
+        values: likewise.
+        new_rows: where the new ones go, ``[num_seqs, num_kv_heads]``.
+        rows: where those of each token lie, ``[num_keys, num_seqs, num_kv_heads]``; behind a sequence's end any do. In
+            this order, those of a sequence's tokens are not side by side, so that the compiler fills its vectors with
+            the numbers of a value and not with one number of several tokens.
         mask: 0 where there is a token and minus infinity behind the end, ``[num_seqs, 1, 1, num_keys]``.
-        shared_slots: those of the tokens that all begin with, ``[num_shared]``; None: each has all of its own.
+        shared_rows: of the tokens that all begin with, ``[num_kv_heads, num_shared]``; None: each has all of its own.
     """
 
     def __init__(
         self,
+        keys: Tensor,
+        values: Tensor,
+        new_rows: Tensor,
         rows: Tensor,
-        starts: Tensor,
-        slot_mapping: Tensor,
-        key_slots: Tensor,
         mask: Tensor,
-        shared_slots: Tensor | None = None,
+        shared_rows: Tensor | None = None,
     ) -> None:
-        self.rows, self.starts, self.slot_mapping = rows, starts, slot_mapping
-        self.key_slots, self.mask, self.shared_slots = key_slots, mask, shared_slots
+        self.keys, self.values, self.new_rows = keys, values, new_rows
+        self.rows, self.mask, self.shared_rows = rows, mask, shared_rows
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """The layer's attention."""
-        self.rows.index_put_((self.starts.flatten() + self.slot_mapping.unsqueeze(1),), kv)
-        keys, values = self._gather(self.key_slots.unsqueeze(1))  # [num_seqs, num_kv_heads, num_keys, head_dim]
-        queries = q.float().unflatten(1, (keys.shape[1], -1))  # [num_seqs, num_kv_heads, group, head_dim]
-        scale = q.shape[-1] ** -0.5
-        scores = torch.stack([(query.unsqueeze(2) * keys).sum(dim=-1) for query in queries.unbind(2)], dim=2) * scale
-        scores = scores + self.mask
-        if self.shared_slots is None:
-            return self._weigh(scores.softmax(dim=-1), values).to(q.dtype).flatten(1)
-        shared_keys, shared_values = self._gather(self.shared_slots)  # [num_kv_heads, num_shared, head_dim]
-        shared = _multiply_by_head(queries, shared_keys.transpose(1, 2)) * scale
-        probs = torch.cat([shared, scores], dim=-1).softmax(dim=-1)
-        num_shared = self.shared_slots.shape[0]
-        found = self._weigh(probs[..., num_shared:], values)
-        return (found + _multiply_by_head(probs[..., :num_shared], shared_values)).to(q.dtype).flatten(1)
+        for cached, new in zip((self.keys, self.values), kv.chunk(2, dim=1)):
+            cached.index_put_((self.new_rows,), new)
+        # Heads that share a key come apart: [num_seqs, group, num_kv_heads, head_dim].
+        queries = in_memory(q.float() * q.shape[-1] ** -0.5).unflatten(1, (self.rows.shape[2], -1)).transpose(1, 2)
+        scores = self._score(queries)
+        top = scores.amax(dim=-1, keepdim=True)
+        if self.shared_rows is not None:
+            shared = _multiply_by_head(queries, self.keys[self.shared_rows].float().transpose(1, 2))
+            top = torch.maximum(top, shared.amax(dim=-1, keepdim=True))
+        # Divided by their sum once they are summed up.
+        weights = in_memory((scores - top).exp())
+        out, total = self._weigh(weights), weights.sum(dim=-1, keepdim=True)
+        if self.shared_rows is not None:
+            weights = (shared - top).exp()
+            out = out + _multiply_by_head(weights, self.values[self.shared_rows].float())
+            total = total + weights.sum(dim=-1, keepdim=True)
+        return (out / total).transpose(1, 2).to(q.dtype).flatten(1)
 
-    def _gather(self, slots: Tensor) -> Iterator[Tensor]:
-        """Keys and values of some slots, as floats."""
-        return (self.rows[start.unsqueeze(1) + slots].float() for start in self.starts.unbind())
+    def _score(self, queries: Tensor) -> Tensor:
+        """The scores of each sequence's own keys, ``[num_seqs, group, num_kv_heads, num_keys]``."""
+        keys = self.keys[self.rows.transpose(0, 1)].float()  # [num_seqs, num_keys, num_kv_heads, head_dim]
+        scores = torch.stack([(query.unsqueeze(1) * keys).sum(dim=-1) for query in queries.unbind(1)], dim=2)
+        return in_memory(scores.permute(0, 2, 3, 1).contiguous()) + self.mask
 
-    @staticmethod
-    def _weigh(probs: Tensor, values: Tensor) -> Tensor:
-        """The sums of values by their probabilities, ``[num_seqs, num_kv_heads, group, head_dim]``."""
+    def _weigh(self, weights: Tensor) -> Tensor:
+        """The sums of each sequence's own values by their weights, ``[num_seqs, group, num_kv_heads, head_dim]``."""
+        values = self.values[self.rows.permute(1, 2, 0)].float()  # [num_seqs, num_kv_heads, num_keys, head_dim]
         parts = values.split(LANES, dim=-1)
-        found = [
-            torch.cat([(weights * part).sum(dim=2) for part in parts], dim=-1)
-            for weights in probs.unsqueeze(-1).unbind(2)
-        ]
-        return torch.stack(found, dim=2)
+        found = [torch.cat([(x * part).sum(dim=2) for part in parts], dim=-1) for x in weights.unsqueeze(-1).unbind(1)]
+        return torch.stack(found, dim=1)
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """``x``, which compiled code computes once and keeps, as only what lies in memory has strides.
+
+    Inductor computes what is made of a few numbers anew wherever it is read: a query would be rotated for each of its
+    keys.
+    """
+    return x.as_strided(x.shape, x.stride())
 
 
 def _multiply_by_head(x: Tensor, shared: Tensor) -> Tensor:
-    """``[num_seqs, num_kv_heads, group, n]`` times ``[num_kv_heads, n, m]``: one matrix product for each key head."""
-    out = torch.bmm(x.transpose(0, 1).flatten(1, 2), shared)
-    return out.unflatten(1, (-1, x.shape[2])).transpose(0, 1)
+    """``[num_seqs, group, num_kv_heads, n]`` times ``[num_kv_heads, n, m]``: one matrix product for each key head."""
+    out = torch.bmm(x.permute(2, 0, 1, 3).flatten(1, 2), shared)
+    return out.unflatten(1, (-1, x.shape[1])).permute(1, 2, 0, 3)
 
 
 def find_slots(block_table: Tensor, places: Tensor, block_size: int) -> Tensor:
-    """Where the tokens at some places of sequences lie in the cache, ``[num_seqs, num_places]``.
+    """Where the tokens at some places of sequences lie in the cache, ``[num_places, num_seqs]``.
 
     Args:
         block_table: of the sequences; its columns behind the last place are not read.
         places: in the sequences, ``[num_places]``.
         block_size: tokens of a block.
     """
-    return block_table[:, places // block_size] * block_size + places % block_size
+    blocks = block_table.T[places // block_size]
+    return blocks * block_size + (places % block_size).unsqueeze(1)
 
 
 def mask_places(places: Tensor, seq_lens: Tensor) -> Tensor:
@@ -154,11 +168,12 @@ def multiply_few(x: Tensor, weight: Tensor, num_out: int) -> Tensor:
         weight: as `weight_in_memory` has it.
         num_out: the outputs that it has without padding.
     """
+    rows = in_memory(x.float().contiguous()).unbind()
     if weight.dim() == 2:  # row after row
-        return torch.stack([(weight.float() * row).sum(dim=-1) for row in x.float().unbind()]).to(x.dtype)
+        return torch.stack([(weight.float() * row).sum(dim=-1) for row in rows]).to(x.dtype)
     parts = weight.unflatten(2, (-1, LANES)).unbind(2)
     found = []
-    for row in x.float().unbind():
+    for row in rows:
         # A number of 16 bits is the upper half of a float's: of two that lie in one word, the second needs no shift.
         if weight.dtype is torch.int32:
             first, second = row.view(1, -1, 2, 1).unbind(2)
