@@ -183,7 +183,8 @@ class DecoderLayer:
         qkv: Tensor = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))
         rotated = qkv[:, : self.num_heads + self.num_kv_heads]
         qk = rotated if self.qk_norm is None else self.qk_norm(rotated)
-        # A pair is a number of the first half and one of the second; sin carries the sign of the first.
+        # A pair is a number of the first half and one of the second; sin carries the sign of the first. `roll` would
+        # swap them as well, but as torch compiles it each number is fetched by itself.
         first, second = qk.chunk(2, dim=-1)
         torch.addcmul(qk * cos, torch.cat([second, first], dim=-1), sin, out=rotated)
         return attend(self.index, qkv[:, : self.num_heads], qkv[:, self.num_heads :])

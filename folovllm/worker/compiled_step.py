@@ -52,14 +52,13 @@ TYPICAL_NUM_KEYS, TYPICAL_NUM_ROWS, TYPICAL_NUM_CACHED = 256, 16, 2**16
 is another at each start, and what was compiled at the last one shall be found on disk."""
 
 COMPILED_BYTES = 2**28
-"""Most bytes of keys that a compiled step may have in memory at once, as floats (256 MiB); of values it has as many.
-Filled up to the longest, 16 sequences of 4,096 tokens of Qwen3-0.6B's shape have as much. Longer ones are left to
-`GatherAttention`."""
+"""Most bytes of keys, counted as floats, that a compiled step reads (256 MiB), filled up to the longest sequence: 16 of
+4,096 tokens of Qwen3-0.6B's shape. More has not been measured, and is left to `GatherAttention`."""
 
 OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "size_asserts": False, "alignment_asserts": False}
-"""What Inductor is told: to multiply and add in one instruction, and not to look at the shape and the address of each
-argument of each call, which `Parts.kind` has compared. The first makes attention a tenth faster, the others a step of
-SmolLM2-135M two percent."""
+"""What Inductor is told: to multiply and add in one instruction, which makes attention a tenth faster; and not to check
+at each call the sizes, strides and addresses of what it is given and of what those operations return that it does not
+look into, which makes a step of SmolLM2-135M two percent faster. Tests compare them."""
 
 _COMPILING = threading.Lock()
 """Tracing changes what all threads see, and two engines may need a step at the same time."""
@@ -325,7 +324,7 @@ class CompiledStep(CompiledPass):
         super().__init__(decoder, kind.num_rows)
         cache, any_length = attention.kv_cache, DimDynamic.DYNAMIC
         num_kv_heads, num_blocks, self.block_size = cache.shape[2:5]
-        self.per_layer = [list(layer.flatten(1, 3)) for layer in cache]
+        self.per_layer = [list(layer.view(2, -1, cache.shape[-1])) for layer in cache]
         self.head_starts = torch.arange(num_kv_heads, device=cache.device) * num_blocks * self.block_size
         compiler = Compiler()
         head_starts = compiler.pretend(self.head_starts)
@@ -383,7 +382,7 @@ class CompiledSteps(PreparedSteps):
 
     Args:
         decoder: the model, its head included.
-        attention: over the cache. It computes the attention of prompts, and of decode steps that need less memory so.
+        attention: over the cache. It computes the attention of prompts, and of decode steps with very many keys.
         config: with ``max_model_len`` filled in.
     """
 
@@ -420,12 +419,12 @@ class CompiledSteps(PreparedSteps):
         return _say_how_long("the pass of steps with prompts", functools.partial(CompiledDecoder, self._eager))
 
     def takes(self, metadata: AttentionMetadata) -> bool:
-        """Whether a step is a decode step, and its keys have room in memory."""
+        """Whether a step is a decode step, and its keys are not too many."""
         if metadata.max_query_len > 1:
             return False
-        return self._has_room(metadata, 0) or self._has_room(metadata, self._count_shared(metadata))
+        return self._are_few(metadata, 0) or self._are_few(metadata, self._count_shared(metadata))
 
-    def _has_room(self, metadata: AttentionMetadata, num_shared: int) -> bool:
+    def _are_few(self, metadata: AttentionMetadata, num_shared: int) -> bool:
         num_keys = len(metadata.seq_lens_cpu) * (metadata.max_seq_len - num_shared) + num_shared
         return num_keys * self._key_bytes <= COMPILED_BYTES
 

@@ -45,9 +45,10 @@ class TracedAttention:
         keys: of the cache, one head of one slot after the other: ``[num_rows, head_dim]``.
         values: likewise.
         new_rows: where the new ones go, ``[num_seqs, num_kv_heads]``.
-        rows: where those of each token lie, ``[num_keys, num_seqs, num_kv_heads]``; behind a sequence's end any do. In
-            this order, those of a sequence's tokens are not side by side, so that the compiler fills its vectors with
-            the numbers of a value and not with one number of several tokens.
+        rows: where those of each token lie, ``[num_keys, num_seqs, num_kv_heads]``; behind a sequence's end any do in
+            which there are numbers. In this order, those of a sequence's tokens are not side by side (unless there is
+            one sequence with one key head), so that the compiler fills its vectors with the numbers of a value and not
+            with one number of several tokens.
         mask: 0 where there is a token and minus infinity behind the end, ``[num_seqs, 1, 1, num_keys]``.
         shared_rows: of the tokens that all begin with, ``[num_kv_heads, num_shared]``; None: each has all of its own.
     """
@@ -88,7 +89,7 @@ class TracedAttention:
         """The scores of each sequence's own keys, ``[num_seqs, group, num_kv_heads, num_keys]``."""
         keys = self.keys[self.rows.transpose(0, 1)].float()  # [num_seqs, num_keys, num_kv_heads, head_dim]
         scores = torch.stack([(query.unsqueeze(1) * keys).sum(dim=-1) for query in queries.unbind(1)], dim=2)
-        return in_memory(scores.permute(0, 2, 3, 1).contiguous()) + self.mask
+        return in_memory(scores.permute(0, 2, 3, 1)) + self.mask
 
     def _weigh(self, weights: Tensor) -> Tensor:
         """The sums of each sequence's own values by their weights, ``[num_seqs, group, num_kv_heads, head_dim]``."""
@@ -102,8 +103,9 @@ def in_memory(x: Tensor) -> Tensor:
     """``x``, which compiled code computes once and keeps, as only what lies in memory has strides.
 
     Inductor computes what is made of a few numbers anew wherever it is read: a query would be rotated for each of its
-    keys.
+    keys. It keeps things row after row, so that other strides would be wrong ones.
     """
+    x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 
 
@@ -168,7 +170,7 @@ def multiply_few(x: Tensor, weight: Tensor, num_out: int) -> Tensor:
         weight: as `weight_in_memory` has it.
         num_out: the outputs that it has without padding.
     """
-    rows = in_memory(x.float().contiguous()).unbind()
+    rows = in_memory(x.float()).unbind()
     if weight.dim() == 2:  # row after row
         return torch.stack([(weight.float() * row).sum(dim=-1) for row in rows]).to(x.dtype)
     parts = weight.unflatten(2, (-1, LANES)).unbind(2)
