@@ -36,14 +36,7 @@ from folovllm.model.decoder import Attend, Decoder, DecoderLayer
 from folovllm.model.layers import Linear, LinearBase, RMSNorm
 from folovllm.sample.sampler import find_likeliest
 from folovllm.worker.prepared_steps import PreparedSteps, StepOutputs
-from folovllm.worker.traced import (
-    FEW_ROWS,
-    TracedAttention,
-    find_slots,
-    mask_places,
-    multiply_few,
-    weight_in_memory,
-)
+from folovllm.worker.traced import FEW_ROWS, TracedAttention, locate, multiply_few, weight_in_memory
 
 logger = logging.getLogger(__name__)
 
@@ -341,14 +334,10 @@ class CompiledStep(CompiledPass):
 
     def _begin(
         self, decoder: Decoder, input_ids: Tensor, positions: Tensor, slot_mapping: Tensor, seq_lens: Tensor,
-        block_table: Tensor, head_starts: Tensor, places: Tensor, *shared_places: Tensor,
+        block_table: Tensor, head_starts: Tensor, *places: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        new_rows = slot_mapping.unsqueeze(1) + head_starts
-        rows = find_slots(block_table, places, self.block_size).unsqueeze(2) + head_starts
-        shared = [
-            find_slots(block_table[:1], some, self.block_size).T + head_starts.unsqueeze(1) for some in shared_places
-        ]
-        return *decoder.embed(input_ids, positions), new_rows, rows, mask_places(places, seq_lens), *shared
+        found = locate(slot_mapping, seq_lens, block_table, head_starts, self.block_size, *places)
+        return *decoder.embed(input_ids, positions), *found
 
     @staticmethod
     def _make_attend(*given: Tensor) -> Attend:

@@ -115,21 +115,30 @@ def _multiply_by_head(x: Tensor, shared: Tensor) -> Tensor:
     return out.unflatten(1, (-1, x.shape[1])).permute(1, 2, 0, 3)
 
 
-def find_slots(block_table: Tensor, places: Tensor, block_size: int) -> Tensor:
-    """Where the tokens at some places of sequences lie in the cache, ``[num_places, num_seqs]``.
+def locate(
+    slot_mapping: Tensor, seq_lens: Tensor, block_table: Tensor, head_starts: Tensor, block_size: int, places: Tensor,
+    *shared_places: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `TracedAttention` is given for every layer: ``new_rows``, ``rows``, ``mask`` and, if any, ``shared_rows``.
 
     Args:
-        block_table: of the sequences; its columns behind the last place are not read.
-        places: in the sequences, ``[num_places]``.
+        slot_mapping: as in `AttentionMetadata`.
+        seq_lens: likewise.
+        block_table: likewise; its columns behind the last place are not read.
+        head_starts: the row where each key head begins, ``[num_kv_heads]``.
         block_size: tokens of a block.
+        places: in the sequences, ``[num_keys]``; they may be behind the end of one.
+        shared_places: those that all begin with, which are none of ``places``: ``[num_shared]``.
     """
-    blocks = block_table.T[places // block_size]
-    return blocks * block_size + (places % block_size).unsqueeze(1)
+    rows = _find_slots(block_table, places, block_size).unsqueeze(2) + head_starts
+    mask = torch.where(places >= seq_lens.unsqueeze(1), -math.inf, 0.0).unflatten(1, (1, 1, -1))
+    shared = (_find_slots(block_table[:1], some, block_size).T + head_starts.unsqueeze(1) for some in shared_places)
+    return slot_mapping.unsqueeze(1) + head_starts, rows, mask, *shared
 
 
-def mask_places(places: Tensor, seq_lens: Tensor) -> Tensor:
-    """The ``mask`` of `TracedAttention` for keys at these places, which may be behind the end of a sequence."""
-    return torch.where(places >= seq_lens.unsqueeze(1), -math.inf, 0.0).unflatten(1, (1, 1, -1))
+def _find_slots(block_table: Tensor, places: Tensor, block_size: int) -> Tensor:
+    """Where the tokens at some places of sequences lie in the cache, ``[num_places, num_seqs]``."""
+    return block_table.T[places // block_size] * block_size + (places % block_size).unsqueeze(1)
 
 
 def weight_in_memory(linear: Linear) -> Tensor | None:

@@ -56,8 +56,7 @@ from folovllm.worker.traced import (
     FEW_ROWS,
     PACKED_OUTPUTS,
     TracedAttention,
-    find_slots,
-    mask_places,
+    locate,
     multiply_few,
     weight_in_memory,
 )
@@ -258,15 +257,11 @@ def test_what_is_compiled_is_found_on_disk_whatever_the_size_of_the_cache(monkey
 def trace_attention(step, num_shared=0):
     """`TracedAttention`, and what it is made of, for a step whose sequences begin with so many shared blocks."""
     cache, block_size, table = step.make_backend(GatherAttention).kv_cache, step.block_size, step.metadata.block_table
-    shared, places = torch.arange(step.metadata.max_seq_len).tensor_split([num_shared * block_size])
+    shared, own = torch.arange(step.metadata.max_seq_len).tensor_split([num_shared * block_size])
     head_starts = torch.arange(cache.shape[2]) * cache.shape[3] * block_size
-    new_rows = step.metadata.slot_mapping.unsqueeze(1) + head_starts
-    rows, mask = (
-        find_slots(table, places, block_size).unsqueeze(2) + head_starts,
-        mask_places(places, step.metadata.seq_lens),
-    )
-    shared_rows = [find_slots(table[:1], shared, block_size).T + head_starts.unsqueeze(1)] if num_shared else []
-    given = [*cache[0].flatten(1, 3), new_rows, rows, mask, *shared_rows]
+    slots, lens = step.metadata.slot_mapping, step.metadata.seq_lens
+    found = locate(slots, lens, table, head_starts, block_size, own, *([shared] if num_shared else []))
+    given = [*cache[0].flatten(1, 3), *found]
     return lambda q, kv, *given: (TracedAttention(*given)(0, q, kv),), [step.q, step.kv, *given]
 
 
