@@ -3,8 +3,8 @@
 The cache of a layer is ``[2, num_kv_heads, num_blocks, block_size, head_dim]``: keys, then values. A step's new keys
 and values are written to their slots first (slot = block * block_size + place in the block). Then sequences with one
 new token are computed together: the blocks of all of them are gathered from the cache, whole, and two batched matrix
-products do the rest. Those with more new tokens are computed by torch's ``scaled_dot_product_attention``: prompts of
-like length together, those with a past one by one.
+products do the rest. Those with more new tokens are `folovllm.attention.prompts`' subject: prompts of like length are
+computed together, those with a past one by one.
 
 Why, on a CPU (two cores, float32): gathering whole blocks by ``index_select`` takes a fifth of the time of gathering
 tokens. Heads come before blocks in the layout, so the gathered blocks are a batch of matrices without another copy. The
@@ -28,10 +28,11 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from folovllm.attention import AttentionBackend, AttentionMetadata
+from folovllm.attention.prompts import attend_to_prompts
 from folovllm.utils import cdiv
+from folovllm.utils.onednn import product_dtype
 from folovllm.utils.transfer import copy_to_device
 
 GATHER_BYTES = 2**24
@@ -42,11 +43,6 @@ FEW_NUMBERS = 2**18
 """Up to so many numbers of gathered keys are few: on a CPU values of 16 bits are multiplied in float32 then, as keys
 are, since a product of 16 bits needs some 30 microseconds before it begins. With AVX-512 a layer of one sequence of
 SmolLM2-135M takes 94 microseconds instead of 133; 16 sequences of Qwen3-0.6B's shape would take 900 instead of 750."""
-
-PIECE_QUERIES, TILE_KEYS = 256, 512
-"""torch's kernel for a CPU multiplies a query with 512 keys at a time, of which it may see few. So a prompt that fits
-into them is computed in two pieces, of which the first reads its own keys alone. 8 prompts of 512 tokens, 16 heads of
-128, take 88 ms a layer instead of 111 in bfloat16 and 98 instead of 120 in float32 (two cores with AVX-512)."""
 
 SHARED_TOKENS = 2048
 """Blocks that decoding sequences share are computed together from this number of tokens on that need no second copy."""
@@ -61,9 +57,9 @@ class GatherAttention(AttentionBackend):
         super().__init__(kv_cache)
         # index_select is fast along the first dimension only, so blocks are numbered across heads.
         self._head_starts = torch.arange(self.num_kv_heads, device=kv_cache.device).unsqueeze(1) * self.num_blocks
-        # A scratch buffer for gathered blocks: allocating it for each layer would double the cost. Keys and values use
-        # it in turn, since a smaller buffer is more likely to stay in the processor's cache.
-        self._scratch = kv_cache.new_empty(0)
+        # Scratch buffers for gathered blocks: allocating them for each layer would double the cost. Keys and values use
+        # them in turn, since a smaller buffer is more likely to stay in the processor's cache.
+        self._scratch = {dtype: kv_cache.new_empty(0, dtype=dtype) for dtype in (kv_cache.dtype, torch.float32)}
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """Sorts a step's sequences: those with one new token, whole prompts by length, and prompts with a past."""
@@ -80,7 +76,7 @@ class GatherAttention(AttentionBackend):
         self._decode_rows: Tensor | None = found[0] if rows else None
         self._decode_tokens: Tensor | None = found[1] if rows else None
         pairs = found[len(rows) :]
-        self._groups = list(zip(map(len, groups), pairs[::2], pairs[1::2], map(self._later_mask, pairs[::2], groups)))
+        self._groups = list(zip(map(len, groups), pairs[::2], pairs[1::2]))
         if len(decodes):
             self._begin_decodes(seq_lens[decodes])
 
@@ -93,21 +89,12 @@ class GatherAttention(AttentionBackend):
         # Padding is on the right, where causal attention never looks, so any token will do.
         return np.minimum(places, ends - 1).flatten().astype(np.int64), np.flatnonzero(places < ends)
 
-    @staticmethod
-    def _later_mask(places: Tensor, group: np.ndarray) -> Tensor | None:
-        """What the later queries of a padded group of prompts see, if they are computed by themselves."""
-        num_tokens = len(places) // len(group)
-        if places.device.type != "cpu" or not PIECE_QUERIES < num_tokens <= TILE_KEYS:
-            return None
-        return _mask_of_last(num_tokens - PIECE_QUERIES, num_tokens, places.device)
-
-    def _look_back(self, i: int) -> tuple[slice, Tensor, Tensor]:
+    def _look_back(self, i: int) -> tuple[slice, Tensor, int]:
         """A sequence with several new tokens and earlier ones: the slice of the new ones in the batch, its blocks, and
-        the mask ``[num_new, num_tokens]`` of what each new one sees."""
+        how many tokens it has."""
         start, end = self.metadata.query_start_loc_cpu[i : i + 2].tolist()
-        num_new, num_tokens = end - start, int(self.metadata.seq_lens_cpu[i])
-        blocks = self.metadata.block_table[i, : cdiv(num_tokens, self.block_size)]
-        return slice(start, end), blocks, _mask_of_last(num_new, num_tokens, blocks.device)
+        num_tokens = int(self.metadata.seq_lens_cpu[i])
+        return slice(start, end), self.metadata.block_table[i, : cdiv(num_tokens, self.block_size)], num_tokens
 
     def _begin_decodes(self, lens_cpu: np.ndarray) -> None:
         """Prepares the sequences with one new token: the blocks that all share, those of each, and what each sees."""
@@ -131,7 +118,8 @@ class GatherAttention(AttentionBackend):
         self._readable = self.kv_cache.unflatten(2, (-1, num_heads)).flatten(3, 4)[:, :, :, :, : self._width]
         numbers = num_heads * len(table) * num_keys * self.kv_cache.shape[-1]
         is_narrow = self.kv_cache.device.type == "cpu" and self.kv_cache.itemsize < torch.float32.itemsize
-        self._are_few = is_narrow and not num_shared and numbers <= FEW_NUMBERS
+        are_few = is_narrow and not num_shared and numbers <= FEW_NUMBERS
+        self._value_dtype = torch.float32 if are_few else product_dtype(self.kv_cache)
         places = torch.arange(self._num_shared_tokens, self._num_shared_tokens + num_keys, device=lens.device)
         unseen = (places >= lens.unsqueeze(1)).repeat(num_heads, 1).unsqueeze(1)
         # [num_heads * num_decodes, 1, num_keys]
@@ -147,12 +135,12 @@ class GatherAttention(AttentionBackend):
         )
         return max(fitting, default=1)
 
-    def _scratch_view(self, *shape: int) -> Tensor:
-        """A view of the scratch buffer in the given shape."""
+    def _scratch_view(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A view of a scratch buffer in the given shape."""
         size = math.prod(shape)
-        if len(self._scratch) < size:
-            self._scratch = self._scratch.new_empty(size + size // 2)  # grow by half, so reallocation is rare
-        return self._scratch[:size].view(shape)
+        if len(self._scratch[dtype]) < size:  # grow by half, so reallocation is rare
+            self._scratch[dtype] = self._scratch[dtype].new_empty(size + size // 2)
+        return self._scratch[dtype][:size].view(shape)
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """One layer's attention: `folovllm.model.decoder.Attend`."""
@@ -162,15 +150,13 @@ class GatherAttention(AttentionBackend):
         out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         if self._num_decodes:
             out[self._decode_tokens] = self._decode(layer, q[self._decode_tokens])
-        for num_rows, places, real, later_mask in self._groups:
+        for num_rows, places, real in self._groups:
             queries, both = (x[places].unflatten(0, (num_rows, -1)).transpose(1, 2) for x in (q, kv))
-            keys, values = both.chunk(2, dim=1)
-            found = attend_to_prompts(queries, keys, values, later_mask)
+            found = attend_to_prompts(queries, *both.chunk(2, dim=1))
             out[places[real]] = found.transpose(1, 2).flatten(0, 1).flatten(1)[real]
-        for new, blocks, mask in self._with_past:
-            keys, values = self.kv_cache[layer][:, :, blocks].flatten(2, 3)[:, None, :, : mask.shape[1]]
-            queries = q[new].transpose(0, 1).unsqueeze(0)
-            found = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+        for new, blocks, num_tokens in self._with_past:
+            keys, values = self.kv_cache[layer][:, :, blocks].flatten(2, 3)[:, None, :, :num_tokens]
+            found = attend_to_prompts(q[new].transpose(0, 1).unsqueeze(0), keys, values)
             out[new] = found[0].transpose(0, 1).flatten(1)
         return out
 
@@ -182,64 +168,43 @@ class GatherAttention(AttentionBackend):
         grouped = q.view(num_rows, self.num_kv_heads, -1, head_dim).transpose(0, 1)
         grouped = grouped.reshape(num_parts, num_matrices, -1, head_dim)
         # Contiguous, or torch would compute the products one by one: three times as slow for 256 sequences.
-        out = torch.empty_like(grouped, memory_format=torch.contiguous_format)
+        out = torch.empty_like(grouped, dtype=self._value_dtype, memory_format=torch.contiguous_format)
         for part in range(num_parts):
             self._decode_part(layer, part, grouped[part], out[part])
-        out = out.view(self.num_kv_heads, num_rows, -1, head_dim).transpose(0, 1)
+        out = out.to(q.dtype).view(self.num_kv_heads, num_rows, -1, head_dim).transpose(0, 1)
         return out.reshape(num_rows, num_heads * head_dim)
 
     def _decode_part(self, layer: int, part: int, q: Tensor, out: Tensor) -> None:
         """Some of the key heads, ``q`` and ``out`` ``[num_matrices, heads per key head, head_dim]``."""
         num_shared, scale = self._num_shared_tokens, q.shape[-1] ** -0.5
         # Rounded to 16 bits, a score would change its token's weight by up to some percent.
-        queries, keys = q.float(), self._gather(layer, 0, part, self._own_blocks, len(q)).float()
+        queries, keys = q.float(), self._gather(layer, 0, part, self._own_blocks, len(q), torch.float32)
         scores = torch.baddbmm(self._decode_mask, queries, keys.transpose(1, 2), alpha=scale)
         if num_shared:
             num_heads = self._num_heads_at_once
-            keys = self._gather(layer, 0, part, self._shared_blocks, num_heads).float()
+            keys = self._gather(layer, 0, part, self._shared_blocks, num_heads, torch.float32)
             shared = torch.bmm(queries.view(num_heads, -1, q.shape[-1]), keys.transpose(1, 2)).mul_(scale)
             scores = torch.cat([shared.view(*scores.shape[:2], num_shared), scores], dim=-1)
-        probs = scores.softmax(dim=-1)
-        values = self._gather(layer, 1, part, self._own_blocks, len(q))
-        if self._are_few:
-            out.copy_(torch.bmm(probs, values.float()))
-            return
-        probs = probs.to(q.dtype)
+        probs = scores.softmax(dim=-1).to(self._value_dtype)
+        values = self._gather(layer, 1, part, self._own_blocks, len(q), self._value_dtype)
         torch.bmm(probs[:, :, num_shared:], values, out=out)
         if num_shared:
-            values = self._gather(layer, 1, part, self._shared_blocks, num_heads)
+            values = self._gather(layer, 1, part, self._shared_blocks, num_heads, self._value_dtype)
             out += torch.bmm(probs[:, :, :num_shared].reshape(num_heads, -1, num_shared), values).view_as(out)
 
-    def _gather(self, layer: int, index: int, part: int, blocks: Tensor, num_matrices: int) -> Tensor:
-        """The keys (``index`` 0) or values (1) in some blocks of one part of the heads.
+    def _gather(
+        self, layer: int, index: int, part: int, blocks: Tensor, num_matrices: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The keys (``index`` 0) or values (1) in some blocks of one part of the heads, in this dtype.
 
         ``[num_matrices, num_keys, head_dim]``, overwritten by the next call.
         """
-        gathered = self._scratch_view(len(blocks), self._width, self.kv_cache.shape[-1])
+        shape = len(blocks), self._width, self.kv_cache.shape[-1]
+        gathered = self._scratch_view(self.kv_cache.dtype, *shape)
         torch.index_select(self._readable[layer, index, part], 0, blocks, out=gathered)
-        return gathered.view(num_matrices, -1, gathered.shape[-1])
-
-
-def _mask_of_last(num_new: int, num_tokens: int, device: torch.device) -> Tensor:
-    """What the last tokens of a sequence see of it, ``[num_new, num_tokens]``."""
-    return torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).tril(num_tokens - num_new)
-
-
-def attend_to_prompts(queries: Tensor, keys: Tensor, values: Tensor, later_mask: Tensor | None) -> Tensor:
-    """Causal attention of whole prompts of one length, ``[num_prompts, num_heads, num_tokens, head_dim]``.
-
-    Args:
-        queries: of the prompts.
-        keys: likewise.
-        values: likewise.
-        later_mask: what the queries from `PIECE_QUERIES` on see, if they are computed by themselves.
-    """
-    if later_mask is None:
-        return scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-    q, k, v = (x[:, :, :PIECE_QUERIES] for x in (queries, keys, values))
-    first = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    later = queries[:, :, PIECE_QUERIES:]
-    return torch.cat([first, scaled_dot_product_attention(later, keys, values, later_mask, enable_gqa=True)], dim=2)
+        if dtype is not gathered.dtype:
+            gathered = self._scratch_view(dtype, *shape).copy_(gathered)
+        return gathered.view(num_matrices, -1, shape[-1])
 
 
 def count_shared_blocks(block_table: Tensor, shortest: int, block_size: int) -> int:

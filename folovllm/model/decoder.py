@@ -173,9 +173,15 @@ class DecoderLayer:
         for linear in self.linears:
             linear.process_weights_after_loading()
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """``x`` and the result ``[num_tokens, hidden_size]``; ``cos``, ``sin`` ``[num_tokens, 1, head_dim]``."""
-        x = x + self.o_proj(self._attention(self.input_layernorm(x), cos, sin, attend))
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """``x`` and the result ``[num_tokens, hidden_size]``; ``cos``, ``sin`` ``[num_tokens, 1, head_dim]``.
+
+        ``rows`` are the tokens whose result is wanted; None: all.
+        """
+        attended = self._attention(self.input_layernorm(x), cos, sin, attend)
+        if rows is not None:
+            x, attended = x[rows], attended[rows]
+        x = x + self.o_proj(attended)
         gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate).mul_(up))
 
@@ -223,29 +229,36 @@ class Decoder:
         self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The last hidden state of every token.
+    def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """The last hidden state of every token, or of some.
+
+        Nobody reads what the last layer makes of the others but their keys and values, so no more is computed of them.
 
         Args:
             input_ids: ``[num_tokens]``, the new tokens of all sequences of the step, one after the other.
             positions: ``[num_tokens]``, the place of each in its own sequence.
             attend: attention over the cache.
+            rows: the places of those in the batch, int64 ``[num_rows]``, at least one; None: every token.
 
         Returns:
-            ``[num_tokens, hidden_size]``.
+            ``[num_rows, hidden_size]``.
         """
         if self._has_fused and isinstance(attend, KernelBackend):
-            return self._run_fused(F.embedding(input_ids, self.embedding), positions, attend)
+            return self._run_fused(F.embedding(input_ids, self.embedding), positions, attend, rows)
         x, cos, sin = self.embed(input_ids, positions)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, cos, sin, attend)
-        return self.norm(x)
+        return self.finish(x, cos, sin, attend, rows)
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the first `DecoderLayer` is given: ``x``, ``cos`` and ``sin``."""
         return F.embedding(input_ids, self.embedding), self.cos[positions], self.sin[positions]
 
-    def _run_fused(self, residual: Tensor, positions: Tensor, attend: KernelBackend) -> Tensor:
+    def finish(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
+        """What the last `DecoderLayer` and the last norm make of what the others have made."""
+        return self.norm(self.layers[-1](x, cos, sin, attend, rows))
+
+    def _run_fused(self, residual: Tensor, positions: Tensor, attend: KernelBackend, rows: Tensor | None) -> Tensor:
         """What all `DecoderLayer` and the last norm do, in fewer kernels: each norm adds what came before it first."""
         slot_mapping, x = attend.metadata.slot_mapping, None
         for layer in self.layers:
@@ -255,7 +268,10 @@ class Decoder:
                 qkv.view(len(qkv), -1, layer.head_dim), qk_weight, norm.eps,
                 self.cos, self.sin, positions, attend.slots(layer.index), slot_mapping,
             )  # fmt: skip
-            x, norm = layer.o_proj(attend.read(layer.index, q)), layer.post_attention_layernorm
+            attended, norm = attend.read(layer.index, q), layer.post_attention_layernorm
+            if rows is not None and layer is self.layers[-1]:
+                residual, attended = residual[rows], attended[rows]
+            x = layer.o_proj(attended)
             gate_up = layer.gate_up_proj(fused.add_rms_norm(residual, x, norm.weight, norm.eps))
             x = layer.down_proj(fused.silu_and_mul(gate_up))
         return fused.add_rms_norm(residual, x, self.norm.weight, self.norm.eps)

@@ -188,18 +188,19 @@ class Compiler:
 
 
 class CompiledPass:
-    """A model's way from tokens to what its last layer gives, compiled: what passes of all kinds have in common.
+    """A model's way from tokens through its layers, compiled: what passes of all kinds have in common.
 
     Args:
         decoder: the model.
+        layers: those that are compiled.
         num_rows: how many tokens it has, `FEW_ROWS` at most; None: any number.
     """
 
-    def __init__(self, decoder: Decoder, num_rows: int | None) -> None:
+    def __init__(self, decoder: Decoder, layers: list[DecoderLayer], num_rows: int | None) -> None:
         self.decoder, self.num_rows = decoder, num_rows or TYPICAL_NUM_ROWS
         self.own = Parts.of(decoder, has_few_rows=num_rows is not None)
-        self.layers = [Parts.of(layer, has_few_rows=num_rows is not None) for layer in decoder.layers]
-        self.per_layer: list[list[Tensor]] = [[] for _ in decoder.layers]
+        self.layers = [(layer, Parts.of(layer, has_few_rows=num_rows is not None)) for layer in layers]
+        self.per_layer: list[list[Tensor]] = [[] for _ in layers]
         """What the attention of each layer is given beside what is the same for all."""
         self._row_dim = DimDynamic.DUCK if num_rows is None else DimDynamic.STATIC
 
@@ -216,7 +217,7 @@ class CompiledPass:
         make_attend: Callable[..., Attend],
         lasts: list[Tensor],
     ) -> Tensor:
-        """Compiles the beginning and each kind of layer; returns an example of what the last layer gives.
+        """Compiles the beginning and each kind of layer; returns an example of what the last of them gives.
 
         Args:
             compiler: of this pass.
@@ -235,11 +236,11 @@ class CompiledPass:
             return (layer(x, cos, sin, make_attend(*given)),)
 
         compiled: dict[tuple[object, ...], Function] = {}
-        for layer, parts in zip(self.decoder.layers, self.layers):
+        for layer, parts in self.layers:
             if parts.kind not in compiled:
                 run, own = self._with_own_first(layer, parts, run_layer), map(compiler.pretend, parts.tensors)
                 compiled[parts.kind], _ = compiler(run, [*own, x, *same, *lasts])
-        self._run_layers = [compiled[parts.kind] for parts in self.layers]
+        self._run_layers = [compiled[parts.kind] for _, parts in self.layers]
         return x
 
     @staticmethod
@@ -255,37 +256,42 @@ class CompiledPass:
         return run
 
     def _run(self, begins: list[Tensor], end: Function, attend: Attend | None = None) -> Any:
-        """What ``end`` makes of what the last layer gives.
+        """What ``end`` makes of what the layers give.
 
         Args:
             begins: those of `_compile`.
-            end: called while compiled code may call the decoder's own products.
+            end: called while compiled code may call the decoder's own products, with what a further layer would be
+                given.
             attend: attention, if that is not compiled.
         """
         before = _CALLED.set(Called(self.own.products))
         try:
             x, *same = self._run_begin(*self.own.tensors, *begins)
-            for run, layer, parts, last in zip(self._run_layers, self.decoder.layers, self.layers, self.per_layer):
+            for run, (layer, parts), last in zip(self._run_layers, self.layers, self.per_layer):
                 _CALLED.set(Called(parts.products, attend and functools.partial(attend, layer.index)))
                 (x,) = run(*parts.tensors, x, *same, *last)
             _CALLED.set(Called(self.own.products))
-            return end(x)
+            return end(x, *same)
         finally:
             _CALLED.reset(before)  # or a model and its cache would be kept
 
 
 class CompiledDecoder(CompiledPass):
-    """The pass of any step, as `Decoder` has it, but for attention, which stays the backend's."""
+    """The pass of any step, as `Decoder` has it, but for attention, which stays the backend's, and the last layer.
+
+    Much of that is left out for most tokens (`Decoder.__call__`).
+    """
 
     def __init__(self, decoder: Decoder) -> None:
-        super().__init__(decoder, None)
+        super().__init__(decoder, decoder.layers[:-1], None)
         compiler = Compiler()
         begins = [self._pretend_rows(compiler), self._pretend_rows(compiler)]
         self._compile(compiler, Decoder.embed, begins, lambda: _call_attention, [])
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The last hidden state of every token: `Decoder.__call__`."""
-        return self._run([input_ids, positions], self.decoder.norm, attend)
+    def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """The last hidden state of every token, or of some: `Decoder.__call__`."""
+        end = functools.partial(self.decoder.finish, attend=attend, rows=rows)
+        return self._run([input_ids, positions], end, attend)
 
 
 def _call_attention(layer: int, q: Tensor, kv: Tensor) -> Tensor:
@@ -314,7 +320,7 @@ class CompiledStep(CompiledPass):
     """
 
     def __init__(self, decoder: Decoder, attention: GatherAttention, kind: StepKind) -> None:
-        super().__init__(decoder, kind.num_rows)
+        super().__init__(decoder, decoder.layers, kind.num_rows)
         cache, any_length = attention.kv_cache, DimDynamic.DYNAMIC
         num_kv_heads, num_blocks, self.block_size = cache.shape[2:5]
         self.per_layer = [list(layer.view(2, -1, cache.shape[-1])) for layer in cache]
@@ -362,8 +368,8 @@ class CompiledStep(CompiledPass):
             places: 0, 1, … up to the last token of the longest sequence, without those that all share, which come next.
         """
         slots, lens, table = metadata.slot_mapping, metadata.seq_lens, metadata.block_table
-        end = functools.partial(self._run_end, *self.own.tensors)
-        return StepOutputs(*self._run([input_ids, positions, slots, lens, table, self.head_starts, *places], end))
+        begins = [input_ids, positions, slots, lens, table, self.head_starts, *places]
+        return StepOutputs(*self._run(begins, lambda x, *_: self._run_end(*self.own.tensors, x)))
 
 
 class CompiledSteps(PreparedSteps):

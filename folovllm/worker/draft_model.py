@@ -24,7 +24,7 @@ from folovllm.sample.sampler import Sampler, SamplingMetadata
 from folovllm.sample.speculative import draw_guesses, make_draft_generator
 from folovllm.utils import cdiv
 from folovllm.utils.transfer import copy_to_device
-from folovllm.worker.model_runner import ModelRunner, select_rows
+from folovllm.worker.model_runner import ModelRunner, place_rows
 
 USUAL_LAG = 2
 """Newest tokens of a sequence that the draft model has not read after a step: the model's own one, and its last guess
@@ -142,12 +142,12 @@ class DraftModel(ModelRunner):
             step.add(part, end - first)
         input_ids, positions, metadata = self.prepare(step)
         self.attention.begin(metadata)
-        hidden = self.decoder(input_ids, positions, self.attention)
+        last = place_rows((metadata.query_start_loc_cpu[1:] - 1).tolist(), len(input_ids), self.decoder.device)
+        hidden = self.decoder(input_ids, positions, self.attention, last)
         for seq, first, end in work:
             for index in range(first // self.block_size, cdiv(end, self.block_size)):
                 self._num_filled[seq.block_ids[index]] = min(end - index * self.block_size, self.block_size)
-        last_rows = (metadata.query_start_loc_cpu[1:] - 1).tolist()
-        return self.decoder.compute_logits(*select_rows(last_rows, hidden))
+        return self.decoder.compute_logits(hidden)
 
 
 @dataclass

@@ -99,19 +99,15 @@ def _report_on(
     return found
 
 
-def _report_on_prompts(
-    decoder: Decoder, sampler: Sampler, hidden: Tensor, scheduler_output: SchedulerOutput
-) -> dict[str, tuple[int, list[dict[int, Logprob] | None]]]:
-    """Log probabilities of the prompt tokens that this step's hidden states predict, where asked for."""
-    found = {}
-    start = 0
+def _reported(scheduler_output: SchedulerOutput) -> list[tuple[Sequence, slice]]:
+    """Sequences of whose prompts log probabilities are asked for, and the rows of a step that predict their tokens."""
+    found, start = [], 0
     for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
-        first, count = seq.num_computed_tokens, seq.sampling_params.prompt_logprobs
-        token_ids = seq.data.prompt_token_ids[first : first + num_new + 1]
+        num_predicting = min(num_new, len(seq.data.prompt_token_ids) - seq.num_computed_tokens - 1)
         # Once there is an output, the whole prompt has been reported.
-        if count is not None and len(token_ids) > 1 and seq.index == 0 and seq.get_output_len() == 0:
-            predicting = hidden[start : start + len(token_ids) - 1]
-            found[seq.seq_id] = first + 1, _report_on(decoder, sampler, seq, first, predicting)
+        is_new = seq.sampling_params.prompt_logprobs is not None and seq.index == 0 and seq.get_output_len() == 0
+        if is_new and num_predicting > 0:
+            found.append((seq, slice(start, start + num_predicting)))
         start += num_new
     return found
 
@@ -151,12 +147,15 @@ def _largest_batch(
     )
 
 
-def select_rows(rows: list[int], *tensors: Tensor) -> list[Tensor]:
-    """Some rows of each tensor, in this order; the tensors themselves if it is all of them, as in a decode step."""
-    if rows == list(range(len(tensors[0]))):
-        return [*tensors]
-    (places,) = copy_to_device([np.array(rows, dtype=np.int64)], tensors[0].device)
-    return [x.index_select(0, places) for x in tensors]
+def place_rows(rows: list[int], num_tokens: int, device: torch.device) -> Tensor | None:
+    """Rows of a flat batch as a tensor; None if it is all of them in order, as in a decode step.
+
+    For none it is the first one, as in the middle of a prompt: not every kernel can compute nothing.
+    """
+    if rows == list(range(num_tokens)):
+        return None
+    (places,) = copy_to_device([np.array(rows or [0], dtype=np.int64)], device)
+    return places
 
 
 class ModelRunner:
@@ -277,13 +276,17 @@ class ModelRunner:
         """Computes a step: one forward pass over all its tokens, then tokens for each entry of ``sampled``."""
         self.prepare_blocks(scheduler_output)
         draft_probs = None if self.draft is None else self.draft.guess(scheduler_output)
-        hidden, logits, *likeliest = self._forward(scheduler_output)
+        reported = _reported(scheduler_output)
+        hidden, logits, *likeliest = self._forward(scheduler_output, needs_all=len(reported) > 0)
         seqs = [seq for seq, _ in scheduler_output.sampled]
         if scheduler_output.scheduled_spec_token_ids:
             output = self._verify(logits, seqs, [scheduler_output.get_guesses(seq) for seq in seqs], draft_probs)
         else:
             output = self._sample(logits, scheduler_output.sampled, *likeliest)
-        output.prompt_logprobs = _report_on_prompts(self.decoder, self.sampler, hidden, scheduler_output)
+        for seq, rows in reported:
+            first = seq.num_computed_tokens
+            found = _report_on(self.decoder, self.sampler, seq, first, hidden[rows])
+            output.prompt_logprobs[seq.seq_id] = first + 1, found
         if self.proposer is not None:
             output.spec_token_ids = self.proposer.propose(seqs, output.sampled_token_ids)
         return output
@@ -294,18 +297,22 @@ class ModelRunner:
         if self.backend_cls.reads_whole_blocks:
             clear_begun_blocks(self.kv_cache, self.backend_cls.block_dim, self.block_size, scheduler_output)
 
-    def _forward(self, scheduler_output: SchedulerOutput) -> list[Tensor]:
-        """Hidden states of all tokens, logits of the sampled rows, and what a recorded step has found likeliest."""
+    def _forward(self, scheduler_output: SchedulerOutput, needs_all: bool) -> list[Tensor]:
+        """Hidden states, logits of the sampled rows, and what a prepared step has found likeliest.
+
+        The hidden states are those of all tokens if that is needed, else perhaps of the sampled rows alone.
+        """
         input_ids, positions, metadata = self.prepare(scheduler_output)
-        rows = scheduler_output.get_sampled_rows()
+        rows = place_rows(scheduler_output.get_sampled_rows(), len(input_ids), self.decoder.device)
         steps = self.prepared_steps
         if steps is not None and steps.takes(metadata):
             hidden, *found = steps.run(input_ids, positions, metadata)
-            return [hidden, *select_rows(rows, *found)]
+            return [hidden, *(x if rows is None else x[rows] for x in found)]
         self.attention.begin(metadata)
         decoder = self.decoder if steps is None else steps.decoder
-        hidden = decoder(input_ids, positions, self.attention)
-        return [hidden, self.decoder.compute_logits(*select_rows(rows, hidden))]
+        hidden = decoder(input_ids, positions, self.attention, None if needs_all else rows)
+        sampled = hidden[rows] if needs_all and rows is not None else hidden
+        return [hidden, self.decoder.compute_logits(sampled)]
 
     def _sample(self, logits: Tensor, sampled: list[tuple[Sequence, int]], *likeliest: Tensor) -> RunnerOutput:
         """A token, with log probabilities if asked for, for each sequence whose last token was computed."""

@@ -42,7 +42,7 @@ class PreparedSteps(ABC):
     """The word for what was done to them."""
     num_reserved_blocks: ClassVar[int] = 0
     """Blocks at the end of the cache that no sequence may have."""
-    decoder: Callable[[Tensor, Tensor, AttentionBackend], Tensor]
+    decoder: Callable[[Tensor, Tensor, AttentionBackend, Tensor | None], Tensor]
     """What computes the hidden states of steps that are not taken whole: `Decoder.__call__`."""
 
     @classmethod

@@ -76,6 +76,18 @@ def test_the_logits_are_transformers(name, tmp_path):
     assert ours.abs().max() > 1
 
 
+@pytest.mark.parametrize("rows", [[199], [0, 63, 64, 199], [7, 2]])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_some_rows_are_those_of_all(name, rows, tmp_path):
+    save(CONFIGS[name], tmp_path)
+    decoder, ids = load(tmp_path), torch.randint(0, 300, (200,), device=DEVICE)
+    places, wanted = torch.arange(200, device=DEVICE), torch.tensor(rows, device=DEVICE)
+    every, some = decoder(ids, places, attend), decoder(ids, places, attend, wanted)
+    assert some.shape == (len(rows), decoder.config.hidden_size)
+    assert (some - every[rows]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "config, message",
     [

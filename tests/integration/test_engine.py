@@ -256,6 +256,29 @@ class TestSharing:
         assert best[0].token_ids == max(every, key=lambda answer: answer.cumulative_logprob).token_ids
 
 
+class TestWork:
+    @cpu_only  # on a GPU the last steps are recorded
+    @pytest.mark.parametrize("prompt_logprobs", [None, 0])
+    def test_the_last_layer_multiplies_what_is_sampled_and_no_more(self, checkpoint, prompt_logprobs, monkeypatch):
+        """Beside keys and values; all of a prompt if its log probabilities are asked for."""
+        engine = make_engine(checkpoint, enable_chunked_prefill=True, max_num_batched_tokens=40)
+        counts = []
+        for layer in (engine.decoder.layers[0], engine.decoder.layers[-1]):
+            rows = []
+            multiply = layer.down_proj.multiply
+            monkeypatch.setattr(
+                layer.down_proj, "multiply", lambda x, rows=rows, multiply=multiply: rows.append(len(x)) or multiply(x)
+            )
+            counts.append(rows)
+        params = SamplingParams(**{**GREEDY, "max_tokens": 2}, prompt_logprobs=prompt_logprobs)
+        for i, length in enumerate((50, 20)):
+            engine.add_request(str(i), list(range(3, 3 + length)), params)
+        run_all(engine)
+        # 40 tokens of the first prompt, of which none is sampled; its other 10 and the second prompt; one of each.
+        assert counts[0] == [40, 30, 2]
+        assert counts[1] == ([1, 2, 2] if prompt_logprobs is None else [40, 30, 2])
+
+
 @pytest.fixture(scope="module")
 def llm():
     return LLM(str(EMBEDDED_MODEL), **HERE, max_model_len=300)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from folovllm.model.layers import Linear, RMSNorm, has_onednn
+from folovllm.model.layers import Linear, RMSNorm
+from folovllm.utils.onednn import has_onednn
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
 
