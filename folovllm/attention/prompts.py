@@ -29,11 +29,6 @@ SCORE_BYTES = 2**21
 """Most bytes of scores at once (2 MiB), or those of one sequence; two cores have as large a cache of their own."""
 
 
-def mask_of_last(num_new: int, num_tokens: int, device: torch.device) -> Tensor:
-    """What the last tokens of a sequence see of it, ``[num_new, num_tokens]``."""
-    return torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).tril(num_tokens - num_new)
-
-
 def attend_to_prompts(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of the last tokens of sequences of one length; each sees all before it, and itself.
 
@@ -48,7 +43,9 @@ def attend_to_prompts(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     num_heads, num_new = queries.shape[1:3]
     num_tokens = keys.shape[2]
     if queries.device.type != "cpu":
-        mask = None if num_new == num_tokens else mask_of_last(num_new, num_tokens, queries.device)
+        mask = None
+        if num_new < num_tokens:
+            mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=queries.device).tril(num_tokens - num_new)
         return scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, enable_gqa=True)
     out = torch.empty(queries.shape, dtype=queries.dtype)
     seq_bytes = num_heads * min(num_new, QUERIES_AT_ONCE) * num_tokens * torch.float32.itemsize
@@ -63,14 +60,19 @@ def _attend(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> None:
     num_kv_heads, num_new, head_dim = keys.shape[1], *queries.shape[2:]
     past = keys.shape[2] - num_new
     # The heads that share a key are rows of one matrix: [num_seqs * num_kv_heads, group, num_new, head_dim].
-    queries = (queries.float() * head_dim**-0.5).unflatten(1, (num_kv_heads, -1)).flatten(0, 1)
-    out = out.unflatten(1, (num_kv_heads, -1)).flatten(0, 1)
-    keys, values = keys.float().flatten(0, 1).transpose(1, 2), values.to(product_dtype(values)).flatten(0, 1)
-    later = torch.ones(QUERIES_AT_ONCE, QUERIES_AT_ONCE, dtype=torch.bool).triu(1)
+    out, queries = (x.unflatten(1, (num_kv_heads, -1)) for x in (out, queries))
+    out, queries = out.flatten(0, 1), _copy(queries, torch.float32).mul_(head_dim**-0.5)
+    keys, values = _copy(keys, torch.float32).transpose(1, 2), _copy(values, product_dtype(values))
+    later = torch.full((QUERIES_AT_ONCE, QUERIES_AT_ONCE), -math.inf).triu(1)  # minus infinity where a key is hidden
     for start in range(0, num_new, QUERIES_AT_ONCE):
         some = queries[:, :, start : start + QUERIES_AT_ONCE]
         num, seen = some.shape[2], past + start + some.shape[2]
         scores = torch.bmm(some.flatten(1, 2), keys[:, :, :seen])
-        scores.unflatten(1, (-1, num))[..., past + start :].masked_fill_(later[:num, :num], -math.inf)
+        scores.unflatten(1, (-1, num))[..., past + start :].add_(later[:num, :num])
         found = torch.bmm(scores.softmax(dim=-1).to(values.dtype), values[:, :seen])
         out[:, :, start : start + num] = found.unflatten(1, (-1, num))
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """One matrix after the other, each row after row."""
+    return torch.empty(x.shape, dtype=dtype).copy_(x).flatten(0, 1)
