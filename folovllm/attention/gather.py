@@ -202,7 +202,9 @@ class GatherAttention(AttentionBackend):
         shape = len(blocks), self._width, self.kv_cache.shape[-1]
         gathered = self._scratch_view(self.kv_cache.dtype, *shape)
         torch.index_select(self._readable[layer, index, part], 0, blocks, out=gathered)
-        if dtype is not gathered.dtype:
+        if gathered.device.type != "cpu":  # where memory is short, and allocated in no time
+            gathered = gathered.to(dtype)
+        elif dtype is not gathered.dtype:
             gathered = self._scratch_view(dtype, *shape).copy_(gathered)
         return gathered.view(num_matrices, -1, shape[-1])
 

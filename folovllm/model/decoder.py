@@ -232,7 +232,7 @@ class Decoder:
     def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """The last hidden state of every token, or of some.
 
-        Nobody reads what the last layer makes of the others but their keys and values, so no more is computed of them.
+        Of the others nobody reads what the last layer makes of them behind its attention, so that is not computed.
 
         Args:
             input_ids: ``[num_tokens]``, the new tokens of all sequences of the step, one after the other.

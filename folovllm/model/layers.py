@@ -108,9 +108,10 @@ class Linear(LinearBase):
         if self._use_onednn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         if len(x) >= ROWS_FOR_FLOATS and product_dtype(x) is not x.dtype:
-            parts = [F.linear(x.float(), rows.float()) for rows in self.weight.split(OUTPUTS_AT_ONCE)]
-            out = torch.cat(parts, dim=-1)
-            return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+            wide, out = x.float(), x.new_empty(len(x), len(self.weight))
+            for part, rows in zip(out.split(OUTPUTS_AT_ONCE, dim=1), self.weight.split(OUTPUTS_AT_ONCE)):
+                part.copy_(F.linear(wide, rows.float()))
+            return out if self.bias is None else out.add_(self.bias)
         return F.linear(x, self.weight, self.bias)
 
 

@@ -18,10 +18,12 @@ def has_onednn(x: Tensor) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which such numbers are multiplied in matrices: on a CPU, 16 bits only where oneDNN has them.
+    """The dtype in which such numbers are multiplied in matrices: on a CPU, 16 bits only where `has_onednn` says so.
+
+    (It is not asked for float16, which the newest CPUs have.)
 
     Where it has not, torch multiplies 16 bits number by number: 256 rows by a weight of 6,144 x 1,024 in 84 ms, and in
-    23 in float32, the weight's conversion included; 128 products of 128 x 512 by 512 x 128 in 7 s instead of 80 ms (two
-    cores that torch was told have AVX2 and no AVX-512).
+    23 in float32, the weight's conversion included; and 8 prompts of 512 tokens attend (16 heads of 128) in 7 s instead
+    of 80 ms (two cores that torch was told have AVX2 and no AVX-512).
     """
     return x.dtype if x.device.type != "cpu" or has_onednn(x) else torch.promote_types(x.dtype, torch.float32)

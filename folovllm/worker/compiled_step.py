@@ -192,15 +192,14 @@ class CompiledPass:
 
     Args:
         decoder: the model.
-        layers: those that are compiled.
         num_rows: how many tokens it has, `FEW_ROWS` at most; None: any number.
     """
 
-    def __init__(self, decoder: Decoder, layers: list[DecoderLayer], num_rows: int | None) -> None:
+    def __init__(self, decoder: Decoder, num_rows: int | None) -> None:
         self.decoder, self.num_rows = decoder, num_rows or TYPICAL_NUM_ROWS
         self.own = Parts.of(decoder, has_few_rows=num_rows is not None)
-        self.layers = [(layer, Parts.of(layer, has_few_rows=num_rows is not None)) for layer in layers]
-        self.per_layer: list[list[Tensor]] = [[] for _ in layers]
+        self.layers = [Parts.of(layer, has_few_rows=num_rows is not None) for layer in decoder.layers]
+        self.per_layer: list[list[Tensor]] = [[] for _ in decoder.layers]
         """What the attention of each layer is given beside what is the same for all."""
         self._row_dim = DimDynamic.DUCK if num_rows is None else DimDynamic.STATIC
 
@@ -236,11 +235,11 @@ class CompiledPass:
             return (layer(x, cos, sin, make_attend(*given)),)
 
         compiled: dict[tuple[object, ...], Function] = {}
-        for layer, parts in self.layers:
+        for layer, parts in zip(self.decoder.layers, self.layers):
             if parts.kind not in compiled:
                 run, own = self._with_own_first(layer, parts, run_layer), map(compiler.pretend, parts.tensors)
                 compiled[parts.kind], _ = compiler(run, [*own, x, *same, *lasts])
-        self._run_layers = [compiled[parts.kind] for _, parts in self.layers]
+        self._run_layers = [compiled[parts.kind] for parts in self.layers]
         return x
 
     @staticmethod
@@ -255,7 +254,9 @@ class CompiledPass:
 
         return run
 
-    def _run(self, begins: list[Tensor], end: Function, attend: Attend | None = None) -> Any:
+    def _run(
+        self, begins: list[Tensor], end: Function, attend: Attend | None = None, num_layers: int | None = None
+    ) -> Any:
         """What ``end`` makes of what the layers give.
 
         Args:
@@ -263,11 +264,13 @@ class CompiledPass:
             end: called while compiled code may call the decoder's own products, with what a further layer would be
                 given.
             attend: attention, if that is not compiled.
+            num_layers: of the first ones, if not all are run.
         """
         before = _CALLED.set(Called(self.own.products))
         try:
             x, *same = self._run_begin(*self.own.tensors, *begins)
-            for run, (layer, parts), last in zip(self._run_layers, self.layers, self.per_layer):
+            layers = list(zip(self._run_layers, self.decoder.layers, self.layers, self.per_layer))
+            for run, layer, parts, last in layers[:num_layers]:
                 _CALLED.set(Called(parts.products, attend and functools.partial(attend, layer.index)))
                 (x,) = run(*parts.tensors, x, *same, *last)
             _CALLED.set(Called(self.own.products))
@@ -277,21 +280,21 @@ class CompiledPass:
 
 
 class CompiledDecoder(CompiledPass):
-    """The pass of any step, as `Decoder` has it, but for attention, which stays the backend's, and the last layer.
-
-    Much of that is left out for most tokens (`Decoder.__call__`).
-    """
+    """The pass of any step, as `Decoder` has it, but for attention, which stays the backend's."""
 
     def __init__(self, decoder: Decoder) -> None:
-        super().__init__(decoder, decoder.layers[:-1], None)
+        super().__init__(decoder, None)
         compiler = Compiler()
         begins = [self._pretend_rows(compiler), self._pretend_rows(compiler)]
         self._compile(compiler, Decoder.embed, begins, lambda: _call_attention, [])
 
     def __call__(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """The last hidden state of every token, or of some: `Decoder.__call__`."""
+        begins = [input_ids, positions]
+        if rows is None:
+            return self._run(begins, lambda x, *_: self.decoder.norm(x), attend)
         end = functools.partial(self.decoder.finish, attend=attend, rows=rows)
-        return self._run([input_ids, positions], end, attend)
+        return self._run(begins, end, attend, num_layers=len(self.layers) - 1)
 
 
 def _call_attention(layer: int, q: Tensor, kv: Tensor) -> Tensor:
@@ -320,7 +323,7 @@ class CompiledStep(CompiledPass):
     """
 
     def __init__(self, decoder: Decoder, attention: GatherAttention, kind: StepKind) -> None:
-        super().__init__(decoder, decoder.layers, kind.num_rows)
+        super().__init__(decoder, kind.num_rows)
         cache, any_length = attention.kv_cache, DimDynamic.DYNAMIC
         num_kv_heads, num_blocks, self.block_size = cache.shape[2:5]
         self.per_layer = [list(layer.view(2, -1, cache.shape[-1])) for layer in cache]

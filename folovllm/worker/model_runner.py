@@ -150,7 +150,7 @@ def _largest_batch(
 def place_rows(rows: list[int], num_tokens: int, device: torch.device) -> Tensor | None:
     """Rows of a flat batch as a tensor; None if it is all of them in order, as in a decode step.
 
-    For none it is the first one, as in the middle of a prompt: not every kernel can compute nothing.
+    For none, as in the middle of a prompt, it is the first, which nobody reads: not every kernel can compute nothing.
     """
     if rows == list(range(num_tokens)):
         return None
@@ -311,6 +311,8 @@ class ModelRunner:
         self.attention.begin(metadata)
         decoder = self.decoder if steps is None else steps.decoder
         hidden = decoder(input_ids, positions, self.attention, None if needs_all else rows)
+        if not scheduler_output.sampled:  # in the middle of a prompt
+            return [hidden, hidden[:0]]
         sampled = hidden[rows] if needs_all and rows is not None else hidden
         return [hidden, self.decoder.compute_logits(sampled)]
 

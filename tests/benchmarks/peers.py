@@ -275,6 +275,7 @@ def measure(row: Row, name: str, columns: list[str], env: Path, scratch: Path, r
     useful = sum(wanted for _, wanted in work)
     cells, all_ours = dict.fromkeys(columns, "not measured"), []
     # Eager, activations beside 8 bits are faster in float32; compiled, in 16 bits, as keys and values are half as long.
+    # Beside 4 bits "auto" means 16.
     dtype = row.dtype if name.endswith("compiled") else "auto"
     in_bits = {} if row.quantization is None else {"dtype": dtype, "quantization": row.quantization}
     if row.quantization not in (None, "int8"):

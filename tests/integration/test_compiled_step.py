@@ -138,11 +138,12 @@ def test_the_pass_of_any_step(kwargs, tolerance) -> None:
         slots = np.concatenate([table[of // 4] * 4 + of % 4 for table, of in zip(tables, places)])
         metadata = AttentionMetadata.from_arrays(starts, lens, slots, tables)
         given = torch.arange(len(slots)) + 3, torch.from_numpy(np.concatenate(places))
-        found = []
-        for decoder, attention in ((work.decoder, work.plain), (work.steps.decoder, work.steps.attention)):
-            attention.begin(metadata)
-            found.append((decoder(*given, attention), attention.kv_cache))
-        torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
+        for rows in (None, torch.tensor([len(slots) - 1, 0])):
+            found = []
+            for decoder, attention in ((work.decoder, work.plain), (work.steps.decoder, work.steps.attention)):
+                attention.begin(metadata)
+                found.append((decoder(*given, attention, rows), attention.kv_cache))
+            torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
     assert isinstance(work.steps.decoder, CompiledDecoder)
 
 

@@ -260,7 +260,7 @@ class TestWork:
     @cpu_only  # on a GPU the last steps are recorded
     @pytest.mark.parametrize("prompt_logprobs", [None, 0])
     def test_the_last_layer_multiplies_what_is_sampled_and_no_more(self, checkpoint, prompt_logprobs, monkeypatch):
-        """Beside keys and values; all of a prompt if its log probabilities are asked for."""
+        """Behind its attention; all of a prompt if its log probabilities are asked for."""
         engine = make_engine(checkpoint, enable_chunked_prefill=True, max_num_batched_tokens=40)
         counts = []
         for layer in (engine.decoder.layers[0], engine.decoder.layers[-1]):

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from folovllm import LLM, SamplingParams
+from folovllm.attention.gather import GatherAttention
 from folovllm.attention.prompts import attend_to_prompts
 from folovllm.model import layers
-from folovllm.model.layers import OUTPUTS_AT_ONCE, ROWS_FOR_FLOATS, Linear
+from folovllm.model.layers import ROWS_FOR_FLOATS, Linear
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import onednn
 
@@ -60,11 +61,6 @@ def test_a_weight_becomes_floats_for_many_rows(dtype, num_rows, bias, monkeypatc
     assert {found[1] for found in products.found} == {torch.float32 if is_wide else dtype}
 
 
-def test_no_more_of_a_weight_becomes_floats_than_fits():
-    """The largest weight is a head's: 600 MB in float32, had it 150,000 outputs and 1,000 inputs."""
-    assert OUTPUTS_AT_ONCE * 5120 * 4 < 2**27
-
-
 def test_prompts_attend_in_floats(dtype):
     torch.manual_seed(0)
     queries, keys, values = (torch.randn(2, heads, 100, 32).to(dtype) for heads in (4, 2, 2))
@@ -78,13 +74,23 @@ def test_prompts_attend_in_floats(dtype):
 
 
 def test_no_slow_product_is_left_in_an_answer(dtype, monkeypatch):
-    """Prompts, one with a past, decoding with few values and with many, and with a prefix that all share."""
-    monkeypatch.setattr("folovllm.attention.gather.FEW_NUMBERS", 1000)
+    """Prompts, one with a past, decoding of many values, and after a prefix that all share."""
+    monkeypatch.setattr("folovllm.attention.gather.FEW_NUMBERS", 0)
     monkeypatch.setattr("folovllm.attention.gather.SHARED_TOKENS", 1)
-    llm = LLM(str(EMBEDDED_MODEL), device="cpu", dtype=dtype, enable_chunked_prefill=True, max_num_batched_tokens=100)
-    prompts = [list(range(3, 3 + n)) for n in (150, 80, 40, 5)]
+    settings = {"enable_chunked_prefill": True, "max_num_batched_tokens": 100, "enable_prefix_caching": True}
+    llm = LLM(str(EMBEDDED_MODEL), device="cpu", dtype=dtype, **settings)
+    params, shares = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), []
+    begin = GatherAttention._begin_decodes
+
+    def note(self, lens):
+        begin(self, lens)
+        shares.append(self._num_shared_tokens > 0)
+
+    monkeypatch.setattr(GatherAttention, "_begin_decodes", note)
     with Products() as products:
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+        llm.generate([list(range(3, 3 + n)) for n in (150, 80, 40, 5)], params)
+        llm.generate([[*range(3, 35), last] for last in (40, 41, 42)], params)
+    assert {*shares} == {False, True}
     assert {name for name, _, _ in products.found} >= {"linear", "bmm", "baddbmm"}
     slow = {found for found in products.found if found[1] is dtype}
     assert all(name in ("linear", "mm") and num_rows < ROWS_FOR_FLOATS for name, _, num_rows in slow), slow
