@@ -56,8 +56,10 @@ logger = logging.getLogger(__name__)
 WHOLE = 2.0**7
 """What weights of 8 bits are divided by to be at most 1, which changes no digit of a float."""
 MAX_ROTATED = 64
-"""Neighbouring inputs that are rotated together, at most; a power of two. With 32 SmolLM2-135M loses 0.007 nats per
-token, with 64 0.002, and the cost grows with it."""
+"""Inputs that are rotated together, at most; a power of two. With 32 SmolLM2-135M loses 0.007 nats per token, with 64
+0.002, and the cost grows with it."""
+MIN_APART = 16
+"""So far apart inputs must be that are rotated together and are no neighbours: floats in a vector of AVX-512."""
 ROWS_AT_ONCE = 4096
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
 
@@ -92,14 +94,19 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Each block of neighbours in the last dimension, of `MAX_ROTATED` or what divides it, times `hadamard`; float32.
+    """Blocks of `MAX_ROTATED` numbers of the last dimension, or of what divides it, times `hadamard`; float32.
 
-    ``rotate(x) @ rotate(weight).T`` is ``x @ weight.T``. But a number that is much larger than its neighbours, which
-    would make the grid coarse for all numbers that share its scale, is shared out among them: SmolLM2-135M loses 0.037
-    nats per token without it, and 0.002 with it (QuaRot, Ashkboos et al. 2024).
+    ``rotate(x) @ rotate(weight).T`` is ``x @ weight.T``. But a number that is much larger than the others, which would
+    make the grid coarse for all numbers that share its scale, is shared out among its block: SmolLM2-135M loses 0.037
+    nats per token without it, and 0.002 with it (QuaRot, Ashkboos et al. 2024). A block is made of neighbours. Of a
+    long row it takes one number from each 64th part instead, so that a processor can add up whole vectors
+    (`folovllm.worker.traced.rotate`).
     """
     size = math.gcd(x.shape[-1], MAX_ROTATED)
-    return (x.float().unflatten(-1, (-1, size)) @ hadamard(size, x.device)).flatten(-2)
+    matrix = hadamard(size, x.device)
+    if x.shape[-1] < size * MIN_APART:
+        return (x.float().unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    return (matrix @ x.float().unflatten(-1, (size, -1))).flatten(-2)
 
 
 class Int8Rows:
@@ -183,28 +190,31 @@ class Int8Linear(LinearBase):
             self.kernel, self.weight = "8 bits, dynamic", self.weight.to("meta")  # its size is all that is left
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``x @ weight.T`` of rows that are rotated and at most 1 in size, float32; what is no number counts as 0."""
-        x = x.nan_to_num()  # here, as torch's compiler would look at each number by itself
+        """``x @ weight.T`` of rows as `normalize` gives them; float32."""
         if self._packed is not None:
             return cast(Tensor, torch.ops.quantized.linear_dynamic(x, self._packed))
         # As whole numbers they would make sums that float16 has no room for.
         weight = self.weight.to(self.dtype).div_(WHOLE)
         return F.linear(x.to(self.dtype), weight).float().mul_(self.scales * WHOLE)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """See `LinearBase`.
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row, rotated, divided by its largest number; and that, ``[num_tokens, 1]``. What is no number is 0.
 
-        Each row is divided by its largest number first, so that a row with large numbers costs the others no precision.
-        Some tokens, the first of a text above all, have a few activations that are a thousand times as large as all
-        others (Sun et al. 2024). With one scale for all rows, SmolLM2-135M loses 0.15 nats per token of a prompt of
-        512, and without `rotate` 0.38. Nor do the scales of torch's kernel become small at will: numbers of 1e-4 would
-        lose 18 percent.
+        So a row with large numbers costs the others no precision. Some tokens, the first of a text above all, have a
+        few activations that are a thousand times as large as all others (Sun et al. 2024). With one scale for all rows,
+        SmolLM2-135M loses 0.15 nats per token of a prompt of 512, and without `rotate` 0.38. Nor do the scales of
+        torch's kernel become small at will: numbers of 1e-4 would lose 18 percent.
         """
         rotated = rotate(x)
         largest = rotated.abs().amax(-1, keepdim=True)  # for 16 rows of 3,072 vector_norm takes eight times as long
-        # A row of zeros is 0 / 0, and comes out as zeros. Torch's kernel does not see what is not a number; a row with
-        # such a thing comes out as that, and alone.
-        out = self.multiply(rotated / largest).mul_(largest)
+        return (rotated / largest).nan_to_num(), largest
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `LinearBase`."""
+        rows, largest = self.normalize(x)
+        # A row of zeros, 0 / 0, comes out as zeros; one with what is no number, or too large for one, as no numbers,
+        # and alone.
+        out = self.multiply(rows).mul_(largest)
         return (out if self.bias is None else out.add_(self.bias)).to(torch.float32 if self.is_head else self.dtype)
 
 

@@ -34,15 +34,20 @@ from folovllm.attention.gather import GatherAttention, count_shared_blocks
 from folovllm.config import EngineConfig
 from folovllm.model.decoder import Attend, Decoder, DecoderLayer
 from folovllm.model.layers import Linear, LinearBase, RMSNorm
+from folovllm.model.quantized_layers import Int8Linear
 from folovllm.sample.sampler import find_likeliest
 from folovllm.worker.prepared_steps import PreparedSteps, StepOutputs
-from folovllm.worker.traced import FEW_ROWS, TracedAttention, locate, multiply_few, weight_in_memory
+from folovllm.worker.traced import FEW_ROWS, TracedAttention, locate, multiply_few, normalize, weight_in_memory
 
 logger = logging.getLogger(__name__)
 
-TYPICAL_NUM_KEYS, TYPICAL_NUM_ROWS, TYPICAL_NUM_CACHED = 256, 16, 2**16
-"""The lengths for which the compiler chooses how to split its loops; what it makes serves any others. That of the cache
-is another at each start, and what was compiled at the last one shall be found on disk."""
+TYPICAL_NUM_ROWS = 16
+"""The rows of a step for which the compiler chooses how to split its loops; what it makes serves any other number."""
+TYPICAL_NUM_KEYS = 256
+"""The keys of a sequence, likewise."""
+TYPICAL_NUM_CACHED = 2**16
+"""The rows of a layer's keys in the cache, likewise. It is not their real number, since that is another at each start,
+and what was compiled at the last one shall be found on disk."""
 
 COMPILED_BYTES = 2**28
 """Most bytes of keys, counted as floats, that a compiled step reads (256 MiB), filled up to the longest sequence: 16 of
@@ -132,7 +137,7 @@ def replace_tensors(owner: Owner, replace: Callable[[Tensor], Tensor], parts: Pa
 
 
 def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts: Parts) -> LinearBase:
-    """A copy of a product whose kernel is one operation to a compiler, or which `multiply_few` computes."""
+    """A copy of a product as a compiler shall see it: its kernel is one operation, or sums (`multiply_few`)."""
     number, num_out, made = len(parts.products), linear.num_out, copy.copy(linear)
     parts.products.append(linear)
     bias = made.bias = None if linear.bias is None else replace(linear.bias)
@@ -149,6 +154,8 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
             return torch.ops.folovllm.product(x, number, num_out)
 
     made.multiply = multiply  # type: ignore[method-assign]
+    if isinstance(made, Int8Linear):
+        made.normalize = normalize  # type: ignore[method-assign]
     return made
 
 

@@ -324,14 +324,24 @@ def test_layers_that_differ_are_not_served_by_the_same_function() -> None:
         assert Parts.of(changed, True).kind != kind, name
 
 
+@given(num_in=st.integers(1, 300) | st.integers(1, 40).map(lambda n: 64 * n), seed=st.integers(0, 2**32))
+def test_rows_of_8_bits_are_normalized_alike(num_in, seed) -> None:
+    linear = Int8Linear(LinearMethod(torch.float32, torch.device("cpu")), {"m": 8}, num_in)
+    x = torch.randn(5, num_in, generator=torch.Generator().manual_seed(seed))
+    x[1], x[2, -1], x[3, 0] = 0, math.nan, -math.inf
+    for found, expected in zip(hide(linear).normalize(x), linear.normalize(x)):
+        torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("_compiler")
-def test_a_compiled_product_of_8_bits() -> None:
+@pytest.mark.parametrize("num_in", [96, 1088])
+def test_a_compiled_product_of_8_bits(num_in) -> None:
     """What is around its kernel is compiled: rotations, scales of rows, a bias, and what is not a number."""
-    linear = Int8Linear(LinearMethod(torch.float32, torch.device("cpu")), {"m": 32}, 96, bias=True)
+    linear = Int8Linear(LinearMethod(torch.float32, torch.device("cpu")), {"m": 32}, num_in, bias=True)
     for place in linear.places().values():
         place.copy_(torch.randn(place.shape, generator=torch.Generator().manual_seed(0)))
     linear.process_weights_after_loading()
-    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, num_in, generator=torch.Generator().manual_seed(1))
     x[1], x[2, 5], x[3] = 0, math.nan, 1e4 * x[3]
 
     def run() -> torch.Tensor:
@@ -339,7 +349,7 @@ def test_a_compiled_product_of_8_bits() -> None:
         compiled = torch._inductor.compile(make_fx(hide(linear))(x), [x])
         with OperationCounter() as counter:
             compiled(x)
-        assert {"amax", "div"}.isdisjoint(operation.name for operation in counter.operations)
+        assert {"amax", "div", "nan_to_num"}.isdisjoint(operation.name for operation in counter.operations)
         return compiled(x)
 
     with torch.inference_mode():

@@ -316,7 +316,7 @@ class TestInt8:
 
 class TestRotate:
     @given(
-        num_in=st.integers(1, 300),
+        num_in=st.integers(1, 300) | st.integers(1, 80).map(lambda n: 64 * n),
         num_rows=st.integers(1, 4),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         seed=st.integers(0, 2**32),
@@ -328,10 +328,13 @@ class TestRotate:
         torch.testing.assert_close(rotate(x) @ rotate(weight).T, x.float() @ weight.float().T, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(rotate(rotate(x)), x.float(), rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("num_in, size", [(64, 64), (576, 64), (96, 32), (100, 4), (33, 1)])
-    def test_one_number_is_shared_out_among_its_neighbours(self, num_in, size):
+    @pytest.mark.parametrize(
+        "num_in, size, apart",
+        [(64, 64, 1), (576, 64, 1), (96, 32, 1), (12, 4, 1), (33, 1, 1), (1024, 64, 16), (1536, 64, 24), (100, 4, 25)],
+    )
+    def test_one_number_is_shared_out_among_its_block(self, num_in, size, apart):
         x = torch.zeros(num_in)
         x[num_in - 1] = 8.0
         expected = torch.zeros(num_in)
-        expected[num_in - size :] = 8 / size**0.5
+        expected[num_in - 1 - (size - 1) * apart :: apart] = 8 / size**0.5
         torch.testing.assert_close(rotate(x).abs(), expected)
