@@ -32,6 +32,7 @@ DOCSTRINGS = Config(napoleon_use_rtype=False)
 
 def read_sections(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Turns the sections of a docstring into reStructuredText, in place."""
+    lines[:] = [line for line in lines if not line.startswith("Create new instance of ")]  # a named tuple's own words
     if what not in ("attribute", "data"):
         lines[:] = GoogleDocstring(lines, DOCSTRINGS).lines()
 
@@ -39,8 +40,8 @@ def read_sections(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
 def shorten_signature(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, return_annotation: str
 ) -> tuple[str, None] | None:
-    """A dataclass is made from its fields, whose types are listed below it; an enum is not made by readers at all."""
-    if isinstance(obj, enum.EnumMeta):
+    """A dataclass is made from its fields, whose types are listed below it; enums and protocols are not called."""
+    if isinstance(obj, enum.EnumMeta) or getattr(obj, "_is_protocol", False):
         return "", None
     if not isinstance(obj, type) or not dataclasses.is_dataclass(obj):
         return None

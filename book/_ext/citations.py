@@ -20,7 +20,7 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
-CITATION = re.compile(r"([A-Z][\w-]+)(\s+et\s+al\.|\s+and\s+[A-Z][\w-]+|),?\s+\(?((?:19|20)\d\d)\b")
+CITATION = re.compile(r"([A-Z][\w-]+)(\s+et\s+al\.|\s+and\s+[A-Z][\w-]+|),?\s+\(?((?:19|20)\d\d)\b(?:(?<=\(\d{4})\))?")
 """One author, one and others, or two; and the year. A single name may be a month: with an entry it is a citation."""
 
 PAGE = "book/references"

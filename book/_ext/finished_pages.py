@@ -56,7 +56,7 @@ MENDED = (
     # A table of contents for print only; on paper nobody follows its links.
     ('<nav aria-label="Page">', '<nav aria-label="Contents, for print">'),
 )
-PARAMETERS = re.compile(r'(<span class="sig-paren">\(</span>\s*)<dl>(.*?)</dl>', re.DOTALL)
+PARAMETERS = re.compile(r'(<span class="sig-paren">\(</span>)\s*<dl>(.*?)</dl>\s*', re.DOTALL)
 """The parameters of a signature, which Sphinx sets as definitions without a term."""
 
 IMAGE = re.compile(r'<img ([^>]*?)src="([^"]*_images/[^"]*\.png)"')
@@ -84,7 +84,7 @@ def mend(text: str, page: Path) -> str:
         text = MATHS.sub("", text)
     for old, new in MENDED if "<article" in text else MENDED[1:]:
         text = text.replace(old, new)
-    text = PARAMETERS.sub(lambda match: match[1] + as_divisions(match[2]), text)
+    text = PARAMETERS.sub(lambda match: match[1] + as_divisions(match[2].strip()), text)
     text = IMAGE.sub(lambda match: f"{match[0]} {size_of(page.parent / match[2])}", text)
     root = re.search(r'data-content_root="([^"]*)"', text)
     link = f'<link rel="stylesheet" href="{root[1] if root else ""}_static/noscript.css" />'
@@ -93,7 +93,7 @@ def mend(text: str, page: Path) -> str:
 
 def as_divisions(parameters: str) -> str:
     """Parameters one a line, without the meaning of a list of definitions."""
-    lines = parameters.replace("<dd>", "<div>").replace("</dd>", "</div>")
+    lines = re.sub(",</dd>$", "</dd>", parameters).replace("<dd>", "<div>").replace("</dd>", "</div>")
     return f'<div class="sig-params">{lines}</div>'
 
 

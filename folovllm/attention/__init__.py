@@ -96,7 +96,10 @@ class AttentionBackend(ABC):
     def kv_cache_shape(
         num_layers: int, num_kv_heads: int, num_blocks: int, block_size: int, head_dim: int
     ) -> tuple[int, ...]:
-        """The cache's shape: keys, then values. Heads come before blocks, so that a head's block is one piece."""
+        """``[num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim]``: keys, then values.
+
+        Heads come before blocks, so that a head's block is one piece.
+        """
         return (num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim)
 
     def __init__(self, kv_cache: Tensor) -> None:
@@ -126,6 +129,7 @@ class KernelBackend(AttentionBackend):
 
     capturable = True
     metadata: AttentionMetadata
+    """Of the step that has begun."""
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """One layer's attention: `folovllm.model.decoder.Attend`."""
@@ -134,7 +138,7 @@ class KernelBackend(AttentionBackend):
 
     @abstractmethod
     def read(self, layer: int, q: Tensor) -> Tensor:
-        """One layer's attention, once the step's keys and values are in their slots."""
+        """One layer's attention, once the step's keys and values are in their slots, as `__call__` has it."""
 
     def slots(self, layer: int) -> Tensor:
         """A layer's cache as ``[num_slots, 2, num_kv_heads, head_dim]``, in its own memory."""

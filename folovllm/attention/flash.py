@@ -49,7 +49,10 @@ class FlashAttention(KernelBackend):
     def kv_cache_shape(
         num_layers: int, num_kv_heads: int, num_blocks: int, block_size: int, head_dim: int
     ) -> tuple[int, ...]:
-        """Tokens come before heads, as the kernel wants its pages."""
+        """``[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]``: tokens come before heads.
+
+        The kernel wants its pages so.
+        """
         return (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
 
     def __init__(self, kv_cache: Tensor) -> None:

@@ -58,7 +58,9 @@ def attend_to_tiles(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """The online softmax of a tile of queries over one tile of keys after the other, from ``first`` to before ``last``.
 
-    A query sees the first ``seen`` keys of its text. Where every query sees all, nothing has to be compared.
+    ``queries`` and ``weighted`` are ``[TILE_ROWS, PADDED_DIM]``, ``seen`` is ``[TILE_ROWS]``; ``keys`` and ``values``
+    are the addresses of a head's, ``blocks`` that of the text's block table. A query sees the first ``seen`` keys of
+    its text. Where every query sees all, nothing has to be compared.
     """
     dims = tl.arange(0, PADDED_DIM)
     for start in range(first, last, TILE_KEYS):
@@ -91,7 +93,7 @@ def paged_attention_kernel(
     scale: tl.float32, QUERIES_PER_KV: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, NUM_PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """What one program computes: a tile of a sequence's rows, for a key head and a part of the keys."""
+    """What one program of `paged_attention` computes: a tile of a sequence's rows, a key head and a part of the keys."""
     program, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tile, part = program // NUM_PARTS, program % NUM_PARTS
     start, stop = tl.load(query_start_loc + seq), tl.load(query_start_loc + seq + 1)
@@ -135,7 +137,11 @@ def join_parts_kernel(
     out: tl.tensor, averages: tl.tensor, log_sums: tl.tensor,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, NUM_PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """What one program computes: the attention of one head of a token, from that over each part of its keys."""
+    """What one program computes: the attention of one head of a token, from that over each part of its keys.
+
+    ``averages`` are ``[num_rows, NUM_PARTS, HEAD_DIM]``, ``log_sums`` ``[num_rows, NUM_PARTS]``, with a row for each
+    head of each token.
+    """
     row, dims = tl.program_id(0), tl.arange(0, PADDED_DIM)
     parts = row * NUM_PARTS + tl.arange(0, NUM_PARTS)
     sums = tl.load(log_sums + parts)

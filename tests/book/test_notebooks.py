@@ -567,8 +567,10 @@ def figures_can_be_read_by_all(chapter: Chapter) -> Iterator[str]:
 def a_hidden_answer_says_so(chapter: Chapter) -> Iterator[str]:
     """What is to be guessed first is folded under "Show the answer"; the site's own words there are of solutions."""
     for cell in chapter.tagged("hide-output"):
-        if cell.metadata.get("mystnb", {}).get("code_prompt_show") != "Show the answer":
-            yield f"{cell} hides its output: say so with mystnb.code_prompt_show, 'Show the answer'"
+        for what in ("show", "hide"):
+            words = f"{what.capitalize()} the answer"
+            if cell.metadata.get("mystnb", {}).get(f"code_prompt_{what}") != words:
+                yield f"{cell} hides its output: say so with mystnb.code_prompt_{what}, {words!r}"
 
 
 @rule
@@ -1089,6 +1091,11 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("figures can be read by all", "nothing at all", put("a6", metadata={})),
     ("figures can be read by all", "a figure described and not drawn", put("a4", metadata={"mystnb": figure("four")})),
     ("a hidden answer says so", "a solution's words", put("a4", metadata={"tags": ["hide-output"]})),
+    (
+        "a hidden answer says so",
+        "a solution's word when it is open",
+        put("a4", metadata={"tags": ["hide-output"], "mystnb": {"code_prompt_show": "Show the answer"}}),
+    ),
     ("figures are images", "one in HTML", put("a4", outputs=[result("1", text_html="<svg></svg>")])),
     ("figures are images", "one in the text", replaced("a2", "words", "![words](../book/glossary.md)")),
     ("players are introduced and discussed", "nothing is shown", put("a4", source="play_trace(trace)")),

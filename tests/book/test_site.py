@@ -242,6 +242,33 @@ def test_the_references_say_who_cites_them():
     assert len(entries) >= 15 and len(citing) >= 2
 
 
+@pytest.mark.parametrize(
+    "name, chapter",
+    [
+        ("model.quantized_layers.rotate", "15_fewer_bits"),
+        ("model.layers.Linear", "07_how_long_is_a_step"),
+        ("worker.traced.rotate", None),  # another function of that name is meant
+        ("worker.model_runner.token_bytes", None),
+        ("simulator.runner.make_engine", None),  # a chapter defines its own
+    ],
+)
+def test_the_reference_leads_to_the_section_that_means_it(name, chapter):
+    entry = parse(SITE / "book" / "api" / f"{name.split('.')[0]}.html").find(id=f"folovllm.{name}").parent.find("dd")
+    links = entry.find_all("a", href=re.compile(r"notebooks/\d\d"), recursive=True)
+    found = [Path(urlsplit(link["href"]).path).stem for link in links if "Discussed in" in link.parent.get_text()]
+    assert found == [chapter] * (chapter is not None)
+
+
+def test_printed_sentences_may_be_broken_and_printed_tables_not():
+    outputs = {
+        " ".join(block.get_text().split())[:15]: "sentences" in block["class"]
+        for path in (SITE / "notebooks").glob("0[02]*.html")
+        for block in parse(path).select(".output.stream")
+    }
+    assert outputs["Once upon a tim"] and outputs["temperature mus"]
+    assert not outputs["nothing keeps 1"]
+
+
 TERMS = """Attention, Query, Rotary positions, Hidden state, Step, Slot, Budget, Latency, Throughput, TTFT, TPOT, ITL,
 Goodput, Top-k, Top-p, Min-p, Penalties, Seed, Swapping, Static batching, Preemption, Paged attention, Block hash"""
 

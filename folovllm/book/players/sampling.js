@@ -119,8 +119,8 @@
       const counts = new Map();
       for (const token of hits) counts.set(token, (counts.get(token) ?? 0) + 1);
       const told = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
-      const others = told.slice(8).reduce((sum, [, n]) => sum + n, 0);
-      return told.slice(0, 8).map(([token, n]) => `${textOf(token)} ${n}`).join(", ") + (others ? `, others ${others}` : "");
+      const others = told.slice(NUM_BARS).reduce((sum, [, n]) => sum + n, 0);
+      return told.slice(0, NUM_BARS).map(([token, n]) => `${textOf(token)} ${n}`).join(", ") + (others ? `, others ${others}` : "");
     }
 
     function bars(before, probs, hit) {
