@@ -93,7 +93,7 @@ def paged_attention_kernel(
     scale: tl.float32, QUERIES_PER_KV: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, NUM_PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """What one program of `paged_attention` computes: a tile of a sequence's rows, a key head and a part of the keys."""
+    """What one program of `paged_attention` computes: a tile of a sequence's rows, a key head, a part of the keys."""
     program, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tile, part = program // NUM_PARTS, program % NUM_PARTS
     start, stop = tl.load(query_start_loc + seq), tl.load(query_start_loc + seq + 1)
