@@ -6,8 +6,8 @@ inputs that the layer really sees. What it knows of these inputs is their Hessia
 how much a column counts when a scale is chosen. Without a Hessian, `quantize_weight` is plain rounding.
 
 `quantize_layers` walks through a model with a few texts, the calibration. Each product quantizes its weight for the
-inputs that come out of the already quantized ones before it, so that later weights make up for the errors of earlier
-ones, too. One layer at a time is in memory.
+inputs that come out of the already quantized ones before it, which are those that it will really get. One layer at a
+time is in memory.
 
 All of it is computed in float64. One number that is rounded up instead of down changes all columns after it, and so
 all layers after it: in float32 two machines, which add up in different orders, would get different weights.

@@ -41,9 +41,9 @@ def plot_grid(weights: Any, scale: float, bits: int = 4) -> Axes:
         ax.hlines(range(len(numbers)), grid[0], grid[-1], color=LIGHT, lw=1, zorder=0)
         ax.vlines(grid, -0.6, len(numbers) - 0.4, color=LIGHT, lw=1, zorder=0)
         for row, (number, value) in enumerate(zip(numbers, nearest)):
-            ax.plot([number, value], [row, row], color=RED, lw=2, zorder=1)
-        ax.plot(nearest, range(len(numbers)), "s", color=BLUE, ms=8, ls="none", label="value on the grid")
-        ax.plot(numbers, range(len(numbers)), "o", color=ORANGE, ms=7, ls="none", label="weight")
+            ax.plot([number, value], [row, row], color=RED, lw=2, zorder=3)
+        ax.plot(nearest, range(len(numbers)), "s", color=BLUE, ms=7, ls="none", label="value on the grid")
+        ax.plot(numbers, range(len(numbers)), "o", color=ORANGE, ms=6, ls="none", label="weight")
         ax.set_yticks(range(len(numbers)), [str(row) for row in range(len(numbers))])
         ax.invert_yaxis()
         ax.set(xlabel="number", ylabel="weight")
