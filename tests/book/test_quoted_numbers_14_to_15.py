@@ -46,8 +46,11 @@ def test_which_gpu_waits() -> None:
     busy, launches = work["qwen3-0.6b"]
     assert_says(FOURTEEN, "has 0.75 ms of work, and for nearly 2 ms of the step it waits")
     assert 1000 * busy == pytest.approx(0.75, abs=0.005) and 1.8 < 1000 * (launches - busy) < 2
-    assert_says(FOURTEEN, "With 8 billion weights the launches hide behind the work")
+    assert_says(FOURTEEN, "With 8 billion weights the launches would hide behind the work")
     assert work["qwen3-8b"][1] < work["qwen3-8b"][0]
+    assert_says(FOURTEEN, "launches of 8 billion weights, ten for each of 36 layers, take nearly 13 ms")
+    measured = 10 * MODELS["qwen3-8b"].num_layers * 35e-6
+    assert 0.0125 < measured < 0.013 and measured > 2 * work["qwen3-8b"][0]
     assert_says(FOURTEEN, "with 32 billion they are a quarter of it")
     assert work["qwen3-32b"][1] / work["qwen3-32b"][0] == pytest.approx(0.25, abs=0.02)
 
