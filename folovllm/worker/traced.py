@@ -231,6 +231,6 @@ def rotate(x: Tensor) -> Tensor:
         return quantized_layers.rotate(x)
     outer = HADAMARD[math.gcd(size, 8)]
     inner = HADAMARD[size // len(outer)]
-    blocks = x.float().unflatten(-1, (len(outer), 1, len(inner), -1))
+    blocks = in_memory(x.float()).unflatten(-1, (len(outer), 1, len(inner), -1))
     once = in_memory((blocks * outer[..., None, None]).sum(dim=1))  # [num_rows, outer, inner, apart]
     return (once.unsqueeze(2) * inner[..., None]).sum(dim=3).flatten(1)
