@@ -122,8 +122,9 @@ class GatherAttention(AttentionBackend):
         self._value_dtype = torch.float32 if are_few else product_dtype(self.kv_cache)
         places = torch.arange(self._num_shared_tokens, self._num_shared_tokens + num_keys, device=lens.device)
         unseen = (places >= lens.unsqueeze(1)).repeat(num_heads, 1).unsqueeze(1)
+        mask = torch.zeros(unseen.shape, dtype=torch.float32, device=lens.device)
         # [num_heads * num_decodes, 1, num_keys]
-        self._decode_mask = torch.zeros(unseen.shape, device=lens.device).masked_fill_(unseen, -math.inf)
+        self._decode_mask = mask.masked_fill_(unseen, -math.inf)
 
     def _heads_at_once(self, num_keys: int) -> int:
         """How many key heads to compute at once, if ``num_keys`` keys are gathered per head."""
@@ -183,7 +184,7 @@ class GatherAttention(AttentionBackend):
         if num_shared:
             num_heads = self._num_heads_at_once
             keys = self._gather(layer, 0, part, self._shared_blocks, num_heads, torch.float32)
-            shared = torch.bmm(queries.view(num_heads, -1, q.shape[-1]), keys.transpose(1, 2)).mul_(scale)
+            shared = torch.bmm(queries.reshape(num_heads, -1, q.shape[-1]), keys.transpose(1, 2)).mul_(scale)
             scores = torch.cat([shared.view(*scores.shape[:2], num_shared), scores], dim=-1)
         probs = scores.softmax(dim=-1).to(self._value_dtype)
         values = self._gather(layer, 1, part, self._own_blocks, len(q), self._value_dtype)

@@ -72,7 +72,7 @@ def _attend(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> None:
     out, queries = out.flatten(0, 1), _copy(queries, torch.float32).mul_(head_dim**-0.5)
     keys, values = _copy(keys, torch.float32).transpose(1, 2), _copy(values, product_dtype(values))
     most = min(num_new, QUERIES_AT_ONCE)
-    later = torch.full((most, most), -math.inf).triu(1)  # minus infinity where a key is hidden
+    later = torch.full((most, most), -math.inf, dtype=torch.float32).triu(1)  # minus infinity where a key is hidden
     for start in range(0, num_new, QUERIES_AT_ONCE):
         some = queries[:, :, start : start + QUERIES_AT_ONCE]
         num, seen = some.shape[2], past + start + some.shape[2]

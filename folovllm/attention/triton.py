@@ -241,8 +241,8 @@ def paged_attention(
     out = torch.empty(len(q), num_heads * head_dim, dtype=q.dtype, device=q.device)
     averages, log_sums = out, out  # one part is the whole, and writes no sums
     if num_parts > 1:
-        averages = torch.empty(len(q), num_heads, num_parts, head_dim, device=q.device)
-        log_sums = torch.empty(len(q), num_heads, num_parts, device=q.device)
+        averages = torch.empty(len(q), num_heads, num_parts, head_dim, dtype=torch.float32, device=q.device)
+        log_sums = torch.empty(len(q), num_heads, num_parts, dtype=torch.float32, device=q.device)
     attend, join = load_kernels()
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         attend[num_tiles * num_parts, num_kv_heads, len(seq_lens)](

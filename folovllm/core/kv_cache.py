@@ -13,7 +13,7 @@ import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from folovllm.request import Sequence
 from folovllm.utils import cdiv
@@ -113,6 +113,8 @@ class _Prefix:
 
     block_hashes: list[bytes] = field(default_factory=list)
     num_cached_blocks: int = 0
+    num_found_blocks: int = 0
+    """Those at its beginning that others have computed."""
 
 
 class KVCacheManager:
@@ -200,8 +202,19 @@ class KVCacheManager:
                 break
             self.pool.touch(block_id)
             seq.block_ids.append(block_id)
-        self._prefixes[seq.seq_id].num_cached_blocks = len(seq.block_ids)
+        prefix = self._prefixes[seq.seq_id]
+        prefix.num_cached_blocks = prefix.num_found_blocks = len(seq.block_ids)
         return len(seq.block_ids) * self.block_size
+
+    def distrust(self, seq: Sequence) -> bool:
+        """Makes nobody find the blocks of a sequence whose logits were no numbers, since theirs may be none either.
+
+        Returns:
+            whether it has found some of them itself, so that another's tokens may be to blame.
+        """
+        for block_id in seq.block_ids:
+            self.pool.forget(block_id)
+        return self._prefixes.get(seq.seq_id, _Prefix()).num_found_blocks > 0
 
     def cache_blocks(self, seq: Sequence, num_tokens: int) -> None:
         """Makes the blocks that the first ``num_tokens`` tokens of ``seq`` fill findable by later sequences."""
@@ -249,7 +262,7 @@ class KVCacheManager:
             self.pool.touch(block_id)
         if parent.seq_id in self._prefixes:
             prefix = self._prefixes[parent.seq_id]
-            self._prefixes[child.seq_id] = _Prefix(list(prefix.block_hashes), prefix.num_cached_blocks)
+            self._prefixes[child.seq_id] = replace(prefix, block_hashes=list(prefix.block_hashes))
 
     def release(self, seq: Sequence) -> None:
         """Frees the blocks of a sequence that will run again; its hashes are kept."""
@@ -258,7 +271,7 @@ class KVCacheManager:
             self.pool.release(block_id)
         seq.block_ids.clear()
         if seq.seq_id in self._prefixes:
-            self._prefixes[seq.seq_id].num_cached_blocks = 0
+            self._prefixes[seq.seq_id] = _Prefix(self._prefixes[seq.seq_id].block_hashes)
 
     def free(self, seq: Sequence) -> None:
         """Frees everything that a sequence has, on the device and in CPU memory."""

@@ -214,18 +214,20 @@ class Scheduler:
             child.num_computed_tokens = parent.num_computed_tokens
         follow_grammars(scheduler_output, runner_output)
         for i, (seq, _) in enumerate(scheduler_output.sampled):
-            if i in runner_output.errors:
+            if i in runner_output.errors and begins_anew(seq, self.cache):
+                self._put_back(seq)
+            elif i in runner_output.errors:
                 seq.stop_reason = runner_output.errors[i]
                 self.finish(seq, SequenceStatus.FINISHED_ABORTED)
-                continue
-            token_ids, logprobs = runner_output.sampled_token_ids[i], runner_output.logprobs[i]
-            drop_refused(seq, self.cache, scheduler_output.get_guesses(seq), token_ids)
-            status = add_tokens(seq, self.requests[seq.request_id], token_ids, logprobs, self.max_model_len)
-            self.cache.cache_blocks(seq, min(seq.num_computed_tokens, seq.get_len()))  # which guesses have filled
-            if status is not None:
-                self.finish(seq, status)
-            elif runner_output.spec_token_ids:
-                seq.spec_token_ids = fit_guesses(seq.grammar, runner_output.spec_token_ids[i])
+            else:
+                token_ids, logprobs = runner_output.sampled_token_ids[i], runner_output.logprobs[i]
+                drop_refused(seq, self.cache, scheduler_output.get_guesses(seq), token_ids)
+                status = add_tokens(seq, self.requests[seq.request_id], token_ids, logprobs, self.max_model_len)
+                self.cache.cache_blocks(seq, min(seq.num_computed_tokens, seq.get_len()))  # which guesses have filled
+                if status is not None:
+                    self.finish(seq, status)
+                elif runner_output.spec_token_ids:
+                    seq.spec_token_ids = fit_guesses(seq.grammar, runner_output.spec_token_ids[i])
 
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
         """Takes a running sequence's blocks: swaps them out if the mode says so and there is room, else frees them."""
@@ -242,8 +244,8 @@ class Scheduler:
 
     def _put_back(self, seq: Sequence) -> None:
         """Puts a sequence without blocks back in the waiting queue, at its rank: before all later arrivals."""
-        seq.num_computed_tokens = 0
-        seq.status = SequenceStatus.WAITING
+        self.running[:] = [other for other in self.running if other is not seq]
+        seq.num_computed_tokens, seq.status = 0, SequenceStatus.WAITING
         self._enqueue(self.waiting, seq)
 
     def reset(self) -> list[str]:
@@ -258,11 +260,9 @@ class Scheduler:
         return list(dict.fromkeys(seq.request_id for seq in seqs if seq.status is SequenceStatus.RUNNING))
 
     def finish(self, seq: Sequence, status: SequenceStatus) -> None:
-        """Ends a sequence: removes it from its queue and frees its blocks."""
-        # Only its own queue is searched: thousands may wait.
-        queue = {SequenceStatus.RUNNING: self.running, SequenceStatus.SWAPPED: self.swapped}.get(
-            seq.status, self.waiting
-        )
+        """Ends a sequence: removes it from its queue, the only one that is searched, and frees its blocks."""
+        queues = {SequenceStatus.RUNNING: self.running, SequenceStatus.SWAPPED: self.swapped}
+        queue = queues.get(seq.status, self.waiting)
         queue[:] = [other for other in queue if other is not seq]
         seq.status = status
         self.cache.free(seq)
@@ -298,6 +298,19 @@ def add_guesses(output: SchedulerOutput, cache: KVCacheManager, max_num_tokens: 
                 output.scheduled_spec_token_ids[seq.seq_id] = guesses
                 output.num_new_tokens[i] += len(guesses)
                 room -= len(guesses)
+
+
+def begins_anew(seq: Sequence, cache: KVCacheManager) -> bool:
+    """Whether a sequence that got no token shall try again without the blocks that it had, which it then has no more.
+
+    A token whose keys and values are no numbers spoils those before it in its prompt, too, and others may have found
+    their blocks in the cache. So nobody finds them any longer, and whoever has just begun with some begins anew.
+    """
+    if not cache.distrust(seq) or seq.get_output_len():
+        return False
+    cache.release(seq)
+    seq.generator = seq.draft_generator = None  # numbers may have been drawn for the token that it did not get
+    return True
 
 
 def add_tokens(

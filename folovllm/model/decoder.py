@@ -31,6 +31,7 @@ from folovllm.model.checkpoint import (
 )
 from folovllm.model.layers import Linear, LinearBase, LinearMethod, Place, RMSNorm
 from folovllm.model.quantized_layers import linear_method
+from folovllm.utils import without_autocast
 
 ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
 """The model classes of a checkpoint's config that this module can run, and the ``model_type`` of each."""
@@ -359,6 +360,7 @@ class Decoder:
         return places
 
 
+@without_autocast()
 def load_decoder(checkpoint: Checkpoint) -> Decoder:
     """The decoder of an opened checkpoint, with its weights, on its device.
 

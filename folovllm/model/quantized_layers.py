@@ -87,7 +87,7 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
 
     It is the same tensor each time, which must stay as it is.
     """
-    matrix = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / math.sqrt(size)
@@ -162,7 +162,7 @@ class Int8Linear(LinearBase):
         num_out = sum(shards.values())
         weight = torch.empty(num_out, num_in, dtype=torch.int8, device=method.device)
         super().__init__(weight, method.create_bias(shards, bias), {} if tied is not None else shards)
-        self.scales = torch.empty(num_out, device=method.device)
+        self.scales = torch.empty(num_out, dtype=torch.float32, device=method.device)
         self.tied, self.is_head, self.dtype = tied, is_head, method.dtype
         self._packed: torch.ScriptObject | None = None
 

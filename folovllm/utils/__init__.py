@@ -10,6 +10,7 @@ from folovllm.utils.common import (
     move_to_device,
     print_gpu_memory_info,
     set_random_seed,
+    without_autocast,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "move_to_device",
     "print_gpu_memory_info",
     "set_random_seed",
+    "without_autocast",
 ]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +75,17 @@ def get_device(device: str | torch.device | None = None) -> torch.device:
             found = f"{count} CUDA GPU{'s' if count > 1 else ''}" if count else "no CUDA GPU"
             raise RuntimeError(f"device {str(resolved)!r} was asked for, but torch sees {found} here; use device='cpu'")
     return resolved
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """In it a caller's ``torch.autocast``, which gives products another dtype, does nothing."""
+    import torch
+
+    with ExitStack() as stack:
+        for device_type in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def move_to_device(tensors: Any, device: str | torch.device) -> Any:

@@ -68,7 +68,8 @@ class DraftModel(ModelRunner):
         if not active:
             return None
         self._catch_up([draft.seq for draft in active])
-        probs = torch.zeros((num_rows, self.decoder.config.vocab_size), device=self.decoder.device)
+        shape = num_rows, self.decoder.config.vocab_size
+        probs = torch.zeros(shape, dtype=torch.float32, device=self.decoder.device)
         place = 0
         while active:
             work = [(d.seq, self._count_filled(d.seq, place), d.seq.get_len() + place) for d in active]

@@ -27,7 +27,7 @@ from folovllm.request import Sequence
 from folovllm.sample.sampler import Sampler, SamplingMetadata, compute_prompt_logprobs, make_generator
 from folovllm.sample.speculative import Proposer, verify
 from folovllm.sampling_params import SamplingParams
-from folovllm.utils import cdiv, get_cpu_memory_info
+from folovllm.utils import cdiv, get_cpu_memory_info, without_autocast
 from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
 from folovllm.worker.cache_blocks import clear_begun_blocks, move_blocks
@@ -272,6 +272,7 @@ class ModelRunner:
             self.draft.initialize_kv_cache(num_blocks, num_swap_blocks)
 
     @torch.inference_mode()
+    @without_autocast()
     def run(self, scheduler_output: SchedulerOutput) -> RunnerOutput:
         """Computes a step: one forward pass over all its tokens, then tokens for each entry of ``sampled``."""
         self.prepare_blocks(scheduler_output)

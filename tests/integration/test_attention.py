@@ -59,11 +59,12 @@ class TestNumbers:
         step = make_step(0, lens, group=8, head_dim=128, block_size=16, dtype=dtype)
         assert (step.run(load_backend(name)).double() - step.expected()).abs().max() <= ROUNDING[dtype]
 
-    @given(step=steps())
-    def test_a_prefix_that_all_share_is_computed_once(self, step):
-        """However little it saves; where it is long enough is a matter of speed."""
+    @given(step=steps(), gather_bytes=st.sampled_from([1, 2**24]))
+    def test_a_prefix_that_all_share_is_computed_once(self, step, gather_bytes):
+        """However little it saves, and in however many parts; from where on it pays is a matter of speed."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("folovllm.attention.gather.SHARED_TOKENS", 1)
+            patch.setattr("folovllm.attention.gather.GATHER_BYTES", gather_bytes)
             error = (step.run(GatherAttention).double() - step.expected()).abs().max()
         assert error <= ROUNDING[step.q.dtype], f"{error:.1e}"
 

@@ -590,6 +590,56 @@ class TestFailure:
         finished |= run_all(engine)
         assert [finished[str(i)].outputs[0].token_ids for i in range(4)] == greedy_tokens[:4]
 
+    @pytest.mark.parametrize("kwargs", [{}, {"max_num_batched_tokens": 24, "enable_chunked_prefill": True}])
+    @pytest.mark.parametrize("greedy", [True, False])
+    def test_nor_does_it_touch_those_with_the_same_beginning(self, checkpoint, kwargs, greedy):
+        """A token that is none spoils the blocks before it, and others find them, in the same step or later."""
+        engine = make_engine(checkpoint, block_size=4, enable_prefix_caching=True, **kwargs)
+        bad, beginning = VOCAB_SIZE - 1, [5, 6, 7, 8] * 4
+        params = SamplingParams(
+            temperature=0 if greedy else 1, seed=3, n=2, max_tokens=8, ignore_eos=True,
+            allowed_token_ids=[*range(3, bad)],
+        )  # fmt: skip
+        prompts = {f"good {i}": [*beginning, 20 + i] for i in range(4)}
+
+        def ask(*names: str) -> dict[str, list[list[int]]]:
+            for name in names:
+                engine.add_request(name, prompts.get(name, [*beginning, bad]), params)
+            return {name: [answer.token_ids for answer in found.outputs] for name, found in run_all(engine).items()}
+
+        alone = {}
+        for name in prompts:
+            alone |= ask(name)
+            assert engine.reset_prefix_cache()
+        engine.decoder.embedding = engine.decoder.embedding.clone()
+        engine.decoder.embedding[bad] = torch.nan
+        num_blocks = engine.config.cache_config.num_blocks
+        engine.runner.initialize_kv_cache(num_blocks, 0)  # a recorded step would read the old embedding
+        found = ask("bad", "good 0", "bad too", "good 1") | ask("good 2") | ask("good 3", "bad again")
+        assert {name: tokens for name, tokens in found.items() if name in prompts} == alone
+        assert all(not any(tokens) for name, tokens in found.items() if name not in prompts)
+        engine.check_integrity()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("kwargs", [{}, {"quantization": "int8"}])
+    def test_torchs_settings_change_no_token(self, dtype, kwargs):
+        """Neither its default dtype nor autocast, while the model is loaded and while others' requests run."""
+
+        def tell() -> list[list[int]]:
+            llm = LLM(str(EMBEDDED_MODEL), **{**HERE, **kwargs})
+            texts = ["Once upon a time, in the", "Long ago", "Once upon a time"]
+            found = llm.generate(texts, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+            return [output.outputs[0].token_ids for output in found]
+
+        expected = tell()
+        torch.set_default_dtype(dtype)
+        try:
+            found = tell()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            assert tell() == found == expected
+
     def test_abort_of_an_unknown_request_is_nothing(self, checkpoint):
         make_engine(checkpoint).abort_request("nobody")
 
