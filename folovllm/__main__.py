@@ -198,7 +198,13 @@ def _add_simulation_options(command: argparse.ArgumentParser) -> None:
         "arrival_s, prompt_tokens and output_tokens. Default: chat.",
     )
     group.add_argument("--rate", metavar="X", type=float, default=8.0, help="requests per second. Default: 8.")
-    group.add_argument("--num-requests", metavar="N", type=int, default=400, help="how many. Default: 400.")
+    group.add_argument(
+        "--num-requests",
+        metavar="N",
+        type=int,
+        default=400,
+        help="how many; of chats the next multiple of 4. Default: 400.",
+    )
     group.add_argument("--weight-bits", metavar="N", type=int, default=16, help="of the layers' weights. Default: 16.")
     group.add_argument("--tensor-parallel-size", metavar="N", type=int, default=1, help="cards per engine. Default: 1.")
     group.add_argument("--replicas", metavar="N", type=int, default=1, help="engines behind a router. Default: 1.")
@@ -385,6 +391,11 @@ def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
     from folovllm.simulator.presets import get_model
     from folovllm.simulator.workload import make_workload
 
+    for name in sorted(config.keys() & {"dtype", "enforce_eager", "quantization"}):
+        raise ValueError(
+            f"--{name.replace('_', '-')} changes nothing in a simulation, where a step takes what --gpu, --model and "
+            "--weight-bits make of it; leave it out"
+        )
     shape = get_model(config.pop("model", "qwen3-8b")).with_bits(args.weight_bits)
     workload = make_workload(args.workload, args.num_requests, args.rate, config.get("seed", 0), shape.vocab_size)
     report = simulate(
@@ -480,7 +491,9 @@ def _show_and_trace(llm: LLM, prompt: str, params: SamplingParams, file: Path) -
 
     with record(llm) as trace:
         try:
-            _show(llm.stream(prompt, replace(params, logprobs=TRACED_LOGPROBS)))
+            limit = llm.engine.config.model_config.max_logprobs
+            num_shown = TRACED_LOGPROBS if limit == -1 else min(TRACED_LOGPROBS, limit)
+            _show(llm.stream(prompt, replace(params, logprobs=num_shown)))
         finally:
             if trace.steps:
                 page = play_trace(trace).to_page("A run of FoloVLLM, step by step")

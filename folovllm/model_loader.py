@@ -232,6 +232,10 @@ class ModelLoader:
             )
         except Exception as error:
             raise ModelLoadError(f"no tokenizer could be read from {folder} ({one_line(error)})") from None
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ModelLoadError(
+                f"the tokenizer of {folder} has a model_max_length that is no number: {tokenizer.model_max_length!r}"
+            )
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
             raise ModelLoadError(f"no tokenizer could be read from {folder}: there is no vocabulary in it")
         if config.tokenizer_mode == "slow" and tokenizer.is_fast:

@@ -41,6 +41,21 @@ Attend = Callable[[int, Tensor, Tensor], Tensor]
 head_dim]`` -> outputs ``[num_tokens, num_heads * head_dim]``."""
 
 
+def _read_rope(hf_config: Any) -> dict[str, Any]:
+    """``rope_parameters`` of a config, with its type.
+
+    Raises:
+        ModelLoadError: if this module does not have such a RoPE.
+    """
+    rope = dict(getattr(hf_config, "rope_parameters", None) or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ModelLoadError(f"the engine has one RoPE for all layers, and the config has one for each of {[*rope]}")
+    rope_type = rope.setdefault("rope_type", "default")
+    if rope_type not in ("default", "linear", "llama3"):
+        raise ModelLoadError(f"the engine has no RoPE of type {rope_type!r}; it has default, linear and llama3")
+    return rope
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder, under the engine's own names."""
@@ -86,10 +101,7 @@ class DecoderConfig:
                 f"the config's model_type {hf_config.model_type!r} does not belong to its architecture {architecture}; "
                 "take it from the checkpoint again"
             )
-        rope = dict(getattr(hf_config, "rope_parameters", None) or {})
-        rope_type = rope.setdefault("rope_type", "default")
-        if rope_type not in ("default", "linear", "llama3"):
-            raise ModelLoadError(f"the engine has no RoPE of type {rope_type!r}; it has default, linear and llama3")
+        rope = _read_rope(hf_config)
         unknown = {
             "hidden_act": hf_config.hidden_act != "silu",
             "mlp_bias": getattr(hf_config, "mlp_bias", False),
@@ -302,7 +314,10 @@ class Decoder:
             if name.endswith(".bias") and name not in places and not tensor.any():
                 continue  # some quantizers give every module a bias of zeros
             if name not in places:
-                raise ModelLoadError(f"the checkpoint has a weight {name}, which {type(self).__name__} does not know")
+                raise ModelLoadError(
+                    f"the checkpoint has a weight {name}, which the model that its config describes does not know; "
+                    "take config and weights from the same checkpoint"
+                )
             places[name].copy_(tensor)
 
     @property

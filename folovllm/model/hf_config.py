@@ -20,6 +20,7 @@ from folovllm.model.checkpoint import ModelLoadError, describe_other_kind, one_l
 from folovllm.validation import check_int, check_number, require, show
 
 MAX_SIZE = 2**31 - 1
+MAX_NUMBER = 1e18
 """The largest size that a config may have; a larger one is always a mistake."""
 
 
@@ -30,6 +31,7 @@ def _check_size(name: str, value: Any) -> None:
 
 def _check_positive(name: str, value: Any) -> None:
     require(check_number(name, value) > 0, f"{name} must be positive, got {value}")
+    require(value <= MAX_NUMBER, f"{name} must be at most {MAX_NUMBER:g}, got {show(value)}")
 
 
 def _check_activation(name: str, value: Any) -> None:

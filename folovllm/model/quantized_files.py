@@ -108,12 +108,20 @@ def quantize_checkpoint(
             layers.append(layer.output_errors | {"stream": layer.error})
             shards.add(_tensors_of(layer, file_format))
         for name in sorted(checkpoint.headers.keys() - names):
-            shards.add(dict(iterate_weights(checkpoint, name)))
+            shards.add(_read_finite(checkpoint, name))
         bytes_after = shards.finish()
         _copy_others(checkpoint, folder, _describe(bits, group_size, method, file_format))
         kl = calibration.compute_kl()
         folder.rename(out)
     return QuantizationReport(layers, kl, len(calibration.hidden), _file_bytes(checkpoint.weight_files), bytes_after)
+
+
+def _read_finite(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin so, which stay as they are."""
+    found = dict(iterate_weights(checkpoint, prefix))
+    for name, tensor in found.items():
+        require(bool(tensor.isfinite().all()), f"{name} of {checkpoint.folder} has a number that is not finite")
+    return found
 
 
 def _file_bytes(files: Iterable[Path]) -> int:

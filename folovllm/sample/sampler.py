@@ -806,13 +806,17 @@ def _check_shape(logits: Tensor, metadata: SamplingMetadata) -> None:
         raise ValueError(f"logits must be [{num_rows}, vocab_size], one row per SamplingParams, got {[*logits.shape]}")
 
 
+NOT_FINITE = "a weight is no number, 16 bits have no room for one (dtype='float32' has), or logit_bias is too large"
+"""Why a logit may not be finite."""
+
+
 def _find_unusable_rows(largest_logits: Iterable[float]) -> Iterator[tuple[int, str]]:
     """The rows that have no token left, or whose logits are not numbers, and why."""
     for row, largest in enumerate(largest_logits):
         if largest == -torch.inf:
             yield (row, "has no token left: structured_outputs, allowed_token_ids, bad_words and min_tokens remove all")
         elif not math.isfinite(largest):
-            yield (row, f"has a logit of {largest}: the forward pass went wrong, or logit_bias did")
+            yield (row, f"has a logit of {largest}: {NOT_FINITE}")
 
 
 def truncate(logits: Tensor, params: Sequence[SamplingParams] | Truncation) -> Tensor:

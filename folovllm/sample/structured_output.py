@@ -248,4 +248,5 @@ def _reason(error: object) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     reason = next(iter(errors or lines), "no reason is given")
+    reason = "no text fits it" if reason == "NoExtensionBias" else reason  # llguidance's own word for it
     return reason if len(reason) <= MAX_SHOWN else f"{reason[:MAX_SHOWN]}..."

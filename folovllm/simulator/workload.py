@@ -242,7 +242,7 @@ def make_workload(name: str, num_requests: int, rate: float, seed: int = 0, voca
     Args:
         name: "chat" (conversations of four turns), "poisson" (strangers), "burst" (strangers who come together, with a
             burstiness of 0.25), or the path of a CSV file for `replay`, which needs the seed alone.
-        num_requests: how many.
+        num_requests: how many; of chats the next multiple of 4.
         rate: requests per second on average.
         seed: of everything that is drawn.
         vocab_size: the model's; token ids are below it, and below `VOCAB_SIZE`.
@@ -253,6 +253,7 @@ def make_workload(name: str, num_requests: int, rate: float, seed: int = 0, voca
     vocab_size = min(vocab_size, VOCAB_SIZE)
     if name == "chat":
         num_users = cdiv(_positive("num_requests", num_requests), 4)
+        require(rate > 0, f"rate must be positive, got {rate:g}")  # not a fourth of it
         return chats(num_users, 4, rate / 4, 200, (20, 200), (50, 350), seed=seed, vocab_size=vocab_size)
     if name in ("poisson", "burst"):
         burstiness = 0.25 if name == "burst" else 1.0

@@ -32,10 +32,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from folovllm.attention import AttentionBackend, AttentionMetadata
 from folovllm.attention.gather import GatherAttention, count_shared_blocks
 from folovllm.config import EngineConfig
+from folovllm.model.checkpoint import one_line
 from folovllm.model.decoder import Attend, Decoder, DecoderLayer
 from folovllm.model.layers import Linear, LinearBase, RMSNorm
 from folovllm.model.quantized_layers import Int8Linear
 from folovllm.sample.sampler import find_likeliest
+from folovllm.validation import MAX_SHOWN
 from folovllm.worker.prepared_steps import PreparedSteps, StepOutputs
 from folovllm.worker.traced import FEW_ROWS, TracedAttention, locate, multiply_few, normalize, weight_in_memory
 
@@ -413,15 +415,16 @@ class CompiledSteps(PreparedSteps):
 
     def __init__(self, decoder: Decoder, attention: AttentionBackend, config: EngineConfig) -> None:
         self._eager, self.attention = decoder, cast(GatherAttention, attention)
-        self.steps: dict[StepKind, CompiledStep] = {}
-        """The decode steps that are compiled so far."""
+        self.steps: dict[StepKind, CompiledStep | None] = {}
+        """The decode steps that are compiled so far; None: the compiler failed."""
         self._key_bytes = attention.num_kv_heads * attention.kv_cache.shape[-1] * torch.float32.itemsize
         self._places = torch.arange(cast(int, config.scheduler_config.max_model_len))
 
     @functools.cached_property
-    def decoder(self) -> CompiledDecoder:  # type: ignore[override]
+    def decoder(self) -> CompiledDecoder | Decoder:  # type: ignore[override]
         """Computes all steps that `run` does not."""
-        return _say_how_long("the pass of steps with prompts", functools.partial(CompiledDecoder, self._eager))
+        made = compile_or_warn("the pass of steps with prompts", functools.partial(CompiledDecoder, self._eager))
+        return made or self._eager
 
     def takes(self, metadata: AttentionMetadata) -> bool:
         """Whether a step is a decode step, and its keys are not too many."""
@@ -444,14 +447,28 @@ class CompiledSteps(PreparedSteps):
         kind = StepKind(num_rows if num_rows <= FEW_ROWS else None, num_shared > 0)
         if kind not in self.steps:
             make = functools.partial(CompiledStep, self._eager, self.attention, kind)
-            self.steps[kind] = _say_how_long(f"the decode step for a batch of {kind}", make)
+            self.steps[kind] = compile_or_warn(f"the decode step for a batch of {kind}", make)
+        if (step := self.steps[kind]) is None:
+            self.attention.begin(metadata)
+            hidden = self._eager(input_ids, positions, self.attention)
+            logits = self._eager.compute_logits(hidden)
+            return StepOutputs(hidden, logits, *find_likeliest(logits))
         shared, own = self._places[: metadata.max_seq_len].tensor_split([num_shared])
-        return self.steps[kind](input_ids, positions, metadata, [own, shared] if kind.shares_keys else [own])
+        return step(input_ids, positions, metadata, [own, shared] if kind.shares_keys else [own])
 
 
-def _say_how_long(what: str, make: Callable[[], Made]) -> Made:
-    """Compiling takes seconds, and less when it is on disk already."""
+def compile_or_warn(what: str, make: Callable[[], Made]) -> Made | None:
+    """What is compiled; None if that fails, since requests are running that eager steps can serve.
+
+    It takes seconds, and less when it is on disk already, and how long is logged.
+    """
     start = time.perf_counter()
-    made = make()
+    try:
+        made = make()
+    except Exception as error:  # of the compiler, of the C++ compiler that it calls, or of the disk
+        reason = one_line(error)
+        reason = reason if len(reason) <= MAX_SHOWN else f"{reason[:MAX_SHOWN]}..."
+        logger.warning("%s is eager, since it could not be compiled; set enforce_eager=True (%s)", what, reason)
+        return None
     logger.info("%s was compiled in %.0f s", what, time.perf_counter() - start)
     return made

@@ -194,6 +194,8 @@ class TestFields:
             ({"rope_type": "linear", "factor": 0}, "rope_parameters.factor must be positive, got 0"),
             ({"rope_type": "linear", "factor": float("nan")}, "rope_parameters.factor"),
             ({**LLAMA3, "factor": -8.0}, "rope_parameters.factor"),
+            ({"rope_type": "linear", "factor": 2**70}, "rope_parameters.factor must be at most 1e+18"),
+            ({"rope_type": "default", "rope_theta": 2**70}, "rope_parameters.rope_theta must be at most 1e+18"),
             ({**LLAMA3, "low_freq_factor": None}, "rope_parameters.low_freq_factor"),
             ({**LLAMA3, "high_freq_factor": 1.0}, "high_freq_factor (1.0) must be above low_freq_factor (1.0)"),
             ({**LLAMA3, "original_max_position_embeddings": 0.5}, "original_max_position_embeddings"),

@@ -261,6 +261,9 @@ class TestWhatIsWrong:
             (["generate", "a", *COMMON, "--block-size", "0"], "block_size"),
             (["generate", "a", *COMMON, "--num-blocks", str(10**14)], "num_blocks must fit"),
             (["simulate", "--num-requests", "1", "--num-blocks", str(10**15)], "MemoryError"),
+            (["simulate", "--rate", "-1"], "rate must be positive, got -1"),
+            (["simulate", "--enforce-eager"], "--enforce-eager changes nothing in a simulation"),
+            (["simulate", "--quantization", "int8"], "--weight-bits make of it"),
             (["generate", "", *COMMON], "at least one token"),
             (
                 ["generate", "a", *COMMON, "--regex", "(?=a)b"],

@@ -36,10 +36,11 @@ from folovllm.attention import AttentionMetadata
 from folovllm.attention.gather import GatherAttention
 from folovllm.book import judges
 from folovllm.book.counting import OperationCounter
-from folovllm.llm import make_engine_config
+from folovllm.llm import LLM, make_engine_config
 from folovllm.model.layers import Linear, LinearMethod
 from folovllm.model.quantized_layers import Int8Linear
 from folovllm.tales import EMBEDDED_MODEL
+from folovllm.worker import compiled_step
 from folovllm.worker.compiled_step import (
     _CALLED,
     TYPICAL_NUM_KEYS,
@@ -84,6 +85,11 @@ def _compiler(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     if (why_not := CompiledSteps.unsupported(GatherAttention)) is not None:
         pytest.skip(why_not)
+
+    def fail(*words: object) -> None:
+        raise AssertionError(words)
+
+    monkeypatch.setattr(compiled_step.logger, "warning", fail)  # or an eager step would stand in for what is tested
 
 
 @pytest.mark.usefixtures("_compiler")
@@ -331,6 +337,25 @@ def test_rows_of_8_bits_are_normalized_alike(num_in, seed) -> None:
     x[1], x[2, -1], x[3, 0] = 0, math.nan, -math.inf
     for found, expected in zip(hide(linear).normalize(x), linear.normalize(x)):
         torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiler_that_fails_ends_nobodys_request(monkeypatch, caplog) -> None:
+    """It may be killed, or the disk full, in the middle of serving."""
+
+    def fail(*args: object) -> None:
+        raise OSError("No space left on device: " + "/tmp/a" * 200)
+
+    params = SamplingParams(temperature=0, max_tokens=6)
+    texts = ["Once upon a time", "Long ago", "Mira"]
+    found = []
+    for eager in (True, False):
+        llm = LLM(str(EMBEDDED_MODEL), device="cpu", enforce_eager=eager, max_model_len=64)
+        monkeypatch.setattr(compiled_step.Compiler, "__call__", fail)
+        with caplog.at_level(logging.WARNING, "folovllm"):
+            found.append([output.outputs[0].token_ids for output in llm.generate(texts, params, use_tqdm=False)])
+    assert found[0] == found[1]
+    said = [record.message for record in caplog.records if "could not be compiled" in record.message]
+    assert len(said) == 2 and all("OSError: No space left" in line and len(line) < 700 for line in said)
 
 
 @pytest.mark.usefixtures("_compiler")

@@ -99,6 +99,10 @@ def test_some_rows_are_those_of_all(name, rows, tmp_path):
             Qwen3Config(**SHAPE, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
             "no RoPE of type 'yarn'; it has default, linear and llama3",
         ),
+        (
+            LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "full_attention": {"rope_theta": 500.0}}),
+            "has one RoPE for all layers, and the config has one for each of",
+        ),
     ],
 )
 def test_what_it_does_not_have_is_a_sentence(config, message, tmp_path):
@@ -111,7 +115,10 @@ def test_what_it_does_not_have_is_a_sentence(config, message, tmp_path):
     "change, message",
     [
         (lambda w: w.pop("model.norm.weight"), "1 of the model's weights .model.norm.weight. are missing"),
-        (lambda w: w.update(extra=torch.zeros(1)), "a weight extra, which Decoder does not know"),
+        (
+            lambda w: w.update(extra=torch.zeros(1)),
+            "a weight extra, which the model that its config describes does not know",
+        ),
         (
             lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
             r"model.norm.weight has shape \[3\], but its config says \[64\]",

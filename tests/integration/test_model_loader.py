@@ -798,6 +798,13 @@ class TestCodeInTheCheckpoint:
         assert str(with_code) in message and "trust_remote_code" in message
         assert not (tmp_path / "ran").exists()
 
+    @pytest.mark.parametrize("length", ["2048", [2048], {}])
+    def test_a_tokenizers_length_must_be_a_number(self, copy, length):
+        path = copy / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+        with pytest.raises(ModelLoadError, match="has a model_max_length that is no number"):
+            ModelLoader(ModelConfig(str(copy))).load_tokenizer()
+
     def test_the_tokenizers_is_not_run_either(self, copy, tmp_path):
         (copy / "tokenization_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
         path = copy / "tokenizer_config.json"

@@ -268,6 +268,16 @@ def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path) -> None:
         run(open_checkpoint(tmp_path), SEQUENCES, "gptq", group_size=32)
 
 
+def test_nor_is_a_weight_copied_that_is_not_a_number(tmp_path: Path) -> None:
+    save(CONFIGS["qwen3"], tmp_path / "in")
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.inf
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight of .* has a number that is not finite"):
+        quantize_checkpoint(open_checkpoint(tmp_path / "in"), tmp_path / "out", SEQUENCES, group_size=32, use_tqdm=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_token_without_an_embedding(tmp_path: Path) -> None:
     checkpoint = save(CONFIGS["qwen3"], tmp_path)
     with pytest.raises(ValueError, match="the calibration has a token 300, but the model has embeddings for 300;"):

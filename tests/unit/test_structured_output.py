@@ -285,7 +285,7 @@ class TestMistakes:
             ({"regex": "a("}, "structured_outputs.regex cannot be followed: unclosed group"),
             ({"regex": "(?=a)b"}, "structured_outputs.regex cannot be followed: look-around"),
             ({"regex": r"(a)\1"}, "structured_outputs.regex cannot be followed: backreferences are not supported"),
-            ({"regex": r"[^\s\S]"}, "structured_outputs.regex cannot be followed: "),
+            ({"regex": r"[^\s\S]"}, "structured_outputs.regex cannot be followed: no text fits it"),
             ({"regex": "(" * 100_000}, "structured_outputs.regex cannot be followed: "),
             ({"grammar": "start: x"}, 'structured_outputs.grammar cannot be followed: at 1(8): unknown name: "x"'),
             ({"grammar": "hello"}, "structured_outputs.grammar cannot be followed: "),
