@@ -273,8 +273,9 @@ def test_nor_is_a_weight_copied_that_is_not_a_number(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "in" / "model.safetensors")
     tensors["model.norm.weight"][3] = torch.inf
     save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path / "in")
     with pytest.raises(ValueError, match=r"model\.norm\.weight of .* has a number that is not finite"):
-        quantize_checkpoint(open_checkpoint(tmp_path / "in"), tmp_path / "out", SEQUENCES, group_size=32, use_tqdm=False)
+        quantize_checkpoint(checkpoint, tmp_path / "out", SEQUENCES, group_size=32, use_tqdm=False)
     assert not (tmp_path / "out").exists()
 
 
