@@ -115,6 +115,8 @@ class _Prefix:
     num_cached_blocks: int = 0
     num_found_blocks: int = 0
     """Those at its beginning that others have computed."""
+    reads_cache: bool = True
+    """Whether it may find such blocks; no longer when some were spoiled."""
 
 
 class KVCacheManager:
@@ -196,6 +198,8 @@ class KVCacheManager:
         """
         if not self.enable_prefix_caching or seq.sampling_params.skip_reading_prefix_cache:
             return 0
+        if not self._prefixes.get(seq.seq_id, _Prefix()).reads_cache:
+            return 0
         for block_hash in self._hash_blocks(seq, (seq.get_len() - 1) // self.block_size):
             block_id = self.pool.get_cached_block(block_hash)
             if block_id is None:
@@ -214,7 +218,9 @@ class KVCacheManager:
         """
         for block_id in seq.block_ids:
             self.pool.forget(block_id)
-        return self._prefixes.get(seq.seq_id, _Prefix()).num_found_blocks > 0
+        prefix = self._prefixes.setdefault(seq.seq_id, _Prefix())
+        prefix.reads_cache = False  # so that it begins anew once, and not again by the next one's blocks
+        return prefix.num_found_blocks > 0
 
     def cache_blocks(self, seq: Sequence, num_tokens: int) -> None:
         """Makes the blocks that the first ``num_tokens`` tokens of ``seq`` fill findable by later sequences."""
@@ -271,7 +277,7 @@ class KVCacheManager:
             self.pool.release(block_id)
         seq.block_ids.clear()
         if seq.seq_id in self._prefixes:
-            self._prefixes[seq.seq_id] = _Prefix(self._prefixes[seq.seq_id].block_hashes)
+            self._prefixes[seq.seq_id] = replace(self._prefixes[seq.seq_id], num_cached_blocks=0, num_found_blocks=0)
 
     def free(self, seq: Sequence) -> None:
         """Frees everything that a sequence has, on the device and in CPU memory."""

@@ -208,7 +208,9 @@ class LLMEngine:
                 seq.status = SequenceStatus.FINISHED_STOPPED
             else:
                 self.scheduler.finish(seq, SequenceStatus.FINISHED_STOPPED)
-        self.output_processor.send_outputs((seq for seq, _ in scheduler_output.sampled), self._now())
+        # One that begins anew waits again, and has nothing to send.
+        told = (seq for seq, _ in scheduler_output.sampled if seq.status is not SequenceStatus.WAITING)
+        self.output_processor.send_outputs(told, self._now())
 
     def _abort(self, request_id: str, reason: str | None = None) -> None:
         if (state := self.output_processor.states.get(request_id)) is None:

@@ -19,8 +19,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from folovllm.model.checkpoint import ModelLoadError, describe_other_kind, one_line
 from folovllm.validation import check_int, check_number, require, show
 
-MAX_SIZE = 2**31 - 1
 MAX_NUMBER = 1e18
+"""The largest number that a config may have where nothing is counted."""
+MAX_SIZE = 2**31 - 1
 """The largest size that a config may have; a larger one is always a mistake."""
 
 

@@ -468,7 +468,11 @@ def compile_or_warn(what: str, make: Callable[[], Made]) -> Made | None:
     except Exception as error:  # of the compiler, of the C++ compiler that it calls, or of the disk
         reason = one_line(error)
         reason = reason if len(reason) <= MAX_SHOWN else f"{reason[:MAX_SHOWN]}..."
-        logger.warning("%s is eager, since it could not be compiled; set enforce_eager=True (%s)", what, reason)
+        logger.warning(
+            "%s is eager from now on, since it could not be compiled; start again, or set enforce_eager=True (%s)",
+            what,
+            reason,
+        )
         return None
     logger.info("%s was compiled in %.0f s", what, time.perf_counter() - start)
     return made

@@ -259,6 +259,7 @@ class ModelRunner:
         params = SamplingParams(top_p=0.9, seed=0)  # a seed, or Python's own random numbers would be used up
         self.sampler.sample(logits, SamplingMetadata([params] * num_seqs))
 
+    @without_autocast()  # steps may be recorded
     def initialize_kv_cache(self, num_blocks: int, num_swap_blocks: int) -> None:
         """Allocates the cache, in the shape that the attention backend reads, and swap space for as many blocks."""
         self.attention = self._attention_over(num_blocks + self._num_reserved)

@@ -118,7 +118,8 @@ def test_figures_have_the_colors_of_the_page_and_only_those_are_loaded(page: Pag
         page.open(SITE / f"{chapter}.html")
         page.requests.clear()
         shown = page.evaluate(SHOWN)
-        hidden = "[...document.querySelectorAll('figcaption')].filter(caption => !caption.checkVisibility()).length"
+        hidden = """[...document.querySelectorAll('figcaption')]
+            .filter(caption => !caption.closest('details:not([open])') && !caption.checkVisibility()).length"""
         assert page.evaluate(hidden) == 0, "captions are hidden"
         if dark:
             ground = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -616,9 +616,26 @@ class TestFailure:
         num_blocks = engine.config.cache_config.num_blocks
         engine.runner.initialize_kv_cache(num_blocks, 0)  # a recorded step would read the old embedding
         found = ask("bad", "good 0", "bad too", "good 1") | ask("good 2") | ask("good 3", "bad again")
+        before = len(engine.steps)
+        ask(*(f"bad {i}" for i in range(6)))
+        assert len(engine.steps) - before <= (2 if not kwargs else 12)  # each begins anew once
         assert {name: tokens for name, tokens in found.items() if name in prompts} == alone
         assert all(not any(tokens) for name, tokens in found.items() if name not in prompts)
         engine.check_integrity()
+
+    def test_a_stream_that_begins_anew_gives_all_of_its_text(self):
+        llm = LLM(str(EMBEDDED_MODEL), block_size=4, enable_prefix_caching=True, **HERE)
+        params = SamplingParams(temperature=0, max_tokens=8, allowed_token_ids=[*range(3, 900)])
+        beginning = [5, 6, 7, 8] * 4
+        expected = "".join(llm.stream([*beginning, 44], params))
+        assert llm.reset_prefix_cache()
+        llm.engine.decoder.embedding = llm.engine.decoder.embedding.clone()
+        llm.engine.decoder.embedding[1000] = torch.nan
+        llm.engine.runner.initialize_kv_cache(llm.engine.config.cache_config.num_blocks, 0)
+        bad, good = llm.stream([*beginning, 1000], params), llm.stream([*beginning, 44], params)
+        assert "".join(good) == expected != ""
+        with pytest.raises(RuntimeError, match="logit of nan"):
+            list(bad)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     @pytest.mark.parametrize("kwargs", [{}, {"quantization": "int8"}])
