@@ -39,6 +39,11 @@ def show(value: Any) -> str:
         text = " ".join(repr(value).splitlines())
     except (ValueError, RecursionError):
         return f"a {type(value).__name__} too long to print"
+    return shorten(text)
+
+
+def shorten(text: str) -> str:
+    """A text, cut behind `MAX_SHOWN` characters."""
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 

@@ -109,6 +109,12 @@ def rotate(x: Tensor) -> Tensor:
     return (matrix @ x.float().unflatten(-1, (size, -1))).flatten(-2)
 
 
+def divide_by_largest(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their largest numbers, and these, ``[num_rows, 1]``; a row of zeros becomes no numbers."""
+    largest = rows.abs().amax(-1, keepdim=True)  # for 16 rows of 3,072 vector_norm takes eight times as long
+    return rows / largest, largest
+
+
 class Int8Rows:
     """Where some rows of a weight of floats go that is kept in 8 bits, rotated; each row has a scale of its own.
 
@@ -205,9 +211,8 @@ class Int8Linear(LinearBase):
         SmolLM2-135M loses 0.15 nats per token of a prompt of 512, and without `rotate` 0.38. Nor do the scales of
         torch's kernel become small at will: numbers of 1e-4 would lose 18 percent.
         """
-        rotated = rotate(x)
-        largest = rotated.abs().amax(-1, keepdim=True)  # for 16 rows of 3,072 vector_norm takes eight times as long
-        return (rotated / largest).nan_to_num(), largest
+        rows, largest = divide_by_largest(rotate(x))
+        return rows.nan_to_num(), largest
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `LinearBase`."""

@@ -28,7 +28,7 @@ from folovllm.request import StructuredOutputGrammar
 from folovllm.sampling_params import StructuredOutputsParams
 from folovllm.utils import cdiv
 from folovllm.utils.large_stack import run_on_large_stack
-from folovllm.validation import MAX_SHOWN, require
+from folovllm.validation import require, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -249,4 +249,4 @@ def _reason(error: object) -> str:
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     reason = next(iter(errors or lines), "no reason is given")
     reason = "no text fits it" if reason == "NoExtensionBias" else reason  # llguidance's own word for it
-    return reason if len(reason) <= MAX_SHOWN else f"{reason[:MAX_SHOWN]}..."
+    return shorten(reason)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -37,7 +38,7 @@ from folovllm.model.decoder import Attend, Decoder, DecoderLayer
 from folovllm.model.layers import Linear, LinearBase, RMSNorm
 from folovllm.model.quantized_layers import Int8Linear
 from folovllm.sample.sampler import find_likeliest
-from folovllm.validation import MAX_SHOWN
+from folovllm.validation import shorten
 from folovllm.worker.prepared_steps import PreparedSteps, StepOutputs
 from folovllm.worker.traced import FEW_ROWS, TracedAttention, locate, multiply_few, normalize, weight_in_memory
 
@@ -278,8 +279,8 @@ class CompiledPass:
         before = _CALLED.set(Called(self.own.products))
         try:
             x, *same = self._run_begin(*self.own.tensors, *begins)
-            layers = list(zip(self._run_layers, self.decoder.layers, self.layers, self.per_layer))
-            for run, layer, parts, last in layers[:num_layers]:
+            layers = zip(self._run_layers, self.decoder.layers, self.layers, self.per_layer)
+            for run, layer, parts, last in itertools.islice(layers, num_layers):
                 _CALLED.set(Called(parts.products, attend and functools.partial(attend, layer.index)))
                 (x,) = run(*parts.tensors, x, *same, *last)
             _CALLED.set(Called(self.own.products))
@@ -466,12 +467,10 @@ def compile_or_warn(what: str, make: Callable[[], Made]) -> Made | None:
     try:
         made = make()
     except Exception as error:  # of the compiler, of the C++ compiler that it calls, or of the disk
-        reason = one_line(error)
-        reason = reason if len(reason) <= MAX_SHOWN else f"{reason[:MAX_SHOWN]}..."
         logger.warning(
             "%s is eager from now on, since it could not be compiled; start again, or set enforce_eager=True (%s)",
             what,
-            reason,
+            shorten(one_line(error)),
         )
         return None
     logger.info("%s was compiled in %.0f s", what, time.perf_counter() - start)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from folovllm.model import quantized_layers
 from folovllm.model.layers import Linear
-from folovllm.model.quantized_layers import MAX_ROTATED, MIN_APART, hadamard
+from folovllm.model.quantized_layers import MAX_ROTATED, MIN_APART, divide_by_largest, hadamard
 from folovllm.utils import cdiv
 
 PACKED_OUTPUTS = 64
@@ -33,7 +33,6 @@ FEW_ROWS = 2
 """`multiply_few` serves so many rows at most. It keeps a sum for each row and each vector of a block in a register, two
 in 16 bits, and with four rows there are too many: a step of SmolLM2-135M in bfloat16 takes 25 ms that way and 17 by
 oneDNN's kernel. With one row it takes 11.4 ms instead of 18 (two cores with AVX-512)."""
-
 
 HADAMARD = {size: hadamard(size) for size in (1, 2, 4, 8)}
 """What `rotate` multiplies by; made here, where no compiler pretends that there are no numbers."""
@@ -213,9 +212,7 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
 
     16 rows of 3,072 numbers take 35 us, and 80 as that does it (two cores with AVX-512, bfloat16).
     """
-    rotated = rotate(x)
-    largest = rotated.abs().amax(-1, keepdim=True)
-    rows = rotated / largest
+    rows, largest = divide_by_largest(rotate(x))
     return rows.where(rows == rows, 0.0), largest  # nan_to_num asks for each number by itself
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 DEVICE = os.environ.get("FOLOVLLM_TEST_DEVICE", "cpu")
 HERE: dict[str, Any] = {"device": DEVICE, "dtype": "float32"}
@@ -13,3 +16,14 @@ HERE: dict[str, Any] = {"device": DEVICE, "dtype": "float32"}
 BACKENDS = ("gather", "sdpa") if DEVICE == "cpu" else ("gather", "sdpa", "triton")
 """The attention backends that serve there with any block size; Triton's interpreter would take hours."""
 cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="this is how a CPU does it")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """In it torch makes floats of this dtype where it is not told which."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -343,7 +343,7 @@ def test_a_compiler_that_fails_ends_nobodys_request(monkeypatch, caplog) -> None
     """It may be killed, or the disk full, in the middle of serving."""
 
     def fail(*args: object) -> None:
-        raise OSError("No space left on device: " + "/tmp/a" * 200)
+        raise OSError("No space left on device: " + "folder/" * 200)
 
     params = SamplingParams(temperature=0, max_tokens=6)
     texts = ["Once upon a time", "Long ago", "Mira"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from devices import DEVICE
+from devices import DEVICE, default_dtype
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -169,11 +169,8 @@ def test_torchs_default_dtype_changes_no_number(name, dtype, tmp_path):
         return decoder.compute_logits(decoder(tokens, tokens, attend)), decoder.cos, decoder.sin
 
     expected = run()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         found = run()
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 

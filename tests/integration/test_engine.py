@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from devices import BACKENDS, DEVICE, HERE, cpu_only
+from devices import BACKENDS, DEVICE, HERE, cpu_only, default_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -649,11 +649,8 @@ class TestFailure:
             return [output.outputs[0].token_ids for output in found]
 
         expected = tell()
-        torch.set_default_dtype(dtype)
-        try:
+        with default_dtype(dtype):
             found = tell()
-        finally:
-            torch.set_default_dtype(torch.float32)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             assert tell() == found == expected
 
