@@ -214,7 +214,7 @@ class Scheduler:
             child.num_computed_tokens = parent.num_computed_tokens
         follow_grammars(scheduler_output, runner_output)
         for i, (seq, _) in enumerate(scheduler_output.sampled):
-            if i in runner_output.errors and begins_anew(seq, self.cache):
+            if i in runner_output.not_finite and begins_anew(seq, self.cache):
                 self._put_back(seq)
             elif i in runner_output.errors:
                 seq.stop_reason = runner_output.errors[i]
@@ -301,7 +301,7 @@ def add_guesses(output: SchedulerOutput, cache: KVCacheManager, max_num_tokens: 
 
 
 def begins_anew(seq: Sequence, cache: KVCacheManager) -> bool:
-    """Whether a sequence that got no token shall try again without the blocks that it had, which it then has no more.
+    """Whether a sequence whose logits were no numbers shall try again without its blocks, which it then has no more.
 
     A token whose keys and values are no numbers spoils those before it in its prompt, too, and others may have found
     their blocks in the cache. So nobody finds them any longer, and whoever has just begun with some begins anew.

@@ -100,6 +100,8 @@ class SamplerOutput:
     """For rows that asked for it (and those that best_of must rank): token id -> `Logprob`, the chosen token first."""
     errors: dict[int, str] = field(default_factory=dict)
     """From `Sampler.sample` alone: row -> why it has no token, one sentence; its ``token_ids`` entry means nothing."""
+    not_finite: set[int] = field(default_factory=set)
+    """Those of them whose logits are no numbers."""
 
 
 class _RowError(ValueError):
@@ -741,7 +743,8 @@ class Sampler:
             asked_for = _read_logprobs(values, indices, chosen, batch.groups, self.tokenizer, contexts)
             for row, logprobs_of_row in zip(rows, asked_for):
                 logprobs[row] = None if row in errors else logprobs_of_row
-        return SamplerOutput(token_ids, logprobs, errors)
+        not_finite = {row for row in errors if largest_logits[row] != -torch.inf}
+        return SamplerOutput(token_ids, logprobs, errors, not_finite)
 
 
 _CONSTRAINTS = {"bitmask", "allowed", "banned", "bias", "outputs"}

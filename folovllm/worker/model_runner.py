@@ -324,11 +324,9 @@ class ModelRunner:
             return RunnerOutput([], [])
         metadata = self._sampling_metadata([seq for seq, _ in sampled])
         output = self.sampler.sample(logits, metadata, likeliest)
-        return RunnerOutput(
-            [[] if row in output.errors else [token_id] for row, token_id in enumerate(output.token_ids)],
-            [None if logprobs is None else [logprobs] for logprobs in output.logprobs],
-            output.errors,
-        )
+        token_ids = [[] if row in output.errors else [token_id] for row, token_id in enumerate(output.token_ids)]
+        logprobs = [None if found is None else [found] for found in output.logprobs]
+        return RunnerOutput(token_ids, logprobs, output.errors, output.not_finite)
 
     def _verify(
         self, logits: Tensor, seqs: list[Sequence], guesses: list[list[int]], draft_probs: Tensor | None

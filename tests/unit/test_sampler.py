@@ -1155,7 +1155,7 @@ class TestRowsThatCannotBeSampled:
         before = logits.clone()
         chooser = Sampler(AsciiTokenizer())
         found, expected = chooser.sample(logits, metadata), chooser(logits[good], without)
-        assert set(found.errors) == bad and len(found.token_ids) == len(rows)
+        assert set(found.errors) == bad >= found.not_finite and len(found.token_ids) == len(rows)
         assert all("\n" not in reason and "row" not in reason for reason in found.errors.values())
         assert all(type(token) is int and 0 <= token < vocab_size for token in found.token_ids)
         assert [found.token_ids[place] for place in good] == expected.token_ids
@@ -1180,9 +1180,10 @@ class TestRowsThatCannotBeSampled:
     def test_a_forward_pass_that_went_wrong(self):
         logits = torch.zeros(3, 5)
         logits[0, 1], logits[2, 4] = math.nan, INF
-        errors = Sampler().sample(logits, metadata_of(*[SamplingParams()] * 3)).errors
-        assert list(errors) == [0, 2]
-        assert errors[0].startswith("the request has a logit of nan: a weight is no number, 16 bits have no room for")
+        found = Sampler().sample(logits, metadata_of(*[SamplingParams()] * 3))
+        assert list(found.errors) == [0, 2] and found.not_finite == {0, 2}
+        reason = "the request has a logit of nan: a weight is no number, 16 bits have no room for"
+        assert found.errors[0].startswith(reason)
 
     def test_without_such_rows_it_is_the_same_as_a_call(self):
         logits = random_logits(len(GOOD_PARAMS), 128)

@@ -240,3 +240,16 @@ class TestEnds:
         scheduler.update_from_output(output, RunnerOutput([[], [9]], [None, None], errors={0: "no token left"}))
         assert (bad.status, bad.stop_reason) == (SequenceStatus.FINISHED_ABORTED, "no token left")
         assert good.data.output_token_ids == [9] and bad.data.output_token_ids == []
+
+    @pytest.mark.parametrize("not_finite", [set(), {1}])
+    def test_only_what_is_no_number_makes_it_begin_anew_and_its_blocks_unfindable(self, not_finite):
+        scheduler = make([9, 9], caching=True)
+        output = scheduler.schedule()
+        bad, _ = output.sampled[1]
+        scheduler.update_from_output(output, RunnerOutput([[9], []], [None] * 2, {1: "a reason"}, not_finite))
+        assert bad.is_finished() != bool(not_finite)
+        if not_finite:
+            scheduler.finish_request("1", SequenceStatus.FINISHED_ABORTED)
+        scheduler.add_request(make_request("2", 9))
+        (found,) = (num_cached for seq, num_cached in scheduler.schedule().admitted if seq.request_id == "2")
+        assert found == (0 if not_finite else 8)
