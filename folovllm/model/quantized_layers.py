@@ -58,10 +58,13 @@ WHOLE = 2.0**7
 MAX_ROTATED = 64
 """Inputs that are rotated together, at most; a power of two. With 32 SmolLM2-135M loses 0.007 nats per token, with 64
 0.002, and the cost grows with it."""
-MIN_APART = 16
-"""So far apart inputs must be that are rotated together and are no neighbours: floats in a vector of AVX-512."""
 ROWS_AT_ONCE = 4096
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
+
+
+_LINEAR_DYNAMIC = torch.ops.quantized.linear_dynamic.default._op
+"""torch's product of 8 bits. What stands around it in Python asks at each call whether the weight is a compiler's
+pretended one, which makes a step of SmolLM2-135M 3 percent slower."""
 
 
 @functools.cache
@@ -94,19 +97,14 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Blocks of `MAX_ROTATED` numbers of the last dimension, or of what divides it, times `hadamard`; float32.
+    """Blocks of `MAX_ROTATED` neighbours in the last dimension, or of what divides it, times `hadamard`; float32.
 
     ``rotate(x) @ rotate(weight).T`` is ``x @ weight.T``. But a number that is much larger than the others, which would
     make the grid coarse for all numbers that share its scale, is shared out among its block: SmolLM2-135M loses 0.037
-    nats per token without it, and 0.002 with it (QuaRot, Ashkboos et al. 2024). A block is made of neighbours. Of a
-    long row it takes one number from each 64th part instead, so that a processor can add up whole vectors
-    (`folovllm.worker.traced.rotate`).
+    nats per token without it, and 0.002 with it (QuaRot, Ashkboos et al. 2024).
     """
     size = math.gcd(x.shape[-1], MAX_ROTATED)
-    matrix = hadamard(size, x.device)
-    if x.shape[-1] < size * MIN_APART:
-        return (x.float().unflatten(-1, (-1, size)) @ matrix).flatten(-2)
-    return (matrix @ x.float().unflatten(-1, (size, -1))).flatten(-2)
+    return (x.float().unflatten(-1, (-1, size)) @ hadamard(size, x.device)).flatten(-2)
 
 
 def divide_by_largest(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +196,7 @@ class Int8Linear(LinearBase):
     def multiply(self, x: Tensor) -> Tensor:
         """``x @ weight.T`` of rows as `normalize` gives them; float32."""
         if self._packed is not None:
-            return cast(Tensor, torch.ops.quantized.linear_dynamic(x, self._packed))
+            return cast(Tensor, _LINEAR_DYNAMIC(x, self._packed))
         # As whole numbers they would make sums that float16 has no room for.
         weight = self.weight.to(self.dtype).div_(WHOLE)
         return F.linear(x.to(self.dtype), weight).float().mul_(self.scales * WHOLE)

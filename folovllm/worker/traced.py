@@ -15,9 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from folovllm.model import quantized_layers
 from folovllm.model.layers import Linear
-from folovllm.model.quantized_layers import MAX_ROTATED, MIN_APART, divide_by_largest, hadamard
+from folovllm.model.quantized_layers import MAX_ROTATED, divide_by_largest, hadamard
 from folovllm.utils import cdiv
 
 PACKED_OUTPUTS = 64
@@ -34,7 +33,7 @@ FEW_ROWS = 2
 in 16 bits, and with four rows there are too many: a step of SmolLM2-135M in bfloat16 takes 25 ms that way and 17 by
 oneDNN's kernel. With one row it takes 11.4 ms instead of 18 (two cores with AVX-512)."""
 
-HADAMARD = {size: hadamard(size) for size in (1, 2, 4, 8)}
+HADAMARD = {size: hadamard(size) for size in (1, 2, 4, 8, LANES)}
 """What `rotate` multiplies by; made here, where no compiler pretends that there are no numbers."""
 
 
@@ -217,17 +216,14 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """`folovllm.model.quantized_layers.rotate`, where it can be as sums of vectors.
+    """`folovllm.model.quantized_layers.rotate` as sums of vectors.
 
-    `hadamard` of 64 is that of 8 twice: once for numbers that are an eighth of a row apart, and once for those that are
-    a 64th apart. So each number is the sum of 8 twice, instead of 64.
+    `hadamard` of 64 is that of 4 for numbers that are a vector apart, and then that of 16 for those within a vector. So
+    each number is the sum of 4 and then of 16, instead of 64.
     """
-    num_in = x.shape[-1]
-    size = math.gcd(num_in, MAX_ROTATED)
-    if num_in < size * MIN_APART:
-        return quantized_layers.rotate(x)
-    outer = HADAMARD[math.gcd(size, 8)]
-    inner = HADAMARD[size // len(outer)]
-    blocks = in_memory(x.float()).unflatten(-1, (len(outer), 1, len(inner), -1))
-    once = in_memory((blocks * outer[..., None, None]).sum(dim=1))  # [num_rows, outer, inner, apart]
-    return (once.unsqueeze(2) * inner[..., None]).sum(dim=3).flatten(1)
+    size = math.gcd(x.shape[-1], MAX_ROTATED)
+    within = HADAMARD[math.gcd(size, LANES)]
+    across = HADAMARD[size // len(within)]
+    blocks = in_memory(x.float()).unflatten(-1, (-1, 1, len(across), len(within)))
+    vectors = in_memory((blocks * across[..., None]).sum(dim=3))  # [num_rows, num_blocks, across, within]
+    return (vectors.unsqueeze(-1) * within).sum(dim=-2).flatten(1)

@@ -328,13 +328,10 @@ class TestRotate:
         torch.testing.assert_close(rotate(x) @ rotate(weight).T, x.float() @ weight.float().T, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(rotate(rotate(x)), x.float(), rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize(
-        "num_in, size, apart",
-        [(64, 64, 1), (576, 64, 1), (96, 32, 1), (12, 4, 1), (33, 1, 1), (1024, 64, 16), (1536, 64, 24), (100, 4, 25)],
-    )
-    def test_one_number_is_shared_out_among_its_block(self, num_in, size, apart):
+    @pytest.mark.parametrize("num_in, size", [(64, 64), (576, 64), (96, 32), (12, 4), (33, 1), (1024, 64), (100, 4)])
+    def test_one_number_is_shared_out_among_its_block(self, num_in, size):
         x = torch.zeros(num_in)
         x[num_in - 1] = 8.0
         expected = torch.zeros(num_in)
-        expected[num_in - 1 - (size - 1) * apart :: apart] = 8 / size**0.5
+        expected[-size:] = 8 / size**0.5
         torch.testing.assert_close(rotate(x).abs(), expected)
