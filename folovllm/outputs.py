@@ -284,7 +284,7 @@ class RunnerOutput:
     errors: dict[int, str] = field(default_factory=dict)
     """Entries that got no token: index in ``sampled`` -> the reason, one sentence."""
     not_finite: set[int] = field(default_factory=set)
-    """Those of them whose logits were no numbers, so that keys and values that they have computed may be none."""
+    """Those of them with a logit that is NaN or infinite, whose keys and values may be so, too."""
     prompt_logprobs: dict[str, tuple[int, list[dict[int, Logprob] | None]]] = field(default_factory=dict)
     """``seq_id`` -> position in the prompt of the first token reported, and the log probabilities from there on."""
     spec_token_ids: list[list[int]] = field(default_factory=list)

@@ -62,11 +62,6 @@ ROWS_AT_ONCE = 4096
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
 
 
-_LINEAR_DYNAMIC = torch.ops.quantized.linear_dynamic.default._op
-"""torch's product of 8 bits. What stands around it in Python asks at each call whether the weight is a compiler's
-pretended one, which makes a step of SmolLM2-135M 3 percent slower."""
-
-
 @functools.cache
 def int8_max() -> int:
     """The largest weight of 8 bits; the smallest is its negative, so that zero is in the middle.
@@ -196,7 +191,9 @@ class Int8Linear(LinearBase):
     def multiply(self, x: Tensor) -> Tensor:
         """``x @ weight.T`` of rows as `normalize` gives them; float32."""
         if self._packed is not None:
-            return cast(Tensor, _LINEAR_DYNAMIC(x, self._packed))
+            # Without `_op` torch asks at each call whether the weight is one that a compiler pretends, which takes 3
+            # percent of a step of SmolLM2-135M with one row.
+            return cast(Tensor, torch.ops.quantized.linear_dynamic.default._op(x, self._packed))
         # As whole numbers they would make sums that float16 has no room for.
         weight = self.weight.to(self.dtype).div_(WHOLE)
         return F.linear(x.to(self.dtype), weight).float().mul_(self.scales * WHOLE)

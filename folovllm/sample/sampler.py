@@ -101,7 +101,7 @@ class SamplerOutput:
     errors: dict[int, str] = field(default_factory=dict)
     """From `Sampler.sample` alone: row -> why it has no token, one sentence; its ``token_ids`` entry means nothing."""
     not_finite: set[int] = field(default_factory=set)
-    """Those of them whose logits are no numbers."""
+    """Those of them with a logit that is NaN or infinite, which a weight, keys or values may be to blame for."""
 
 
 class _RowError(ValueError):
@@ -743,7 +743,7 @@ class Sampler:
             asked_for = _read_logprobs(values, indices, chosen, batch.groups, self.tokenizer, contexts)
             for row, logprobs_of_row in zip(rows, asked_for):
                 logprobs[row] = None if row in errors else logprobs_of_row
-        not_finite = {row for row in errors if largest_logits[row] != -torch.inf}
+        not_finite = {row for row, largest in enumerate(largest_logits) if math.isnan(largest) or largest == math.inf}
         return SamplerOutput(token_ids, logprobs, errors, not_finite)
 
 

@@ -160,7 +160,8 @@ def verify(
         num_tokens = _count_given(output, row, found)
         if num_tokens == 0:
             verified.errors[entry] = output.errors[row]
-            verified.not_finite |= {entry} if row in output.not_finite else set()
+            if row in output.not_finite:
+                verified.not_finite.add(entry)
         verified.sampled_token_ids.append(output.token_ids[row : row + num_tokens])
         logprobs = output.logprobs[row : row + num_tokens]
         verified.logprobs.append(None if None in logprobs else cast(list, logprobs))

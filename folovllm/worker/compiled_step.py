@@ -76,8 +76,8 @@ class Called(NamedTuple):
 
 _CALLED: ContextVar[Called] = ContextVar("called")
 _library = torch.library.Library("folovllm", "FRAGMENT")
-_library.define("product(Tensor x, int number, int num_out) -> Tensor")
-_library.impl("product", lambda x, number, num_out: x.new_empty(x.shape[0], num_out), "Meta")
+_library.define("multiply_by_number(Tensor x, int number, int num_out) -> Tensor")
+_library.impl("multiply_by_number", lambda x, number, num_out: x.new_empty(x.shape[0], num_out), "Meta")
 # It writes the new keys and values as well, and does not say so: the compiler sees the cache nowhere else.
 _library.define("attention(Tensor q, Tensor kv) -> Tensor")
 _library.impl("attention", lambda q, kv: cast(Function, _CALLED.get().attend)(q, kv), "CPU")
@@ -153,7 +153,7 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
     else:
 
         def multiply(x: Tensor) -> Tensor:
-            return torch.ops.folovllm.product(x, number, num_out)
+            return torch.ops.folovllm.multiply_by_number(x, number, num_out)
 
     made.multiply = multiply  # type: ignore[method-assign]
     if isinstance(made, Int8Linear):
@@ -161,34 +161,39 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
     return made
 
 
-def call_product(x: Tensor, number: int, num_out: int) -> Tensor:
-    """``folovllm::product``: the product of this number of the layer that is running."""
+def multiply_by_number(x: Tensor, number: int, num_out: int) -> Tensor:
+    """The product of this number of the layer that is running; only a compiler asks how many outputs it has."""
     return _CALLED.get().products[number].multiply(x)
 
 
-_library.impl("product", call_product, "CPU")
+_library.impl("multiply_by_number", multiply_by_number, "CPU")
 
 
 @functools.cache
 def call_products_directly() -> None:
-    """Has compiled code call `call_product` itself.
+    """Has compiled code call `multiply_by_number` itself, not an operation that calls it; `_COMPILING` must be held.
 
     Through torch's dispatcher a call takes 5 us more, and 10 or 15 after a weight has been read, when nothing of
     Python is left in the processor's cache: 3 to 5 percent of a step of SmolLM2-135M, which has 121 products.
+
+    What is on disk is asked for by the operation's name and not by what is done here, so that whoever changes this must
+    give it another name.
     """
     from torch._inductor import ir
-    from torch._inductor.lowering import register_lowering
+    from torch._inductor.lowering import fallback_handler, register_lowering
     from torch._inductor.select_algorithm import extern_kernels
 
     names: Any = extern_kernels  # which the code that Inductor writes imports
-    names.folovllm_product = call_product
+    names.multiply_by_number = multiply_by_number
+    call_operation = fallback_handler(torch.ops.folovllm.multiply_by_number.default, add_to_fallback_set=False)
 
-    @register_lowering(torch.ops.folovllm.product.default, type_promotion_kind=None)
-    def lower(x: Any, number: int, num_out: int) -> Any:
-        x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
-        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], num_out])
-        name = "extern_kernels.folovllm_product"
-        return ir.TensorBox.create(ir.ExternKernelAlloc(layout, [x], (number, num_out), python_kernel_name=name))
+    @register_lowering(torch.ops.folovllm.multiply_by_number.default, type_promotion_kind=None)
+    def lower(*args: Any) -> Any:
+        made = call_operation(*args)
+        for node in made.data.data.inputs:
+            if isinstance(node, ir.FallbackKernel):
+                node.python_kernel_name = "extern_kernels.multiply_by_number"
+        return made
 
 
 class Compiler:

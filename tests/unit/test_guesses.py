@@ -154,6 +154,9 @@ def test_a_row_without_a_token_ends_the_run_before_it():
     assert output.sampled_token_ids == [[3], [5, 6]] and not output.errors
     output = verify(Sampler(), logits[[1, 0, 2, 3]], metadata, [[3], [5]])
     assert output.sampled_token_ids == [[], [5, 6]] and set(output.errors) == output.not_finite == {0}
+    logits[1] = -torch.inf
+    output = verify(Sampler(), logits[[1, 0, 2, 3]], metadata, [[3], [5]])
+    assert set(output.errors) == {0} and output.not_finite == set()
 
 
 NUM_DRAWS = 20_000

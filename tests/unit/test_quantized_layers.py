@@ -33,17 +33,17 @@ def calls(monkeypatch):
     """The dtypes of the activations that torch's kernels were called with, by the kernel's name."""
     found: dict[str, list[torch.dtype]] = {}
 
-    def watch(namespace, name):
-        kernel = getattr(namespace, name)
+    def watch(owner, attribute, name):
+        kernel = getattr(owner, attribute)
 
         def call(x, *args):
             found.setdefault(name, []).append(x.dtype)
             return kernel(x, *args)
 
-        monkeypatch.setattr(namespace, name, call)
+        monkeypatch.setattr(owner, attribute, call)
 
-    watch(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
-    watch(torch.ops.quantized, "linear_dynamic")
+    watch(torch.ops.aten, "_weight_int4pack_mm_for_cpu", "_weight_int4pack_mm_for_cpu")
+    watch(torch.ops.quantized.linear_dynamic.default, "_op", "linear_dynamic")
     return found
 
 

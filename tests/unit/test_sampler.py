@@ -1130,7 +1130,7 @@ class TestRowsThatCannotBeSampled:
         rows = data.draw(st.lists(st.sampled_from(range(len(GOOD_PARAMS))) | kinds.map(lambda kind: (kind,))))
         vocab_size = 128
         logits = random_logits(len(rows), vocab_size, seed=len(rows))
-        params, bad = [], set()
+        params, bad, not_finite = [], set(), set()
         for place, row in enumerate(rows):
             if not isinstance(row, tuple):
                 params.append(GOOD_PARAMS[row])
@@ -1140,6 +1140,8 @@ class TestRowsThatCannotBeSampled:
             if isinstance(row[0], int):
                 params.append(SamplingParams(temperature=temperature, seed=3, logprobs=2, **BAD_PARAMS[row[0]]))
                 continue
+            if row[0] != -INF:
+                not_finite.add(place)
             params.append(SamplingParams(temperature=temperature, seed=3, top_p=0.9, logprobs=2))
             everything = row[0] == -INF or data.draw(st.booleans())
             logits[place, slice(None) if everything else 5] = row[0]
@@ -1155,7 +1157,7 @@ class TestRowsThatCannotBeSampled:
         before = logits.clone()
         chooser = Sampler(AsciiTokenizer())
         found, expected = chooser.sample(logits, metadata), chooser(logits[good], without)
-        assert set(found.errors) == bad >= found.not_finite and len(found.token_ids) == len(rows)
+        assert set(found.errors) == bad and found.not_finite == not_finite and len(found.token_ids) == len(rows)
         assert all("\n" not in reason and "row" not in reason for reason in found.errors.values())
         assert all(type(token) is int and 0 <= token < vocab_size for token in found.token_ids)
         assert [found.token_ids[place] for place in good] == expected.token_ids
