@@ -22,6 +22,7 @@ def default_model() -> str:
 
 def draft_model() -> str:
     """The model that guesses for `default_model`: ``$FOLOVLLM_DRAFT_MODEL``, which must have its tokenizer, or else the
-    embedded one of a fifth of the size.
+    embedded one of a fifth of the size; for another default model that model itself, which gains nothing by it.
     """
-    return os.environ.get("FOLOVLLM_DRAFT_MODEL") or str(EMBEDDED_DRAFT)
+    own = default_model()
+    return os.environ.get("FOLOVLLM_DRAFT_MODEL") or (str(EMBEDDED_DRAFT) if own == str(EMBEDDED_MODEL) else own)

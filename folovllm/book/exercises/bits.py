@@ -66,7 +66,10 @@ GROUPS = (
 """Bits, rows, weights in each, how large they are, and in words."""
 
 
-@exercise("the largest weight of each row fits on the grid, and nothing is divided by zero.", gives="a tensor")
+@exercise(
+    "the largest weight of each row is at most half a step beyond the grid, and nothing is divided by zero.",
+    gives="a tensor",
+)
 def check_scale(attempt: Callable[[Tensor, int], Tensor]) -> None:
     """``attempt(group, bits)``: ``[num_rows, group_size]`` to the scale of each row, ``[num_rows]``."""
     import torch
@@ -125,7 +128,7 @@ def _wrong_scales(group: Tensor, bits: int) -> Iterator[tuple[Tensor, str]]:
     yield steps / (2 * group.abs().amax(dim=1)), "that is one over the scale"
 
 
-@exercise("each error moves on to the columns after it, and the engine's layers lose less than half as much.")
+@exercise("each error moves on to the columns after it, as in the engine's own step.")
 def check_step(attempt: Callable[[Tensor, int, Tensor, Tensor], Tensor]) -> None:
     """``attempt(block, column, rounded, factor)``: `folovllm.model.gptq.carry_error`, put in the place of it."""
     import torch
