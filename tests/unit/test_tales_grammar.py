@@ -15,7 +15,7 @@ from scipy import stats
 from transformers import AutoTokenizer
 from unit_helpers import error_of
 
-from folovllm.tales import EMBEDDED_MODEL, default_model
+from folovllm.tales import EMBEDDED_DRAFT, EMBEDDED_MODEL, default_model, draft_model
 from folovllm.tales.grammar import (
     CARD_SLOTS,
     END_OF_TEXT,
@@ -329,3 +329,12 @@ class TestDefaultModel:
     def test_an_empty_variable_is_none(self, monkeypatch):
         monkeypatch.setenv("FOLOVLLM_MODEL", "")
         assert default_model() == str(EMBEDDED_MODEL)
+
+    @pytest.mark.parametrize(
+        "model, draft, expected",
+        [("", "", str(EMBEDDED_DRAFT)), ("other", "", "other"), ("other", "small", "small"), ("", "small", "small")],
+    )
+    def test_who_guesses_has_the_same_tokens(self, monkeypatch, model, draft, expected):
+        monkeypatch.setenv("FOLOVLLM_MODEL", model)
+        monkeypatch.setenv("FOLOVLLM_DRAFT_MODEL", draft)
+        assert draft_model() == expected
