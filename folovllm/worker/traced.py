@@ -98,7 +98,8 @@ class TracedAttention:
     def _weigh(self, weights: Tensor) -> Tensor:
         """The sums of each sequence's own values by their weights, ``[num_seqs, group, num_kv_heads, head_dim]``."""
         values = self.values[self.rows.permute(1, 2, 0)].float()  # [num_seqs, num_kv_heads, num_keys, head_dim]
-        parts = values.split(LANES, dim=-1)
+        # As many numbers as a vector of memory holds: of 16 bits, a load of half as many would be an instruction more.
+        parts = values.split(LANES * torch.float32.itemsize // self.values.itemsize, dim=-1)
         found = [torch.cat([(x * part).sum(dim=2) for part in parts], dim=-1) for x in weights.unsqueeze(-1).unbind(1)]
         return torch.stack(found, dim=1)
 
