@@ -32,7 +32,7 @@ from folovllm.config import DTYPES, CacheConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.encode import encode_text
 from folovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from folovllm.tales import EMBEDDED_MODEL, default_model
-from folovllm.validation import check_unicode, require
+from folovllm.validation import check_unicode, require, show
 
 if TYPE_CHECKING:
     from folovllm.llm import LLM
@@ -64,6 +64,16 @@ CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 2**14
 CALIBRATION_CHARACTERS, CALIBRATION_CUTS = 2**20, 64
 """Characters of a text that become tokens; of a longer text so many cuts from all over, so that a file may be huge."""
 
+DRAWN = {"num_requests": 400, "rate": 8.0}
+"""What a simulated workload that is drawn is made of, and no other."""
+WORKLOADS = ("chat", "poisson", "burst")
+"""Those that are drawn."""
+CHANGE_NO_SIMULATION = {
+    "attention_backend", "dtype", "enforce_eager", "max_logprobs", "quantization", "tokenizer", "tokenizer_mode",
+    "trust_remote_code",
+}  # fmt: skip
+"""Settings of an engine that the time of a simulated step and its counts do not depend on."""
+
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -86,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_unicode(f"the argument {argument!r}", argument)
         args = make_parser().parse_args(argv)
         _run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a broken pipe is still caught
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -197,12 +209,11 @@ def _add_simulation_options(command: argparse.ArgumentParser) -> None:
         help="chat (conversations), poisson (strangers), burst (strangers who come together), or a CSV file with "
         "arrival_s, prompt_tokens and output_tokens. Default: chat.",
     )
-    group.add_argument("--rate", metavar="X", type=float, default=8.0, help="requests per second. Default: 8.")
+    group.add_argument("--rate", metavar="X", type=float, help="requests per second. Default: 8.")
     group.add_argument(
         "--num-requests",
         metavar="N",
         type=int,
-        default=400,
         help="how many; of chats the next multiple of 4. Default: 400.",
     )
     group.add_argument("--weight-bits", metavar="N", type=int, default=16, help="of the layers' weights. Default: 16.")
@@ -379,7 +390,7 @@ def _run(args: argparse.Namespace) -> None:
         if args.command == "chat":
             _chat(llm, params, args)
         elif args.trace is None:
-            _show(llm.stream(prompt, params))
+            _show_whole(llm.stream(prompt, params), params)
         else:
             _show_and_trace(llm, prompt, params, args.trace)
 
@@ -391,13 +402,19 @@ def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
     from folovllm.simulator.presets import get_model
     from folovllm.simulator.workload import make_workload
 
-    for name in sorted(config.keys() & {"dtype", "enforce_eager", "quantization"}):
+    for name in sorted(config.keys() & CHANGE_NO_SIMULATION):
         raise ValueError(
             f"--{name.replace('_', '-')} changes nothing in a simulation, where a step takes what --gpu, --model and "
             "--weight-bits make of it; leave it out"
         )
     shape = get_model(config.pop("model", "qwen3-8b")).with_bits(args.weight_bits)
-    workload = make_workload(args.workload, args.num_requests, args.rate, config.get("seed", 0), shape.vocab_size)
+    drawn = {name: value for name in DRAWN if (value := getattr(args, name)) is not None}
+    if args.workload not in WORKLOADS:
+        for name in drawn:
+            raise ValueError(f"--{name.replace('_', '-')} changes nothing of what a file says; leave it out")
+    workload = make_workload(
+        args.workload, **{**DRAWN, **drawn}, seed=config.get("seed", 0), vocab_size=shape.vocab_size
+    )
     report = simulate(
         workload,
         args.gpu,
@@ -485,6 +502,20 @@ def _show(pieces: Iterator[str], stop_on_interrupt: bool = False) -> str:
     return text
 
 
+def _show_whole(pieces: Generator[str, None, str | None], params: SamplingParams) -> None:
+    """Prints a text as it comes; one that was cut before it was what it must be raises a `ValueError`."""
+    reasons: list[str | None] = []
+
+    def note_end() -> Generator[str]:
+        reasons.append((yield from pieces))
+
+    _show(note_end())
+    require(
+        params.structured_outputs is None or reasons != ["length"],
+        "the answer was cut before it was what --json-schema or --regex ask for: raise --max-tokens",
+    )
+
+
 def _show_and_trace(llm: LLM, prompt: str, params: SamplingParams, file: Path) -> None:
     """Prints a text as it comes, and writes a page of the run, also of one that Ctrl-C has stopped."""
     from folovllm.book.players import play_trace, record
@@ -493,7 +524,7 @@ def _show_and_trace(llm: LLM, prompt: str, params: SamplingParams, file: Path) -
         try:
             limit = llm.engine.config.model_config.max_logprobs
             num_shown = TRACED_LOGPROBS if limit == -1 else min(TRACED_LOGPROBS, limit)
-            _show(llm.stream(prompt, replace(params, logprobs=num_shown)))
+            _show_whole(llm.stream(prompt, replace(params, logprobs=num_shown)), params)
         finally:
             if trace.steps:
                 page = play_trace(trace).to_page("A run of FoloVLLM, step by step")
@@ -511,7 +542,8 @@ def _chat(llm: LLM, params: SamplingParams, args: argparse.Namespace) -> None:
         chat_template=args.chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-    write([*system, {"role": "user", "content": "Hello"}])  # a template that cannot do this much is an error
+    shown = write([*system, {"role": "user", "content": "Hello"}])
+    require("Hello" in shown, f"the chat template must write what the user says, got {show(shown)} for 'Hello'")
     messages: list[dict[str, str]] = system
     longest = llm.engine.max_model_len
     room = min(params.max_tokens or longest, longest // 4)
@@ -556,7 +588,9 @@ def _fit(
 
 
 def _complain(error: Exception) -> None:
-    """Prints in one line what went wrong."""
+    """Prints in one line what went wrong, if there is somewhere to print it."""
+    if sys.stderr is None:
+        return
     with contextlib.suppress(OSError):  # standard error may be closed
         print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
 

@@ -63,12 +63,8 @@ def apply_chat_template(
     Raises:
         ValueError: if a message is malformed, there is no template, or the template refuses the messages.
     """
-    require(
-        bool(chat_template or tokenizer.chat_template),
-        "this tokenizer has no chat template, so it cannot say how messages are written; "
-        "pass chat_template, or give the model a prompt of your own",
-    )
     _check_tools(tools)
+    _check_chat_template(tokenizer, chat_template)
     render = partial(
         tokenizer.apply_chat_template,
         tools=tools,
@@ -216,6 +212,20 @@ def _check_tools(tools: Any) -> None:
     require(tools is None or isinstance(tools, (list, tuple)), f"tools must be a list of dicts, got {show(tools)}")
     for i, tool in enumerate(tools or ()):
         require(isinstance(tool, dict), f"tools[{i}] must be a dict (a function's JSON schema), got {show(tool)}")
+
+
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+    """Refuses none at all, and what is neither a template nor the name of one, such as the name of a file."""
+    require(
+        bool(chat_template or tokenizer.chat_template),
+        "this tokenizer has no chat template, so it cannot say how messages are written; "
+        "pass chat_template, or give the model a prompt of your own",
+    )
+    known = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    require(
+        chat_template is None or chat_template in known or "{{" in chat_template or "{%" in chat_template,
+        f"chat_template must be in Jinja, or one of the tokenizer's {sorted(known)}, got {show(chat_template)}",
+    )
 
 
 def _check_chat_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Any) -> dict[str, Any]:

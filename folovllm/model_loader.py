@@ -236,6 +236,10 @@ class ModelLoader:
             raise ModelLoadError(
                 f"the tokenizer of {folder} has a model_max_length that is no number: {tokenizer.model_max_length!r}"
             )
+        try:
+            tokenizer("")["input_ids"]  # or the first request would find what is broken
+        except Exception as error:
+            raise ModelLoadError(f"the tokenizer of {folder} cannot encode a text ({one_line(error)})") from None
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
             raise ModelLoadError(f"no tokenizer could be read from {folder}: there is no vocabulary in it")
         if config.tokenizer_mode == "slow" and tokenizer.is_fast:

@@ -211,8 +211,8 @@ def read_headers(files: Sequence[Path], quantization: QuantizationConfig | None 
     """The headers of all weight files in one; buffers that are no weights are left out.
 
     Raises:
-        ModelLoadError: if a file is damaged, or a tensor says that the checkpoint is quantized in another way, or none
-            that it is quantized at all.
+        ModelLoadError: if a file is damaged, if two have the same tensor, or if a tensor says that the checkpoint is
+            quantized in another way, or none that it is quantized at all.
     """
     headers: dict[str, dict[str, Any]] = {}
     method = None if quantization is None else quantization.method
@@ -221,6 +221,10 @@ def read_headers(files: Sequence[Path], quantization: QuantizationConfig | None 
         for name, entry in read_safetensors_header(path).items():
             if _QUANTIZED.search(name) and name.rpartition(".")[2] not in known:
                 raise quantized(path, f"it has a tensor {name}")
+            if name in headers:
+                raise ModelLoadError(
+                    f"{path} has a tensor {name} that an earlier file has as well; take the files again"
+                )
             if not is_buffer(name):
                 headers[name] = entry
     if known and not any(name.rpartition(".")[2] in known for name in headers):

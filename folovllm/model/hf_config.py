@@ -173,6 +173,8 @@ def load_hf_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         text_config = config.get_text_config()
+        if isinstance(text_config, dict):
+            raise TypeError(f"its text_config is no config of a model: {show(text_config)}")
     except Exception as error:
         raise ModelLoadError(
             f"transformers cannot build the architecture {', '.join(raw['architectures'])} from {path} "

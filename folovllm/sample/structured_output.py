@@ -28,7 +28,7 @@ from folovllm.request import StructuredOutputGrammar
 from folovllm.sampling_params import StructuredOutputsParams
 from folovllm.utils import cdiv
 from folovllm.utils.large_stack import run_on_large_stack
-from folovllm.validation import require, shorten
+from folovllm.validation import require, shorten, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -231,6 +231,8 @@ def _to_guidance(structured_outputs: StructuredOutputsParams) -> tuple[str, str]
     """The field that is set, and a grammar in llguidance's own format."""
     asked = structured_outputs
     if asked.regex is not None:
+        num_last = len(asked.regex) - len(asked.regex.rstrip("\\"))
+        require(num_last % 2 == 0, f"structured_outputs.regex must not end within an escape, got {show(asked.regex)}")
         return "regex", LLMatcher.grammar_from_regex(asked.regex)
     if asked.choice is not None:
         # One word of the lexer: as rules of the parser, thousands of texts that begin alike are too many at once.

@@ -58,13 +58,22 @@ class Replica:
         return num_found
 
     def add(self, request: TimedRequest) -> None:
-        """Adds a request that has just arrived."""
+        """Adds a request that has just arrived.
+
+        Raises:
+            ValueError: if it cannot be served, or its answer cannot have the length that it asks for.
+        """
         arrival_us = to_us(request.arrival)
         self.clock.advance_to(arrival_us)
         self.engine.add_request(
             request.request_id, request.prompt, request.own_params(), arrival_us / 1e6, sink=self.sink
         )
         num_prompt_tokens = len(self.engine.output_processor.states[request.request_id].request.prompt_token_ids)
+        longest, wanted = self.engine.max_model_len, request.params if isinstance(request.params, int) else 0
+        require(
+            num_prompt_tokens + wanted <= longest,
+            f"{request.request_id} asks for {wanted} tokens after {num_prompt_tokens}, and max_model_len is {longest}",
+        )
         self.recorder.arrived(request.request_id, arrival_us / 1e6, num_prompt_tokens)
         self.num_unfinished += 1
 

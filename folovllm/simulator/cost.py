@@ -24,6 +24,10 @@ QUANTIZATION_GROUP = 128
 """Weights of fewer than 16 bits share a scale of 16 bits in groups of this size."""
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What configs call the number of networks that a token may be sent to."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder: all that its cost depends on."""
@@ -53,15 +57,22 @@ class ModelShape:
         path = Path(folder) / "config.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read as JSON ({error}); give the folder of a checkpoint") from None
-        raw = raw.get("text_config", raw) if isinstance(raw, dict) else {}
+        raw = raw if isinstance(raw, dict) else {}
+        raw = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
 
         def size(name: str, default: Any = None) -> int:
             value = check_int(f"{name} in {path}", default if raw.get(name) is None else raw[name])
             require(value > 0, f"{name} in {path} must be positive, got {value}")
             return value
 
+        for name in EXPERTS:
+            require(
+                raw.get(name) is None or size(name) == 1,
+                f"{path} is of a mixture of experts ({name} is {raw.get(name)}), for whose steps there is no formula: "
+                "take a dense model",
+            )
         num_heads = size("num_attention_heads")
         return cls(
             name=Path(folder).resolve().name,

@@ -35,21 +35,25 @@ class TokenRunner:
         """KV blocks that the card has room for (or that the config asks for), and swap blocks in CPU memory.
 
         Raises:
-            ValueError: if there is no room for a single block.
+            ValueError: if there is no room for a single block, or none for what the config asks for.
         """
         cache, scheduler, roofline = self.config.cache_config, self.config.scheduler_config, self.roofline
-        num_blocks = cache.num_blocks
-        if num_blocks is None:
-            num_blocks = roofline.num_blocks(
-                cache.block_size, cache.gpu_memory_utilization, scheduler.max_num_batched_tokens or 0
-            )
+        num_tokens = scheduler.max_num_batched_tokens or 0
+        room = roofline.num_blocks(cache.block_size, cache.gpu_memory_utilization, num_tokens)
+        weights = f"{roofline.shape.name} with {roofline.shape.num_bytes / 2**30:.1f} GiB of weights"
         require(
-            num_blocks > 0,
-            f"{roofline.shape.name} with {roofline.shape.num_bytes / 2**30:.1f} GiB of weights leaves no room for a KV "
-            f"block on {roofline.gpu.name}; take a larger card, more of them or fewer bits",
+            room > 0,
+            f"{weights} leaves no room for a KV block of {cache.block_size} tokens beside steps of {num_tokens} in "
+            f"{cache.gpu_memory_utilization:g} of {roofline.gpu.name}'s memory; take a larger card, several, or fewer "
+            "bits",
+        )
+        require(
+            cache.num_blocks is None or cache.num_blocks <= room,
+            f"num_blocks must be at most {room}, which is what {weights} leaves room for on {roofline.gpu.name}, got "
+            f"{cache.num_blocks}",
         )
         swap_bytes = cache.swap_space * 2**30 if scheduler.preemption_mode == "swap" else 0
-        return num_blocks, int(swap_bytes // roofline.kv_bytes(cache.block_size))
+        return cache.num_blocks or room, int(swap_bytes // roofline.kv_bytes(cache.block_size))
 
     def initialize_kv_cache(self, num_blocks: int, num_swap_blocks: int) -> None:
         """Does nothing: there are no keys and values."""

@@ -15,10 +15,17 @@ from folovllm.engine.input_processor import Prompt
 from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from folovllm.utils import cdiv
-from folovllm.validation import check_int, check_number, require
+from folovllm.validation import check_int, check_number, require, show
 
 VOCAB_SIZE = 32_000
 """Token ids in made-up prompts are below this: every model of a real size has as many."""
+
+TRACE_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
+"""What a trace must have."""
+MAX_ARRIVAL = 1e12
+"""Seconds: no request arrives later."""
+MIN_RATE = 1e-9
+"""Requests per second: there are no fewer."""
 
 Length = int | tuple[int, int]
 """A number of tokens, or the least and the most of a uniform distribution."""
@@ -53,13 +60,17 @@ class Workload:
         requests: in any order.
 
     Raises:
-        ValueError: if there is no request, one arrives before 0 s, or two have the same name.
+        ValueError: if there is no request, one arrives before 0 s or after `MAX_ARRIVAL`, or two have the same name.
     """
 
     def __init__(self, requests: Iterable[TimedRequest]) -> None:
-        requests = sorted(requests, key=lambda request: request.arrival)
+        requests = list(requests)
+        for request in requests:
+            check_number("arrival", request.arrival)
+            require(request.arrival >= 0, f"arrival must be 0 s or later, got {request.arrival}")
+            require(request.arrival <= MAX_ARRIVAL, f"arrival must be {MAX_ARRIVAL:g} s at most, got {request.arrival}")
+        requests.sort(key=lambda request: request.arrival)
         require(len(requests) > 0, "a workload must have at least one request, got none")
-        require(requests[0].arrival >= 0, f"arrival must be 0 s or later, got {requests[0].arrival}")
         self.requests = [
             request if request.request_id else replace(request, request_id=f"request-{i}")
             for i, request in enumerate(requests)
@@ -107,7 +118,7 @@ def poisson(
         ValueError: if a number is out of range.
     """
     rate, burstiness = float(rate), check_number("burstiness", burstiness)
-    require(rate > 0, f"rate must be positive, got {rate}")
+    _check_rate(rate)
     require(burstiness > 0, f"burstiness must be positive, got {burstiness}")
     rng, arrival = random.Random(seed), 0.0
     prefixes = [_tokens(rng, prefix_tokens, vocab_size) for _ in range(_positive("num_prefixes", num_prefixes))]
@@ -178,7 +189,7 @@ def chats(
     Raises:
         ValueError: if a number is out of range.
     """
-    require(check_number("rate", rate) > 0, f"rate must be positive, got {rate}")
+    _check_rate(check_number("rate", rate))
     require(check_number("think", think) > 0, f"think must be positive, got {think}")
     rng, arrival = random.Random(seed), 0.0
     system = _tokens(rng, system_tokens, vocab_size)
@@ -211,16 +222,23 @@ def replay(path: str | Path, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Wor
     rng, requests = random.Random(seed), []
     prefixes: dict[str, list[int]] = {}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # some programs begin a file with a mark
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a CSV file ({error})") from None
-    for line, row in enumerate(rows, start=2):
+    missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or ())]
+    require(
+        not missing,
+        f"{path} must have the columns {', '.join(TRACE_COLUMNS)} in its first line, parted by commas; it has "
+        f"{show(reader.fieldnames)}",
+    )
+    for line, row in rows:
         try:
-            arrival = float(row["arrival_s"])
+            arrival = check_number("arrival_s", float(row["arrival_s"]))
             num_prompt, num_output = int(row["prompt_tokens"]), int(row["output_tokens"])
             num_shared, name = int(row.get("prefix_tokens") or 0), row.get("prefix_id") or ""
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"line {line} of {path} must have arrival_s (seconds), prompt_tokens and output_tokens, got {error}"
             ) from None
@@ -253,12 +271,13 @@ def make_workload(name: str, num_requests: int, rate: float, seed: int = 0, voca
     vocab_size = min(vocab_size, VOCAB_SIZE)
     if name == "chat":
         num_users = cdiv(_positive("num_requests", num_requests), 4)
-        require(rate > 0, f"rate must be positive, got {rate:g}")  # not a fourth of it
+        _check_rate(rate)  # not a fourth of it
         return chats(num_users, 4, rate / 4, 200, (20, 200), (50, 350), seed=seed, vocab_size=vocab_size)
     if name in ("poisson", "burst"):
         burstiness = 0.25 if name == "burst" else 1.0
         return poisson(num_requests, rate, (100, 900), (50, 350), seed, burstiness, vocab_size=vocab_size)
-    require(Path(name).is_file(), f"workload must be chat, poisson, burst or a CSV file, got {name!r}")
+    is_file = Path(name).exists() and not Path(name).is_dir()  # or a pipe
+    require(is_file, f"workload must be chat, poisson, burst or a CSV file, got {name!r}")
     return replay(name, seed, vocab_size)
 
 
@@ -273,6 +292,11 @@ def _draw(rng: random.Random, name: str, length: Length) -> int:
     is_range = 1 <= check_int(name, least) <= check_int(name, most)
     require(is_range, f"{name} must be 1 or more, or a range of such numbers, got {length}")
     return rng.randint(least, most)
+
+
+def _check_rate(rate: float) -> None:
+    require(rate > 0, f"rate must be positive, got {rate:g}")
+    require(rate >= MIN_RATE, f"rate must be at least {MIN_RATE:g} requests per second, got {rate:g}")
 
 
 def _positive(name: str, value: int) -> int:

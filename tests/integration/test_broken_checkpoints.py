@@ -148,6 +148,16 @@ class TestFields:
         edit(copy, **{name: value})
         refusal(copy, "config.json", name)
 
+    def test_a_text_config_that_is_none(self, copy):
+        edit(copy, text_config={})
+        refusal(copy, "config.json", "text_config")
+
+    def test_a_tokenizer_that_cannot_encode(self, copy):
+        path = copy / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": None}))
+        with pytest.raises(ModelLoadError, match="cannot encode a text"):
+            ModelLoader(ModelConfig(str(copy))).load_tokenizer()
+
     def test_a_number_too_long_to_read(self, copy):
         path = copy / "config.json"
         path.write_text(path.read_text().replace('"vocab_size": 1294', '"vocab_size": 1' + "0" * 5000))
@@ -559,6 +569,13 @@ class TestIndex:
         name = target.format(whole["llama"].name if target.startswith((".", "sub")) else whole["llama"])
         (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         refusal(copy, "model.safetensors.index.json", "weight_map", "outside")
+
+    def test_a_tensor_is_in_one_file(self, copy):
+        shutil.copy(copy / "model.safetensors", copy / "a.safetensors")
+        (copy / "model.safetensors").rename(copy / "b.safetensors")
+        weight_map = {"model.norm.weight": "a.safetensors", "model.embed_tokens.weight": "b.safetensors"}
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        refusal(copy, "that an earlier file has as well")
 
     def test_nor_by_a_link(self, whole, copy):
         (copy / "model.safetensors").unlink()

@@ -260,7 +260,17 @@ class TestWhatIsWrong:
             (["generate", "a", *COMMON, "--top-p", "2"], "top_p"),
             (["generate", "a", *COMMON, "--block-size", "0"], "block_size"),
             (["generate", "a", *COMMON, "--num-blocks", str(10**14)], "num_blocks must fit"),
-            (["simulate", "--num-requests", "1", "--num-blocks", str(10**15)], "MemoryError"),
+            (["simulate", "--num-requests", "1", "--num-blocks", str(10**15)], "num_blocks must be at most 23882"),
+            (["simulate", "--preemption-mode", "swap", "--swap-space", str(10**15)], "MemoryError"),
+            (["simulate", "--attention-backend", "flash"], "--attention-backend changes nothing in a simulation"),
+            (["simulate", "--tokenizer", "x"], "--tokenizer changes nothing in a simulation"),
+            (["simulate", "--workload", "x.csv", "--rate", "2"], "--rate changes nothing of what a file says"),
+            (
+                ["simulate", "--workload", "burst", "--rate", "5e-324"],
+                "rate must be at least 1e-09 requests per second",
+            ),
+            (["simulate", "--workload", "poisson", "--rate", "1e-310"], "rate must be at least 1e-09"),
+            (["generate", "a", *COMMON, "--regex", "fox\\"], "regex must not end within an escape"),
             (["simulate", "--rate", "-1"], "rate must be positive, got -1"),
             (["simulate", "--enforce-eager"], "--enforce-eager changes nothing in a simulation"),
             (["simulate", "--quantization", "int8"], "--weight-bits make of it"),
@@ -317,6 +327,12 @@ class TestWhatIsWrong:
         monkeypatch.setattr("sys.stdin", None)
         self.check(main(["generate", "-"]), "no standard input", capsys)
 
+    def test_a_template_that_shows_nothing_is_said_before_anybody_types(self, llm, monkeypatch, capsys, tmp_path):
+        (tmp_path / "template").write_text("{{ messages | length }}")
+        monkeypatch.setattr("builtins.input", None)
+        words = "the chat template must write what the user says, got '1' for 'Hello'"
+        self.check(main(["chat", "--chat-template", str(tmp_path / "template")]), words, capsys)
+
     def test_no_chat_template_is_said_before_anybody_types(self, llm, monkeypatch, capsys):
         llm.engine.tokenizer = SimpleNamespace(chat_template=None)
         monkeypatch.setattr("builtins.input", None)
@@ -343,7 +359,24 @@ class TestHowItEnds:
         done = run_shell("FOLOVLLM generate --help | true; echo ${PIPESTATUS[0]}")
         assert done.stdout in ("0\n", "141\n") and done.stderr == ""
 
+    def test_an_answer_that_was_cut_is_not_what_it_must_be(self, capsys):
+        asked = ["generate", "a", *COMMON, "--regex", "[a-z]{30}"]
+        assert main([*asked, "--max-tokens", "3"]) == 1
+        captured = capsys.readouterr()
+        assert captured.out.strip() and captured.err.startswith("error: the answer was cut before")
+        assert main(asked) == 0
+        assert len(capsys.readouterr().out) == 31
+
+    def test_nobody_reads_a_report(self):
+        done = run_shell("unset PYTHONUNBUFFERED; FOLOVLLM simulate --num-requests 4 | true; echo ${PIPESTATUS[0]}")
+        assert (done.stdout, done.stderr) == ("141\n", "")
+
+    def test_standard_error_is_closed(self):
+        done = run_shell("FOLOVLLM generate a --top-p 3 2>&-")
+        assert (done.returncode, done.stdout) == (1, "")
+
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /dev/full")
-    def test_the_disk_is_full(self):
-        done = run_shell("FOLOVLLM generate a --max-tokens 5 > /dev/full")
+    @pytest.mark.parametrize("command", ["generate a --max-tokens 5", "simulate --num-requests 4"])
+    def test_the_disk_is_full(self, command):
+        done = run_shell(f"unset PYTHONUNBUFFERED; FOLOVLLM {command} > /dev/full")
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

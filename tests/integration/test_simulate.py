@@ -192,12 +192,21 @@ class TestErrors:
             ({"block_sice": 16}, "the nearest is 'block_size'"),
             ({"tensor_parallel_size": 3}, "must divide"),
             ({"num_blocks": 4}, "lower max_tokens or raise num_blocks"),
+            ({"num_blocks": 10**6}, "num_blocks must be at most"),
+            ({"model": "llama-3.1-70b", "gpu": "l4", "num_blocks": 1000}, "leaves no room"),
+            ({"block_size": 10**8}, "leaves no room for a KV block of 100000000 tokens"),
             ({"max_model_len": 50_000}, "at most the model's own"),
         ],
     )
     def test_a_mistake_is_one_sentence(self, kwargs, why):
         with pytest.raises(ValueError, match=why):
             simulate(small(), **kwargs)
+
+    def test_an_answer_that_does_not_fit_is_not_cut(self):
+        for wanted in (500, 2**63):
+            workload = from_list([TimedRequest(0.0, [1] * 50, 50), TimedRequest(0.1, [1] * 50, wanted)])
+            with pytest.raises(ValueError, match=f"request-1 asks for {wanted} tokens after 50, and"):
+                simulate(workload, max_model_len=100)
 
     def test_an_engine_without_a_tokenizer_takes_tokens_only(self):
         engine = make_engine(make_engine_config("qwen3-8b"), H100)

@@ -127,6 +127,12 @@ class TestWhatTheTemplateIsGiven:
         assert apply_chat_template(tokenizer, USER, chat_template="other") == "other"
         assert apply_chat_template(make_tokenizer(), USER, chat_template="{{ messages[0].content }}!") == "a b!"
 
+    @pytest.mark.parametrize("name", ["template.jinja", "chatml", ""])
+    def test_a_name_is_no_template(self, name):
+        tokenizer = make_tokenizer({"default": "default {{ messages[0].content }}"})
+        with pytest.raises(ValueError, match=r"must be in Jinja, or one of the tokenizer's \['default'\], got"):
+            apply_chat_template(tokenizer, USER, chat_template=name)
+
     def test_arguments_of_tool_calls_are_objects(self):
         function = {"name": "f", "arguments": '{"city": "Ulm"}'}
         messages = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]}]

@@ -95,7 +95,18 @@ class TestReplay:
     @pytest.mark.parametrize(
         ("text", "why"),
         [
-            ("arrival_s,prompt_tokens\n1,2\n", "line 2"),
+            (
+                "arrival_s,prompt_tokens\n1,2\n",
+                "must have the columns arrival_s, prompt_tokens, output_tokens",
+            ),
+            ("arrival_s;prompt_tokens;output_tokens\n1;2;3\n", "parted by commas; it has ['arrival_s;prompt"),
+            ("arrival_s,prompt_tokens,output_tokens\n1,2\n", "line 2"),
+            ("arrival_s,prompt_tokens,output_tokens\n1,2,3\n\n\n\n1,x,2\n", "line 6"),
+            ('arrival_s,prompt_tokens,output_tokens,x\n1,2,3,"a\nb"\n1,x,2,\n', "line 4"),
+            ("arrival_s,prompt_tokens,output_tokens\ninf,10,2\n", "line 2"),
+            ("arrival_s,prompt_tokens,output_tokens\nnan,10,2\n", "line 2"),
+            ("arrival_s,prompt_tokens,output_tokens\n1e300,10,2\n", "arrival must be 1e+12 s at most"),
+            ('arrival_s,prompt_tokens,output_tokens\n1,2,"' + "x" * 2**18, "cannot be read as a CSV file"),
             ("arrival_s,prompt_tokens,output_tokens\n1,2,3\n1,x,3\n", "line 3"),
             ("arrival_s,prompt_tokens,output_tokens\n1,2,0\n", "at least one token"),
             ("arrival_s,prompt_tokens,output_tokens,prefix_tokens\n1,2,3,4\n", "no more shared ones"),
