@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import fields
 from numbers import Integral
@@ -40,7 +40,7 @@ def make_engine_config(model: str, **kwargs: Any) -> EngineConfig:
     known = sorted(set().union(*parts.values(), {"speculative_config"}) - {"model"})
     for name in kwargs:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            near = difflib.get_close_matches(name, [*known, "device"], n=1, cutoff=0)[0]
             raise ValueError(f"LLM has no argument {name!r}; the nearest is {near!r}")
     made = {kind: {name: value for name, value in kwargs.items() if name in names} for kind, names in parts.items()}
     made[SchedulerConfig].pop("max_model_len", None)  # the model's; EngineConfig passes it on
@@ -73,7 +73,7 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        priority: SequenceOf[int] | None = None,
+        priority: int | SequenceOf[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, all at once.
 
@@ -81,22 +81,18 @@ class LLM:
             prompts: one, or a list of them.
             sampling_params: one for all, or one for each; None takes the checkpoint's own generation config.
             use_tqdm: whether to show a progress bar with tokens per second.
-            priority: one for each prompt, lower is served first; it needs ``policy="priority"``.
+            priority: one for all, or one for each; lower is served first, with ``policy="priority"``.
 
         Returns:
             one `RequestOutput` for each prompt, in the order asked.
 
         Raises:
-            ValueError: if the numbers of prompts and params differ, or a prompt cannot be served; nothing has been
-                computed then.
+            ValueError: if the numbers of prompts and params differ, or a prompt cannot be served; then none is
+                answered.
         """
         prompts = _as_list(prompts)
         all_params = _one_each("sampling_params", sampling_params, SamplingParams, len(prompts))
-        priorities = [0] * len(prompts) if priority is None else list(priority)
-        require(
-            len(priorities) == len(prompts),
-            f"priority must have one entry for each of {len(prompts)} prompts, got {len(priorities)}",
-        )
+        priorities = _one_each("priority", 0 if priority is None else priority, int, len(prompts))
         with self._open_sink() as sink:
             request_ids = [
                 self._add(sink, prompt, params, RequestOutputKind.FINAL_ONLY, each)
@@ -154,10 +150,11 @@ class LLM:
                 progress.update()
         return [make_output(self.engine, search) for search in searches]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str, None, str | None]:
         """Answers one prompt, and yields the text as it comes, in complete characters.
 
-        When the caller stops reading, this request ends, and no other.
+        When the caller stops reading, this request ends, and no other. What the generator returns, which ``yield from``
+        gives, is the ``finish_reason``.
 
         Raises:
             ValueError: if the prompt cannot be served, or more than one answer is asked for.
@@ -169,6 +166,7 @@ class LLM:
             params.n == params.best_of == 1,
             f"a stream is one answer, got n={params.n} and best_of={params.best_of}; use generate",
         )
+        require(params.detokenize, "a stream is text, got detokenize=False; use generate")
         sink = OutputSink()
         self._add(sink, prompt, params, RequestOutputKind.DELTA)
         return self._pieces(sink)
@@ -216,8 +214,9 @@ class LLM:
         finally:
             self.engine.close(sink)
 
-    def _pieces(self, sink: OutputSink) -> Iterator[str]:
-        """The text of a sink's one request, as it comes."""
+    def _pieces(self, sink: OutputSink) -> Generator[str, None, str | None]:
+        """The text of a sink's one request, as it comes; returns why it ended."""
+        answer = None
         try:
             while sink.unfinished or sink:
                 for output in self.engine.wait(sink):
@@ -225,9 +224,9 @@ class LLM:
                     if answer.text:
                         yield answer.text
                     if answer.finish_reason == "abort":
-                        raise RuntimeError(
-                            f"the request was ended before its answer was complete: {answer.stop_reason}"
-                        )
+                        why = answer.stop_reason or "it was aborted, without a reason"
+                        raise RuntimeError(f"the request was ended before its answer was complete: {why}")
+            return None if answer is None else answer.finish_reason
         finally:
             self.engine.close(sink)
 
@@ -259,6 +258,7 @@ def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
         raise ValueError(
             f"prompts must be texts, token ids or dicts, or a list of these, got {show(prompts)}"
         ) from None
+    many = many if not hasattr(prompts, "tolist") else prompts.tolist()  # a tensor is made of tensors
     if many and all(isinstance(each, Integral) and not isinstance(each, bool) for each in many):
         return [many]
     return many
@@ -271,6 +271,6 @@ def _one_each(name: str, values: Any, kind: type, count: int) -> list[Any]:
     try:
         values = list(values)
     except TypeError:
-        raise ValueError(f"{name} must be a {kind.__name__}, a list of them or None, got {show(values)}") from None
+        raise ValueError(f"{name} must be one {kind.__name__}, a list of them or None, got {show(values)}") from None
     require(len(values) == count, f"{name} must be one, or one for each of {count} prompts, got {len(values)}")
     return values

@@ -45,14 +45,19 @@ def decode_token(token_id: int, context: Sequence[int], tokenizer: PreTrainedTok
     texts = _texts.setdefault(tokenizer, {})
     text = texts.get(token_id)
     if text is None:
-        text = texts[token_id] = str(tokenizer.decode([token_id]))
+        text = texts[token_id] = _decode([token_id], tokenizer)
     if not text.endswith(_REPLACEMENT):
         return text
     for start in range(len(context) - 1, max(len(context) - NUM_CONTEXT_TOKENS, 0) - 1, -1):
         if not decode_token(context[start], (), tokenizer):
-            text = str(tokenizer.decode([*context[start:], token_id]))
+            text = _decode([*context[start:], token_id], tokenizer)
             if not text.endswith(_REPLACEMENT):
                 return text
         else:
             break
     return ""
+
+
+def _decode(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Their text. A model may have more tokens than its tokenizer, which slow ones refuse and fast ones leave out."""
+    return str(tokenizer.decode([token_id for token_id in token_ids if token_id < len(tokenizer)]))

@@ -75,7 +75,7 @@ class CompletionOutput:
             text=text[first_char:],
             token_ids=seq.data.output_token_ids[first_token:],
             cumulative_logprob=seq.data.cumulative_logprob,
-            logprobs=None if params.logprobs is None else seq.logprobs[first_token:],
+            logprobs=None if params.logprobs is None else [dict(each) for each in seq.logprobs[first_token:]],
             finish_reason=FINISH_REASONS.get(seq.status),
             stop_reason=seq.stop_reason,
         )
@@ -145,7 +145,7 @@ class RequestMetrics:
     num_computed_tokens: int = 0
     """Tokens that went through the model, those that a preemption made it compute again included."""
     num_cached_tokens: int = 0
-    """Tokens whose keys and values were in the prefix cache when an answer was first admitted."""
+    """Prompt tokens whose keys and values were in the prefix cache when the first answer was first admitted."""
     num_shared_tokens: int = 0
     """Prompt tokens that later answers shared with the first one instead of computing them."""
     num_preemptions: int = 0
@@ -179,7 +179,8 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     """Times and counts of the request; None outside an engine."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """For each token of the prompt what ``SamplingParams.prompt_logprobs`` asked for; None for the first token."""
+    """For each token of the prompt what ``SamplingParams.prompt_logprobs`` asked for, None for the first token. Of
+    deltas, the first has them."""
 
     @classmethod
     def from_request(
@@ -193,7 +194,7 @@ class RequestOutput:
         return cls(
             request_id=request.request_id,
             prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt_token_ids=list(request.prompt_token_ids),
             outputs=[CompletionOutput.from_sequence(seq.index, seq, tokenizer) for seq in best_sequences(request)],
             finished=request.is_finished(),
             metrics=metrics,
@@ -202,7 +203,7 @@ class RequestOutput:
 
     @property
     def num_cached_tokens(self) -> int | None:
-        """Tokens found in the prefix cache when the request was admitted; None outside an engine."""
+        """Prompt tokens found in the prefix cache when the request was admitted; None outside an engine."""
         return None if self.metrics is None else self.metrics.num_cached_tokens
 
     def add(self, newer: RequestOutput) -> None:
@@ -219,7 +220,7 @@ class RequestOutput:
                 old.logprobs = [*(old.logprobs or []), *answer.logprobs]
             old.cumulative_logprob = answer.cumulative_logprob
             old.finish_reason, old.stop_reason = answer.finish_reason, answer.stop_reason
-        self.finished, self.metrics, self.prompt_logprobs = newer.finished, newer.metrics, newer.prompt_logprobs
+        self.finished, self.metrics = newer.finished, newer.metrics
 
     def _repr_html_(self) -> str:
         """The prompt and the answers, as a notebook shows them: no id and no times, so it is the same in every run."""

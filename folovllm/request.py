@@ -34,7 +34,7 @@ class SequenceStatus(Enum):
     WAITING = "waiting"
     """Not started, or preempted without its blocks; its tokens must be computed (again)."""
     RUNNING = "running"
-    """Gets a token in every step."""
+    """In the batch: each step computes tokens of it while its budget lasts."""
     SWAPPED = "swapped"
     """Preempted, with its blocks in CPU memory until there is room on the GPU."""
     FINISHED_STOPPED = "finished_stopped"
@@ -149,7 +149,7 @@ class SequenceData:
         )
 
     def get_last_token_id(self) -> int:
-        """The newest token: the one the model reads next. The prompt's last while nothing has been generated."""
+        """The newest token, which the model has not read; the prompt's last while nothing has been generated."""
         return self.output_token_ids[-1] if self.output_token_ids else self.prompt_token_ids[-1]
 
     def add_token_id(self, token_id: int, logprob: float | None = None) -> None:

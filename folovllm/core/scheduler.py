@@ -84,11 +84,12 @@ class Scheduler:
         self._batch_is_open = True  # for static batching: whether the current batch may still grow
 
     def add_request(self, request: Request) -> None:
-        """Queues the first answer to a new request; the others start once its prompt has been computed."""
+        """Queues a new request: its answers, or the first if they are pending, whose others start from its prompt."""
         self.requests[request.request_id] = request
         order = (request.priority, request.arrival_time) if self.config.policy == "priority" else (0, 0.0)
         self._ranks[request.request_id] = (*order, next(self._arrivals))
-        self._enqueue(self.waiting, request.start_answer() if request.num_pending else request.get_seqs()[0])
+        for seq in [request.start_answer()] if request.num_pending else request.get_seqs():
+            self._enqueue(self.waiting, seq)
 
     def forget(self, request_id: str) -> None:
         """Drops a request that was not scheduled yet, wherever `add_request` was interrupted."""
@@ -164,8 +165,7 @@ class Scheduler:
     def _admit_swapped(self, seq: Sequence, output: SchedulerOutput, budget: int) -> int:
         """Swaps in the first swapped sequence; returns its tokens in this step, 0 if it does not fit."""
         num_new = min(seq.get_len() - seq.num_computed_tokens, budget)
-        pairs = self.cache.swap_in(seq, seq.num_computed_tokens + num_new)
-        if pairs is None:
+        if (pairs := self.cache.swap_in(seq, seq.num_computed_tokens + num_new)) is None:
             return 0
         output.swap_in += pairs
         self.swapped.pop(0)

@@ -116,7 +116,7 @@ def start_search(
         2 * params.beam_width <= vocab_size,
         f"beam_width must be at most half of the vocabulary of {vocab_size} tokens, got {params.beam_width}",
     )
-    longest = SamplingParams(max_tokens=params.max_tokens, detokenize=False, seed=0)  # so that it takes no other's seed
+    longest = SamplingParams(max_tokens=params.max_tokens, detokenize=False, seed=0)
     request = engine.input_processor.process(generate_request_id(), prompt, longest, arrival_time=0.0)
     params.max_tokens = min(params.max_tokens, engine.max_model_len - len(request.prompt_token_ids))
     ends = () if params.ignore_eos else tuple(engine.eos_token_ids)
@@ -152,6 +152,7 @@ def run_searches(engine: LLMEngine, sink: OutputSink, searches: Iterable[BeamSea
             logprobs=search.num_candidates,
             max_tokens=1,
             detokenize=False,
+            seed=0,  # so that it takes no other's seed
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         answers: dict[str, CompletionOutput | None] = {generate_request_id(): None for _ in search.beams}

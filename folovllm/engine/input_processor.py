@@ -129,7 +129,7 @@ class InputProcessor:
             token_ids = check_token_ids("prompt_token_ids", given["prompt_token_ids"])
         elif text is not None:
             add_special_tokens = check_bool("add_special_tokens", given.get("add_special_tokens", True))
-            token_ids = self._encode(text, add_special_tokens) if text else []
+            token_ids = self._encode(text, add_special_tokens)
         else:
             token_ids = check_token_ids("prompt", prompt)
         shown = token_ids if text is None else text

@@ -8,11 +8,13 @@ For texts instead of steps there is `folovllm.llm.LLM`. As in vLLM (``v1/engine/
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache import KVCacheManager
 from folovllm.core.scheduler import Scheduler, SchedulerOutput
+from folovllm.engine.aborts import Aborter
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.engine.input_processor import InputProcessor, Prompt
 from folovllm.engine.output_processor import OutputProcessor, OutputSink
@@ -23,7 +25,7 @@ from folovllm.request import SequenceStatus
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils.clock import Clock, WallClock
 from folovllm.utils.fair_lock import FairLock
-from folovllm.validation import require
+from folovllm.validation import check_str, require
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +68,7 @@ class LLMEngine:
         self.scheduler = (scheduler_config.scheduler_cls or Scheduler)(scheduler_config, self.cache)
         self.input_processor = InputProcessor(config, model)
         self.output_processor = OutputProcessor(self.tokenizer, self.detokenizer_cls)
+        self.aborter = Aborter(self.output_processor, self._now)
         self.steps: deque[StepStats] = deque(maxlen=MAX_STEPS)
         """Statistics of the last steps, oldest first; `stats` returns them as a list."""
         self.step_hooks: list[StepHook] = []  # called after each step; what one raises goes to whoever stepped
@@ -94,30 +97,36 @@ class LLMEngine:
             sink: where its outputs go; None: `step` returns them. A sink that is garbage-collected ends its requests.
 
         Raises:
-            ValueError: if the request could never be served, or if the name is taken.
+            ValueError: if the request could never be served, if the name is taken, or if the sink is closed.
         """
         arrival_time = self._now() if arrival_time is None else arrival_time
         request = self.input_processor.process(request_id, prompt, params, arrival_time, priority)
+        sink = self._sink if sink is None else sink
         with self._lock:
+            require(not sink.is_closed, f"the sink of request {request_id!r} is closed: make another one")
+            self.aborter.catch_up(self.scheduler)  # or a request that nobody waits for would keep its name
             taken = request_id in self.output_processor.states
             require(not taken, f"request_id {request_id!r} is taken by a request that is not finished")
             try:
-                self.output_processor.add_request(request, self._sink if sink is None else sink)
+                self.output_processor.add_request(request, sink)
                 self.scheduler.add_request(request)
             except BaseException:  # Ctrl-C between the two: neither may know of it alone
                 self.scheduler.forget(request_id)
                 self.output_processor.forget(request_id)
                 raise
 
-    def abort_request(self, request_id: str, reason: str | None = None) -> None:
+    def abort_request(self, request_id: str | Iterable[str], reason: str | None = None) -> None:
         """Ends a request at once; its last output comes with the next step. An unknown or finished one is ignored.
 
         Args:
-            request_id: its name.
-            reason: becomes the ``stop_reason`` of its unfinished answers.
+            request_id: its name, or the names of several.
+            reason: becomes the ``stop_reason`` of their unfinished answers.
         """
+        is_one = isinstance(request_id, str) or not isinstance(request_id, Iterable)
+        request_ids = [check_str("request_id", each) for each in ([request_id] if is_one else request_id)]
         with self._lock:
-            self._abort(request_id, reason)
+            for each in request_ids:
+                self.aborter.abort(self.scheduler, each, reason)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to compute or to return for requests without a sink of their own."""
@@ -151,7 +160,7 @@ class LLMEngine:
         self.output_processor.abandoned.extend(list(sink.unfinished))
         if self._lock.take_if_free():  # else the step that holds the lock, or the next one, does it
             try:
-                self._end_abandoned()
+                self.aborter.catch_up(self.scheduler)
             finally:
                 self._lock.release()
 
@@ -162,6 +171,7 @@ class LLMEngine:
     def reset_prefix_cache(self) -> bool:
         """Empties the prefix cache, if no block is in use; returns whether it did."""
         with self._lock:
+            self.aborter.catch_up(self.scheduler)
             return self.cache.reset_prefix_cache()
 
     def check_integrity(self) -> None:
@@ -180,7 +190,7 @@ class LLMEngine:
     def _step(self) -> None:
         """Schedule, run, update; each output goes to its request's sink."""
         try:
-            self._end_abandoned()
+            self.aborter.catch_up(self.scheduler)
             if not self.scheduler.has_unfinished():
                 return
             times_us = [self.clock.now_us()]
@@ -192,7 +202,7 @@ class LLMEngine:
             self._update(scheduler_output, runner_output)
             times_us.append(self.clock.now_us())
         except BaseException as error:
-            self._abort_running(f"{type(error).__name__}: {error}")
+            self.aborter.abort_running(self.scheduler, f"{type(error).__name__}: {error}")
             raise
         finish_step_stats(stats, scheduler_output, runner_output, self.scheduler, self.cache.pool, times_us)
         self.steps.append(stats)
@@ -211,21 +221,3 @@ class LLMEngine:
         # One that begins anew waits again, and has nothing to send.
         told = (seq for seq, _ in scheduler_output.sampled if seq.status is not SequenceStatus.WAITING)
         self.output_processor.send_outputs(told, self._now())
-
-    def _abort(self, request_id: str, reason: str | None = None) -> None:
-        if (state := self.output_processor.states.get(request_id)) is None:
-            return
-        if request_id in self.scheduler.requests:
-            self.scheduler.finish_request(request_id, SequenceStatus.FINISHED_ABORTED, reason)
-        self.output_processor.send_outputs(state.request.get_seqs(), self._now())
-
-    def _end_abandoned(self) -> None:
-        """Ends the requests whose sink is closed or garbage-collected."""
-        for request_id in self.output_processor.take_abandoned():
-            self._abort(request_id)
-
-    def _abort_running(self, reason: str) -> None:
-        """Aborts every request that was running in a failed step, with ``reason`` as its stop reason."""
-        running = self.scheduler.reset()
-        for request_id in [*self.output_processor.settle_unsent(reason), *running]:
-            self._abort(request_id, reason)

@@ -76,6 +76,11 @@ class RequestState:
     """``seq_id`` -> the tokens and characters sent so far, for requests that get deltas."""
     given_whole: set[str] = field(default_factory=set)
     """The sequences whose last delta has been sent."""
+    prompt_token_ids: list[int] = field(init=False)
+    """What its outputs show: a copy, since the caller may change it."""
+
+    def __post_init__(self) -> None:
+        self.prompt_token_ids = list(self.request.prompt_token_ids)
 
 
 class OutputProcessor:
@@ -209,7 +214,7 @@ class OutputProcessor:
         if sink is not None and (finished or not at_the_end):
             is_delta = params.output_kind is RequestOutputKind.DELTA
             outputs = list(self._deltas(state) if is_delta else self._answers(state))
-            sink.put(self._make_output(state, outputs, finished), is_delta)
+            sink.put(self._make_output(state, outputs, finished, is_delta), is_delta)
         if finished:  # and its output was sent: an interrupt at any line loses none
             if sink is not None:
                 sink.unfinished.discard(request.request_id)
@@ -225,16 +230,20 @@ class OutputProcessor:
             if seq.seq_id not in kept_ids:
                 seq.status = SequenceStatus.FINISHED_IGNORED
 
-    def _make_output(self, state: RequestState, outputs: list[CompletionOutput], finished: bool) -> RequestOutput:
-        request = state.request
+    def _make_output(
+        self, state: RequestState, outputs: list[CompletionOutput], finished: bool, is_delta: bool
+    ) -> RequestOutput:
+        request, prompt_logprobs = state.request, state.prompt_logprobs and list(state.prompt_logprobs)
+        if is_delta:  # with the first one only
+            state.prompt_logprobs = None
         return RequestOutput(
             request.request_id,
             request.prompt,
-            request.prompt_token_ids,
+            state.prompt_token_ids,
             outputs,
             finished,
             state.metrics.snapshot(),
-            state.prompt_logprobs,
+            prompt_logprobs,
         )
 
     def _read_text(self, state: RequestState, seq: Sequence) -> None:

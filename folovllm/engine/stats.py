@@ -98,8 +98,12 @@ def count_requests(scheduler_output: SchedulerOutput, metrics_of: Callable[[str]
         metrics_of(seq.request_id).num_preemptions += 1
     for seq, num_cached in scheduler_output.admitted:
         # A preempted sequence finds its own blocks again. They had been computed for it, so they save nothing.
-        if not seq.num_preemptions:
-            metrics_of(seq.request_id).num_cached_tokens += num_cached
+        if seq.num_preemptions:
+            continue
+        if seq.index:  # what it finds was computed for the answers before it
+            metrics_of(seq.request_id).num_shared_tokens += num_cached
+        else:
+            metrics_of(seq.request_id).num_cached_tokens = num_cached
     for seq, num_new in zip(scheduler_output.seqs, scheduler_output.num_new_tokens):
         metrics_of(seq.request_id).num_computed_tokens += num_new
     for parent, child in scheduler_output.forks:

@@ -223,6 +223,13 @@ class TestSharing:
         assert output.metrics.num_shared_tokens == 3 * 33
         assert len({tuple(answer.token_ids) for answer in output.outputs}) == 4
 
+    def test_what_later_answers_find_of_their_own_prompt_is_shared_and_not_cached(self, checkpoint):
+        engine = make_engine(checkpoint, max_num_seqs=1, enable_prefix_caching=True, block_size=4)
+        params = SamplingParams(temperature=0, n=4, max_tokens=2, ignore_eos=True)
+        for found in (0, 20):
+            metrics = run_one(engine, list(range(5, 26)), params).metrics
+            assert (metrics.num_cached_tokens, metrics.num_shared_tokens) == (found, 3 * 20)
+
     def test_the_second_of_two_requests_finds_the_first_ones_blocks(self, checkpoint, prompts, greedy_tokens):
         engine = make_engine(checkpoint, enable_prefix_caching=True)
         for cached in (0, 32):
@@ -436,6 +443,13 @@ class TestBadInput:
         assert not llm.engine.has_unfinished_requests()
         assert len(llm.generate([[5, 6]], use_tqdm=False)) == 1
 
+    def test_a_priority_is_one_for_all_or_one_for_each(self, checkpoint):
+        llm = LLM(str(checkpoint), **HERE, max_model_len=MAX_MODEL_LEN, policy="priority")
+        assert len(llm.generate([[5, 6], [7]], SamplingParams(max_tokens=1), use_tqdm=False, priority=5)) == 2
+        with pytest.raises(ValueError, match="priority must be one, or one for each of 2 prompts, got 3"):
+            llm.generate([[5, 6], [7]], use_tqdm=False, priority=[0, 5, 5])
+        assert not llm.engine.has_unfinished_requests()
+
     def test_an_unknown_argument_names_the_nearest(self, checkpoint):
         with pytest.raises(ValueError, match="no argument 'blocksize'; the nearest is 'block_size'"):
             LLM(str(checkpoint), blocksize=4)
@@ -526,22 +540,61 @@ class TestFailure:
         output = run_one(engine, prompts[7], SamplingParams(**GREEDY))
         assert output.num_cached_tokens == 0 and output.outputs[0].token_ids == greedy_tokens[7]
 
-    def test_an_interrupt_at_any_line_of_a_step_loses_no_block_and_no_request(self, checkpoint, prompts, greedy_tokens):
-        def interrupt(num_lines):
-            """A trace function that raises at a line of the queues, the blocks or what becomes of the outputs."""
+    FILES = ("scheduler.py", "kv_cache.py", "request.py")
+    """Of the queues, the blocks and what becomes of the outputs."""
 
-            def trace(frame, event, arg):
-                nonlocal num_lines
-                if frame.f_code.co_filename.rpartition("/")[2] not in ("scheduler.py", "kv_cache.py", "request.py"):
-                    return None if frame.f_code.co_name == "run" else trace
-                num_lines -= event == "line"
-                if num_lines == 0:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-                return trace
+    @staticmethod
+    def interrupt(num_lines, files=FILES):
+        """A trace function that raises after some lines of some files."""
 
+        def trace(frame, event, arg):
+            nonlocal num_lines
+            if frame.f_code.co_filename.rpartition("/")[2] not in files:
+                return None if frame.f_code.co_name == "run" else trace
+            num_lines -= event == "line"
+            if num_lines == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
             return trace
 
+        return trace
+
+    def test_an_interrupt_while_a_failed_step_is_cleaned_up_loses_no_request(self, checkpoint, prompts, greedy_tokens):
+        engine, before = make_engine(checkpoint, num_blocks=14, block_size=4), sys.gettrace()
+        run, num_interrupted = engine.runner.run, 0
+
+        def fail_and_interrupt(num_lines):
+            def failing(scheduler_output):
+                engine.runner.run = run
+                sys.settrace(self.interrupt(num_lines, (*self.FILES, "output_processor.py")))
+                raise RuntimeError("out of memory")
+
+            return failing
+
+        for num_lines in range(1, 400, 7):
+            for i, prompt in enumerate(prompts[:4]):
+                engine.add_request(str(i), prompt, SamplingParams(**GREEDY))
+            finished = {output.request_id: output for output in engine.step()}
+            engine.runner.run = fail_and_interrupt(num_lines)
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                num_interrupted += 1
+            except RuntimeError:
+                pass
+            finally:
+                sys.settrace(before)
+            finished |= run_all(engine)
+            engine.check_integrity()
+            assert not engine.scheduler.has_unfinished() and len(finished) == 4
+            for key, output in finished.items():
+                answer, expected = output.outputs[0], greedy_tokens[int(key)]
+                is_whole = answer.finish_reason != "abort"
+                assert is_whole or answer.stop_reason == "RuntimeError: out of memory"
+                assert answer.token_ids == (expected if is_whole else expected[: len(answer.token_ids)])
+        assert num_interrupted > 20
+
+    def test_an_interrupt_at_any_line_of_a_step_loses_no_block_and_no_request(self, checkpoint, prompts, greedy_tokens):
         rng, before = random.Random(0), sys.gettrace()
         for mode in ("recompute", "swap"):
             engine = make_engine(
@@ -558,7 +611,7 @@ class TestFailure:
                 finished = {}
                 for _ in range(rng.randrange(12)):
                     finished |= {output.request_id: output for output in engine.step()}
-                sys.settrace(interrupt(rng.randrange(1, 400)))
+                sys.settrace(self.interrupt(rng.randrange(1, 400)))
                 try:
                     finished |= {output.request_id: output for output in engine.step()}
                 except KeyboardInterrupt:
@@ -653,6 +706,18 @@ class TestFailure:
             found = tell()
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             assert tell() == found == expected
+
+    def test_abort_takes_one_name_or_several(self, checkpoint, prompts):
+        engine = make_engine(checkpoint)
+        for name in "abcd":
+            engine.add_request(name, prompts[0], SamplingParams(**GREEDY))
+        engine.abort_request("a")
+        engine.abort_request(["b", "c"])
+        engine.abort_request(("d", "unknown"))
+        reasons = {output.request_id: output.outputs[0].finish_reason for output in engine.step()}
+        assert reasons == dict.fromkeys("abcd", "abort")
+        with pytest.raises(ValueError, match="request_id must be a non-empty string, got 5"):
+            engine.abort_request(5)
 
     def test_abort_of_an_unknown_request_is_nothing(self, checkpoint):
         make_engine(checkpoint).abort_request("nobody")

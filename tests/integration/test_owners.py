@@ -143,6 +143,10 @@ class TestOwners:
             with pytest.raises(ValueError, match="a stream is one answer, got n="):
                 llm.stream(PROMPTS[0], SamplingParams(**kwargs))
 
+    def test_a_stream_is_text(self, llm):
+        with pytest.raises(ValueError, match="a stream is text, got detokenize=False"):
+            llm.stream(PROMPTS[0], SamplingParams(detokenize=False))
+
     def test_a_stream_whose_request_is_ended_by_an_error_says_so(self, llm):
         run, stream = llm.engine.runner.run, llm.stream(PROMPTS[0], params_of(0, 12))
         next(stream)
@@ -218,6 +222,13 @@ class TestKinds:
         assert "".join(output.outputs[0].text for output in pieces) == alone[0, 12]
         assert all(len(output.outputs[0].token_ids) == len(output.outputs[0].logprobs) == 1 for output in pieces)
 
+    def test_the_first_delta_has_the_log_probabilities_of_the_prompt(self, llm):
+        first, *others = self.outputs(llm, RequestOutputKind.DELTA, prompt_logprobs=0)
+        assert len(first.prompt_logprobs) == len(first.prompt_token_ids)
+        assert [output.prompt_logprobs for output in others] == [None] * 11
+        first.add(others[0])
+        assert len(first.prompt_logprobs) == len(first.prompt_token_ids)
+
     def test_deltas_of_several_answers_keep_their_numbers(self, llm):
         texts = ["", "", ""]
         for output in self.outputs(llm, RequestOutputKind.DELTA, n=3):
@@ -282,6 +293,47 @@ class TestKinds:
 
 
 class TestOneCaller:
+    def test_outputs_that_change_later_change_nothing(self, llm):
+        engine = llm.engine
+        params = {"max_tokens": 20, "temperature": 0, "ignore_eos": True, "logprobs": 2, "prompt_logprobs": 1, "n": 8}
+
+        def answers(spoil: bool) -> list[tuple[list[int], str, float]]:
+            for name in ("a", "b"):
+                engine.add_request(name, [5, 6, 7, 8], SamplingParams(**params, stop=["a "]))
+            found = []
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        found += [(each.token_ids, each.text, each.cumulative_logprob) for each in output.outputs]
+                    elif spoil:
+                        output.prompt_token_ids.append(9)
+                        output.prompt_logprobs.clear()
+                        for each in output.outputs:
+                            each.token_ids.clear()
+                            for logprobs in each.logprobs:
+                                logprobs.clear()
+            return found
+
+        assert answers(spoil=True) == answers(spoil=False)
+
+    def test_a_closed_sink_takes_no_request(self, llm):
+        sink = OutputSink()
+        llm.engine.close(sink)
+        with pytest.raises(ValueError, match="the sink of request 'a' is closed"):
+            llm.engine.add_request("a", "Once", sink=sink)
+
+    def test_a_sink_that_is_gone_keeps_no_name_and_no_block(self, llm):
+        sink = OutputSink()
+        llm.engine.add_request("a", "Once", SamplingParams(max_tokens=20, ignore_eos=True), sink=sink)
+        llm.engine.wait(sink)
+        del sink
+        gc.collect()
+        assert llm.reset_prefix_cache()
+        sink = OutputSink()
+        llm.engine.add_request("a", "Once", SamplingParams(max_tokens=2, ignore_eos=True), sink=sink)
+        while sink.unfinished:
+            llm.engine.wait(sink)
+
     def test_params_that_change_later_change_nothing(self, llm, alone):
         params = params_of(0, 25)
         llm.engine.add_request("first", PROMPTS[0], params)

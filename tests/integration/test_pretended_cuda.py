@@ -76,6 +76,9 @@ class AsciiTokenizer:
     def encode(self, text, add_special_tokens=True):
         return [ord(character) for character in text]
 
+    def __len__(self):
+        return 0x110000  # characters of Unicode
+
     def decode(self, token_ids, **kwargs):
         return "".join(map(chr, token_ids))
 

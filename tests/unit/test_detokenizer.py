@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from folovllm import SamplingParams
 from folovllm.engine.detokenizer import CONTEXT, Detokenizer
+from folovllm.logprobs import decode_token
 
 TOKENIZER = FAST["embedded"]
 BYTES = {"embedded", "byte-level", "byte fallback", "Unigram with bytes", "ByT5"}
@@ -39,6 +40,16 @@ def test_the_pieces_are_the_text(text, prompt):
     detokenizer, shown, _ = feed(text, prompt, skip_special_tokens=False)
     assert detokenizer.text == TOKENIZER.decode(TOKENIZER.encode(text, add_special_tokens=False))
     assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
+
+
+@pytest.mark.parametrize("tokenizer", [*FAST.values(), *SLOW.values()], ids=[*FAST, *SLOW])
+def test_a_token_that_the_model_has_and_the_tokenizer_has_not_is_no_text(tokenizer):
+    unknown = len(tokenizer) + 20
+    ids = tokenizer.encode("ab", add_special_tokens=False)
+    for prompt, output in (([unknown, *ids], [*ids, unknown]), ([*ids, unknown], [unknown, *ids])):
+        expected, _ = read(tokenizer, ids, ids, bool)
+        assert read(tokenizer, prompt, output, lambda index: True)[0].text == expected.text
+    assert decode_token(unknown, [unknown, *ids], tokenizer) == ""
 
 
 def test_half_a_character_is_not_shown():

@@ -83,6 +83,9 @@ class AsciiTokenizer:
     def encode(self, text, add_special_tokens=True):
         return [0] * add_special_tokens + [ord(character) for character in text if character != "\t"]
 
+    def __len__(self):
+        return 0x110000  # characters of Unicode
+
     def decode(self, token_ids, **kwargs):
         return "".join(map(chr, token_ids))
 
@@ -973,6 +976,9 @@ class TestDecodedToken:
         decoded = []
 
         class Counting(AsciiTokenizer):
+            def __len__(self):
+                return 0x110000  # characters of Unicode
+
             def decode(self, token_ids, **kwargs):
                 decoded.append(token_ids)
                 return super().decode(token_ids)

@@ -44,6 +44,15 @@ def test_a_prompt_at_once_then_one_token_per_step():
     assert step(scheduler) == {"0": 1, "1": 1}
 
 
+def test_a_request_that_has_all_its_answers_already():
+    scheduler = make([])
+    scheduler.add_request(Request("0", None, [2, 3, 4], SamplingParams(n=2, max_tokens=2)))
+    assert names(scheduler.waiting) == ["0", "0"]
+    while scheduler.has_unfinished():
+        step(scheduler)
+    assert not scheduler.requests
+
+
 def test_a_place_must_be_free():
     scheduler = make([5, 3, 2], max_num_seqs=2)
     assert step(scheduler) == {"0": 5, "1": 3}
