@@ -43,10 +43,15 @@ function keepFocus() {
   }
 }
 
+/** Characters of a name that there is room for on any screen. */
+const SHORT = 16;
+
 /** Lets a long name break after a dot, a slash or an underscore, instead of anywhere, where the room is narrow. */
 function breakNames() {
   const places = [":is(td, th) code", ".cell_output > p > code:only-child", "summary code"];
   for (const name of document.querySelectorAll(places.map((place) => `.bd-article ${place} .pre`).join())) {
-    name.innerHTML = name.innerHTML.replace(/[._/](?=\w)/g, "$&<wbr>");
+    if (name.textContent.length > SHORT) {
+      name.innerHTML = name.innerHTML.replace(/[._/](?=\w)/g, "$&<wbr>");
+    }
   }
 }
