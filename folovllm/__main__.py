@@ -64,10 +64,8 @@ CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 2**14
 CALIBRATION_CHARACTERS, CALIBRATION_CUTS = 2**20, 64
 """Characters of a text that become tokens; of a longer text so many cuts from all over, so that a file may be huge."""
 
-DRAWN = {"num_requests": 400, "rate": 8.0}
-"""What a simulated workload that is drawn is made of, and no other."""
-WORKLOADS = ("chat", "poisson", "burst")
-"""Those that are drawn."""
+DRAWN_WORKLOAD = {"num_requests": 400, "rate": 8.0}
+"""Options of simulated workloads that are drawn, and their defaults; a file says these things itself."""
 CHANGE_NO_SIMULATION = {
     "attention_backend", "dtype", "enforce_eager", "max_logprobs", "quantization", "tokenizer", "tokenizer_mode",
     "trust_remote_code",
@@ -99,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a broken pipe is still caught
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        _note("")
         return 130
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         _discard_output()
@@ -390,7 +388,7 @@ def _run(args: argparse.Namespace) -> None:
         if args.command == "chat":
             _chat(llm, params, args)
         elif args.trace is None:
-            _show_whole(llm.stream(prompt, params), params)
+            _show_whole(llm, prompt, params)
         else:
             _show_and_trace(llm, prompt, params, args.trace)
 
@@ -408,13 +406,11 @@ def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
             "--weight-bits make of it; leave it out"
         )
     shape = get_model(config.pop("model", "qwen3-8b")).with_bits(args.weight_bits)
-    drawn = {name: value for name in DRAWN if (value := getattr(args, name)) is not None}
-    if args.workload not in WORKLOADS:
-        for name in drawn:
-            raise ValueError(f"--{name.replace('_', '-')} changes nothing of what a file says; leave it out")
-    workload = make_workload(
-        args.workload, **{**DRAWN, **drawn}, seed=config.get("seed", 0), vocab_size=shape.vocab_size
-    )
+    drawn = {name: value for name in DRAWN_WORKLOAD if (value := getattr(args, name)) is not None}
+    if drawn and Path(args.workload).is_file():
+        raise ValueError(f"--{next(iter(drawn)).replace('_', '-')} changes nothing of what a file says; leave it out")
+    drawn = {**DRAWN_WORKLOAD, **drawn, "seed": config.get("seed", 0), "vocab_size": shape.vocab_size}
+    workload = make_workload(args.workload, **drawn)
     report = simulate(
         workload,
         args.gpu,
@@ -502,17 +498,22 @@ def _show(pieces: Iterator[str], stop_on_interrupt: bool = False) -> str:
     return text
 
 
-def _show_whole(pieces: Generator[str, None, str | None], params: SamplingParams) -> None:
-    """Prints a text as it comes; one that was cut before it was what it must be raises a `ValueError`."""
+def _show_whole(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    """Prints an answer as it comes; one that was cut before it was what it must be raises a `ValueError`."""
     reasons: list[str | None] = []
 
     def note_end() -> Generator[str]:
-        reasons.append((yield from pieces))
+        reasons.append((yield from llm.stream(prompt, params)))
 
-    _show(note_end())
+    text = _show(note_end())
+    if params.structured_outputs is None or reasons != ["length"]:
+        return
+    backend = llm.engine.input_processor.structured_output_backend
+    token_ids = encode_text(llm.engine.tokenizer, text, llm.engine.max_model_len, add_special_tokens=False)
     require(
-        params.structured_outputs is None or reasons != ["length"],
-        "the answer was cut before it was what --json-schema or --regex ask for: raise --max-tokens",
+        backend.compile_grammar(params.structured_outputs).accept_tokens([*token_ids, *llm.engine.eos_token_ids[:1]]),
+        "the answer was cut at its limit of tokens, before it was what --json-schema or --regex asks for: raise "
+        "--max-tokens",
     )
 
 
@@ -524,7 +525,7 @@ def _show_and_trace(llm: LLM, prompt: str, params: SamplingParams, file: Path) -
         try:
             limit = llm.engine.config.model_config.max_logprobs
             num_shown = TRACED_LOGPROBS if limit == -1 else min(TRACED_LOGPROBS, limit)
-            _show_whole(llm.stream(prompt, replace(params, logprobs=num_shown)), params)
+            _show_whole(llm, prompt, replace(params, logprobs=num_shown))
         finally:
             if trace.steps:
                 page = play_trace(trace).to_page("A run of FoloVLLM, step by step")
@@ -558,7 +559,7 @@ def _chat(llm: LLM, params: SamplingParams, args: argparse.Namespace) -> None:
             _complain(error)
             continue
         if num_forgotten := len(messages) + 1 - len(kept):
-            print(f"(the {num_forgotten} oldest messages no longer fit in, and are forgotten)", file=sys.stderr)
+            _note(f"(the {num_forgotten} oldest messages no longer fit in, and are forgotten)")
         messages = [*kept, {"role": "assistant", "content": answer}]
 
 
@@ -588,11 +589,15 @@ def _fit(
 
 
 def _complain(error: Exception) -> None:
-    """Prints in one line what went wrong, if there is somewhere to print it."""
-    if sys.stderr is None:
-        return
-    with contextlib.suppress(OSError):  # standard error may be closed
-        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+    """Prints in one line what went wrong."""
+    _note(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def _note(line: str) -> None:
+    """Prints a line that is no answer, if there is somewhere to print it."""
+    if sys.stderr is not None:  # or it would go to standard output
+        with contextlib.suppress(OSError):  # standard error may be closed
+            print(line, file=sys.stderr)
 
 
 def _discard_output() -> None:

@@ -221,10 +221,14 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str 
         "this tokenizer has no chat template, so it cannot say how messages are written; "
         "pass chat_template, or give the model a prompt of your own",
     )
+    if chat_template is None:
+        return
     known = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    is_template = isinstance(chat_template, str) and ("{{" in chat_template or "{%" in chat_template)
+    names = f", or the name of one of the tokenizer's ({', '.join(known)})" if known else ""
     require(
-        chat_template is None or chat_template in known or "{{" in chat_template or "{%" in chat_template,
-        f"chat_template must be in Jinja, or one of the tokenizer's {sorted(known)}, got {show(chat_template)}",
+        is_template or chat_template in known,
+        f"chat_template must be the text of a template in Jinja{names}, got {show(chat_template)}",
     )
 
 

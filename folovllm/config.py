@@ -201,7 +201,7 @@ class SpeculativeConfig:
     """How several tokens at once are guessed, to be checked in one pass. Chapter 16."""
 
     num_speculative_tokens: int
-    """Most guesses for a sequence in one step; more where a grammar leaves but one way to go on."""
+    """Most guesses for a sequence in one step, not counting tokens that its grammar leaves no choice of."""
     method: Literal["ngram", "draft_model"] | None = None
     """"ngram" looks the last tokens up in what the sequence has so far, "draft_model" asks a smaller model; None: the
     model, if one is named."""

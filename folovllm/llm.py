@@ -157,7 +157,7 @@ class LLM:
         gives, is the ``finish_reason``.
 
         Raises:
-            ValueError: if the prompt cannot be served, or more than one answer is asked for.
+            ValueError: if the prompt cannot be served, or what is asked for is more than one answer, or no text.
             RuntimeError: while it is read, if the request is ended by an error; the sentence names it.
         """
         params = copy_params(sampling_params, self.engine.default_params)

@@ -59,5 +59,12 @@ def decode_token(token_id: int, context: Sequence[int], tokenizer: PreTrainedTok
 
 
 def _decode(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Their text. A model may have more tokens than its tokenizer, which slow ones refuse and fast ones leave out."""
-    return str(tokenizer.decode([token_id for token_id in token_ids if token_id < len(tokenizer)]))
+    return str(tokenizer.decode(known_tokens(token_ids, tokenizer)))
+
+
+def known_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Those that a tokenizer can decode: a model may have more, which fast ones leave out and slow ones refuse."""
+    if tokenizer.is_fast:  # whose length takes milliseconds to find
+        return token_ids
+    num_known = len(tokenizer)
+    return [token_id for token_id in token_ids if token_id < num_known]

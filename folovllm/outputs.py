@@ -75,7 +75,7 @@ class CompletionOutput:
             text=text[first_char:],
             token_ids=seq.data.output_token_ids[first_token:],
             cumulative_logprob=seq.data.cumulative_logprob,
-            logprobs=None if params.logprobs is None else [dict(each) for each in seq.logprobs[first_token:]],
+            logprobs=None if params.logprobs is None else seq.logprobs[first_token:],
             finish_reason=FINISH_REASONS.get(seq.status),
             stop_reason=seq.stop_reason,
         )

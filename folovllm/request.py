@@ -116,6 +116,8 @@ class SequenceData:
     output_token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     """Sum of the log probabilities of the output's tokens; None while none has been reported."""
+    _sums: list[float | None] = field(default_factory=list, repr=False, compare=False)
+    """That sum after each token that was added."""
 
     def __post_init__(self) -> None:
         # Copies, since the caller may go on changing its lists.
@@ -157,6 +159,14 @@ class SequenceData:
         self.output_token_ids.append(token_id)
         if logprob is not None:
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + logprob
+        self._sums.append(self.cumulative_logprob)
+
+    def drop_newest(self, num_tokens: int) -> None:
+        """Drops the last of the tokens that were added, and their log probabilities."""
+        if num_tokens:
+            del self.output_token_ids[-num_tokens:], self._sums[-num_tokens:]
+            # Not by subtracting: with floats, a + b - b is not always a.
+            self.cumulative_logprob = self._sums[-1] if self._sums else None
 
 
 @dataclass
@@ -224,12 +234,8 @@ class Sequence:
 
     def truncate_output(self, num_tokens: int) -> None:
         """Drops all but the first ``num_tokens`` tokens of the output, and what is known of their probabilities."""
-        del self.data.output_token_ids[num_tokens:], self.logprobs[num_tokens:]
-        if self.data.cumulative_logprob is not None:
-            # Added up again: with floats, a + b - b is not always a.
-            self.data.cumulative_logprob = 0.0
-            for token_id, logprobs in zip(self.data.output_token_ids, self.logprobs):
-                self.data.cumulative_logprob += logprobs[token_id].logprob
+        self.data.drop_newest(self.get_output_len() - num_tokens)
+        del self.logprobs[num_tokens:]
 
     def is_finished(self) -> bool:
         """Whether nothing more will be generated."""
@@ -244,6 +250,7 @@ class Sequence:
         """
         data = copy.copy(self.data)  # which was checked when it was made
         data.prompt_token_ids, data.output_token_ids = list(data.prompt_token_ids), list(data.output_token_ids)
+        data._sums = list(data._sums)
         return replace(
             self,
             seq_id=new_seq_id,

@@ -33,10 +33,14 @@ class Aborter:
 
     def abort_running(self, scheduler: Scheduler, reason: str) -> None:
         """Ends every request that was running in a failed step. If this is interrupted, `catch_up` does the rest."""
-        self._failure = reason
+        self._failure = reason = self._failure or reason
         running = scheduler.reset()
         for request_id in [*self.output_processor.settle_unsent(reason), *running]:
-            self.abort(scheduler, request_id, reason)
+            try:
+                self.abort(scheduler, request_id, reason)
+            except Exception:  # of the detokenizer, which has made the step fail perhaps: without text it can be sent
+                self.output_processor.states[request_id].detokenizers.clear()
+                self.abort(scheduler, request_id, reason)
         self._failure = None
 
     def catch_up(self, scheduler: Scheduler) -> None:

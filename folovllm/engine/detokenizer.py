@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from folovllm.logprobs import known_tokens
 from folovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -228,12 +229,9 @@ def _make_decode(tokenizer: PreTrainedTokenizerBase, skip: bool) -> Callable[[li
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer  # same text in a third of the time, which matters for a call per token
         return lambda token_ids: str(backend.decode(token_ids, skip_special_tokens=skip))
-    known = len(tokenizer)  # a model may have more; a fast tokenizer leaves those out by itself
     return lambda token_ids: str(
         tokenizer.decode(
-            [token_id for token_id in token_ids if token_id < known],
-            skip_special_tokens=skip,
-            clean_up_tokenization_spaces=False,
+            known_tokens(token_ids, tokenizer), skip_special_tokens=skip, clean_up_tokenization_spaces=False
         )
     )
 

@@ -121,6 +121,9 @@ class LLMEngine:
         Args:
             request_id: its name, or the names of several.
             reason: becomes the ``stop_reason`` of their unfinished answers.
+
+        Raises:
+            ValueError: if a name is no text.
         """
         is_one = isinstance(request_id, str) or not isinstance(request_id, Iterable)
         request_ids = [check_str("request_id", each) for each in ([request_id] if is_one else request_id)]

@@ -223,7 +223,7 @@ def read_headers(files: Sequence[Path], quantization: QuantizationConfig | None 
                 raise quantized(path, f"it has a tensor {name}")
             if name in headers:
                 raise ModelLoadError(
-                    f"{path} has a tensor {name} that an earlier file has as well; take the files again"
+                    f"{path} has a tensor {name} that an earlier file has as well; download them again"
                 )
             if not is_buffer(name):
                 headers[name] = entry

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -58,22 +58,13 @@ class Replica:
         return num_found
 
     def add(self, request: TimedRequest) -> None:
-        """Adds a request that has just arrived.
-
-        Raises:
-            ValueError: if it cannot be served, or its answer cannot have the length that it asks for.
-        """
+        """Adds a request that has just arrived."""
         arrival_us = to_us(request.arrival)
         self.clock.advance_to(arrival_us)
         self.engine.add_request(
             request.request_id, request.prompt, request.own_params(), arrival_us / 1e6, sink=self.sink
         )
         num_prompt_tokens = len(self.engine.output_processor.states[request.request_id].request.prompt_token_ids)
-        longest, wanted = self.engine.max_model_len, request.params if isinstance(request.params, int) else 0
-        require(
-            num_prompt_tokens + wanted <= longest,
-            f"{request.request_id} asks for {wanted} tokens after {num_prompt_tokens}, and max_model_len is {longest}",
-        )
         self.recorder.arrived(request.request_id, arrival_us / 1e6, num_prompt_tokens)
         self.num_unfinished += 1
 
@@ -133,6 +124,7 @@ def serve(engines: Sequence[LLMEngine], workload: Workload, router: str | Router
     for replica in replicas:
         now = replica.clock.now_us() / 1e6
         require(now == 0, f"an engine's clock must stand at 0 s when a workload begins, got {now} s; call charge again")
+    _check_lengths(workload, min(engine.max_model_len for engine in engines))
     for replica in replicas:
         replica.engine.step_hooks.append(replica.recorder)
     try:
@@ -142,6 +134,18 @@ def serve(engines: Sequence[LLMEngine], workload: Workload, router: str | Router
             replica.engine.close(replica.sink)
             replica.engine.step_hooks.remove(replica.recorder)
     return make_report([replica.recorder for replica in replicas])
+
+
+def _check_lengths(workload: Workload, longest: int) -> None:
+    """Refuses requests whose answers would be cut, of those that are known beforehand: their counts shall be exact."""
+    for request in workload.requests:
+        if isinstance(request.params, int) and not isinstance(request.prompt, (str, Mapping)):
+            num_prompt = len(request.prompt)
+            require(
+                num_prompt + request.params <= longest,
+                f"{request.request_id} asks for {request.params} tokens after {num_prompt}, and max_model_len is "
+                f"{longest}: raise it, or shorten the workload",
+            )
 
 
 def _run(replicas: list[Replica], workload: Workload, router: Router) -> None:

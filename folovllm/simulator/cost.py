@@ -24,7 +24,7 @@ QUANTIZATION_GROUP = 128
 """Weights of fewer than 16 bits share a scale of 16 bits in groups of this size."""
 
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of networks that a token may be sent to."""
 
 
@@ -52,7 +52,8 @@ class ModelShape:
         """The shape in a checkpoint's ``config.json``, with 16 bits per weight.
 
         Raises:
-            ValueError: if there is no such file, or a size in it is missing or no positive integer.
+            ValueError: if there is no such file, a size in it is missing or no positive integer, or the model is a
+                mixture of experts.
         """
         path = Path(folder) / "config.json"
         try:
@@ -69,7 +70,7 @@ class ModelShape:
 
         for name in EXPERTS:
             require(
-                raw.get(name) is None or size(name) == 1,
+                not raw.get(name) or size(name) == 1,
                 f"{path} is of a mixture of experts ({name} is {raw.get(name)}), for whose steps there is no formula: "
                 "take a dense model",
             )

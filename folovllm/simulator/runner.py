@@ -47,10 +47,11 @@ class TokenRunner:
             f"{cache.gpu_memory_utilization:g} of {roofline.gpu.name}'s memory; take a larger card, several, or fewer "
             "bits",
         )
+        most = roofline.num_blocks(cache.block_size, 1.0, num_tokens)
         require(
-            cache.num_blocks is None or cache.num_blocks <= room,
-            f"num_blocks must be at most {room}, which is what {weights} leaves room for on {roofline.gpu.name}, got "
-            f"{cache.num_blocks}",
+            cache.num_blocks is None or cache.num_blocks <= most,
+            f"num_blocks must be at most {most}, for which {weights} leaves room in all of {roofline.gpu.name}'s "
+            f"memory, got {cache.num_blocks}",
         )
         swap_bytes = cache.swap_space * 2**30 if scheduler.preemption_mode == "swap" else 0
         return cache.num_blocks or room, int(swap_bytes // roofline.kv_bytes(cache.block_size))

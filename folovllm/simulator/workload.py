@@ -224,14 +224,14 @@ def replay(path: str | Path, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Wor
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # some programs begin a file with a mark
             reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a CSV file ({error})") from None
-    missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or ())]
     require(
-        not missing,
+        set(TRACE_COLUMNS) <= set(columns),
         f"{path} must have the columns {', '.join(TRACE_COLUMNS)} in its first line, parted by commas; it has "
-        f"{show(reader.fieldnames)}",
+        f"{show(columns)}",
     )
     for line, row in rows:
         try:

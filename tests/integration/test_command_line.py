@@ -260,11 +260,15 @@ class TestWhatIsWrong:
             (["generate", "a", *COMMON, "--top-p", "2"], "top_p"),
             (["generate", "a", *COMMON, "--block-size", "0"], "block_size"),
             (["generate", "a", *COMMON, "--num-blocks", str(10**14)], "num_blocks must fit"),
-            (["simulate", "--num-requests", "1", "--num-blocks", str(10**15)], "num_blocks must be at most 23882"),
+            (["simulate", "--num-requests", "1", "--num-blocks", str(10**15)], "num_blocks must be at most"),
             (["simulate", "--preemption-mode", "swap", "--swap-space", str(10**15)], "MemoryError"),
             (["simulate", "--attention-backend", "flash"], "--attention-backend changes nothing in a simulation"),
             (["simulate", "--tokenizer", "x"], "--tokenizer changes nothing in a simulation"),
-            (["simulate", "--workload", "x.csv", "--rate", "2"], "--rate changes nothing of what a file says"),
+            (["simulate", "--workload", __file__, "--rate", "2"], "--rate changes nothing of what a file says"),
+            (
+                ["simulate", "--workload", "possion", "--rate", "2"],
+                "workload must be chat, poisson, burst or a CSV file",
+            ),
             (
                 ["simulate", "--workload", "burst", "--rate", "5e-324"],
                 "rate must be at least 1e-09 requests per second",
@@ -363,9 +367,11 @@ class TestHowItEnds:
         asked = ["generate", "a", *COMMON, "--regex", "[a-z]{30}"]
         assert main([*asked, "--max-tokens", "3"]) == 1
         captured = capsys.readouterr()
-        assert captured.out.strip() and captured.err.startswith("error: the answer was cut before")
+        assert captured.out.strip() and captured.err.startswith("error: the answer was cut at its limit")
         assert main(asked) == 0
         assert len(capsys.readouterr().out) == 31
+        assert main(["generate", "a", *COMMON, "--regex", "[a-z]+", "--max-tokens", "3"]) == 0  # it may end anywhere
+        assert capsys.readouterr().err == ""
 
     def test_nobody_reads_a_report(self):
         done = run_shell("unset PYTHONUNBUFFERED; FOLOVLLM simulate --num-requests 4 | true; echo ${PIPESTATUS[0]}")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from folovllm import ModelConfig, SamplingParams
 from folovllm.book import judges
+from folovllm.engine.detokenizer import Detokenizer
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.stats import MAX_STEPS
 from folovllm.llm import LLM, make_engine_config
@@ -558,6 +559,25 @@ class TestFailure:
             return trace
 
         return trace
+
+    def test_a_detokenizer_that_always_raises_leaves_nothing_behind(self, checkpoint, prompts):
+        class Broken(Detokenizer):
+            def add(self, token_id, stop_terminated=False):
+                raise RuntimeError("no text")
+
+            def finish(self):
+                raise RuntimeError("no text")
+
+        engine = make_engine(checkpoint)
+        engine.output_processor.detokenizer_cls = Broken
+        for name in ("a", "b"):
+            engine.add_request(name, prompts[0], SamplingParams(**GREEDY))
+        with pytest.raises(RuntimeError, match="no text"):
+            engine.step()
+        reasons = {output.request_id: output.outputs[0].stop_reason for output in engine.step()}
+        assert reasons == dict.fromkeys("ab", "RuntimeError: no text")
+        assert not engine.has_unfinished_requests()
+        engine.check_integrity()
 
     def test_an_interrupt_while_a_failed_step_is_cleaned_up_loses_no_request(self, checkpoint, prompts, greedy_tokens):
         engine, before = make_engine(checkpoint, num_blocks=14, block_size=4), sys.gettrace()

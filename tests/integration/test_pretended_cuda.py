@@ -73,11 +73,10 @@ class AsciiTokenizer:
 
     eos_token_id = 0
 
+    is_fast = True
+
     def encode(self, text, add_special_tokens=True):
         return [ord(character) for character in text]
-
-    def __len__(self):
-        return 0x110000  # characters of Unicode
 
     def decode(self, token_ids, **kwargs):
         return "".join(map(chr, token_ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,11 +128,13 @@ class TestWhatTheTemplateIsGiven:
         assert apply_chat_template(tokenizer, USER, chat_template="other") == "other"
         assert apply_chat_template(make_tokenizer(), USER, chat_template="{{ messages[0].content }}!") == "a b!"
 
-    @pytest.mark.parametrize("name", ["template.jinja", "chatml", ""])
+    @pytest.mark.parametrize("name", ["template.jinja", "chatml", "", Path("template.jinja"), 5])
     def test_a_name_is_no_template(self, name):
         tokenizer = make_tokenizer({"default": "default {{ messages[0].content }}"})
-        with pytest.raises(ValueError, match=r"must be in Jinja, or one of the tokenizer's \['default'\], got"):
+        with pytest.raises(ValueError, match=r"or the name of one of the tokenizer's \(default\), got"):
             apply_chat_template(tokenizer, USER, chat_template=name)
+        with pytest.raises(ValueError, match=r"must be the text of a template in Jinja, got|no chat template"):
+            apply_chat_template(make_tokenizer(), USER, chat_template=name)
 
     def test_arguments_of_tool_calls_are_objects(self):
         function = {"name": "f", "arguments": '{"city": "Ulm"}'}

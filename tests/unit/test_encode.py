@@ -6,10 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
-from tokenizer_kinds import FAST, SLOW, TEXTS, byte_level
+from tokenizer_kinds import FAST, SLOW, TEXTS, byte_fallback, byte_level
 from unit_helpers import error_of
 
+from folovllm import CacheConfig, EngineConfig, ModelConfig
 from folovllm.engine.encode import encode_text
+from folovllm.engine.input_processor import InputProcessor
+from folovllm.engine.served_model import ServedModel
 
 TOKENIZER = FAST["embedded"]
 
@@ -20,6 +23,16 @@ def test_the_tokens_are_the_tokenizers_own(kind, text):
     tokenizer = (FAST | SLOW)[kind]
     for special in (True, False):
         assert encode_text(tokenizer, text, 512, special) == tokenizer.encode(text, add_special_tokens=special)
+
+
+def test_a_text_of_nothing_has_what_the_tokenizer_adds():
+    config = EngineConfig(ModelConfig("m", max_model_len=64), CacheConfig(num_blocks=8))
+    for tokenizer in (byte_fallback(), TOKENIZER):
+        process = InputProcessor(config, ServedModel(None, len(tokenizer), 64, tokenizer, [])).process
+        if added := tokenizer.encode(""):
+            assert process("r", "", None, 0.0).prompt_token_ids == added
+        else:
+            assert error_of(process, "r", "", None, 0.0) == "prompt must have at least one token, got ''"
 
 
 def test_a_text_much_too_long_is_refused_before_it_is_encoded():

@@ -88,6 +88,7 @@ class TestShape:
             ('{"num_attention_heads": 0}', "must be positive"),
             ('{"text_config": null}', "num_attention_heads"),
             ("[" * 100_000, "cannot be read as JSON"),
+            ('{"num_local_experts": 0}', "num_attention_heads"),
             ('{"num_local_experts": 8}', "a mixture of experts (num_local_experts is 8)"),
             ('{"text_config": {"n_routed_experts": 64}}', "a mixture of experts"),
             ('{"num_attention_heads": 4, "num_hidden_layers": "2"}', "must be an integer"),

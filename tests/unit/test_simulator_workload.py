@@ -100,6 +100,7 @@ class TestReplay:
                 "must have the columns arrival_s, prompt_tokens, output_tokens",
             ),
             ("arrival_s;prompt_tokens;output_tokens\n1;2;3\n", "parted by commas; it has ['arrival_s;prompt"),
+            ("", "must have the columns"),
             ("arrival_s,prompt_tokens,output_tokens\n1,2\n", "line 2"),
             ("arrival_s,prompt_tokens,output_tokens\n1,2,3\n\n\n\n1,x,2\n", "line 6"),
             ('arrival_s,prompt_tokens,output_tokens,x\n1,2,3,"a\nb"\n1,x,2,\n', "line 4"),
