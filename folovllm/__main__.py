@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -214,7 +215,12 @@ def _add_simulation_options(command: argparse.ArgumentParser) -> None:
         type=int,
         help="how many; of chats the next multiple of 4. Default: 400.",
     )
-    group.add_argument("--weight-bits", metavar="N", type=int, default=16, help="of the layers' weights. Default: 16.")
+    group.add_argument(
+        "--weight-bits",
+        metavar="N",
+        type=int,
+        help="of the layers' weights. Default: those of the folder's files, of a model by name 16.",
+    )
     group.add_argument("--tensor-parallel-size", metavar="N", type=int, default=1, help="cards per engine. Default: 1.")
     group.add_argument("--replicas", metavar="N", type=int, default=1, help="engines behind a router. Default: 1.")
     group.add_argument(
@@ -368,7 +374,8 @@ def _run(args: argparse.Namespace) -> None:
         _simulate(args, config)
         return
     if args.command == "quantize":
-        _quantize(args)
+        with _exit_if_terminated():
+            _quantize(args)
         return
     sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
     if "json_schema" in given or "regex" in given:
@@ -405,7 +412,8 @@ def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
             f"--{name.replace('_', '-')} changes nothing in a simulation, where a step takes what --gpu, --model and "
             "--weight-bits make of it; leave it out"
         )
-    shape = get_model(config.pop("model", "qwen3-8b")).with_bits(args.weight_bits)
+    shape = get_model(config.pop("model", "qwen3-8b"))
+    shape = shape if args.weight_bits is None else shape.with_bits(args.weight_bits)
     drawn = {name: value for name in DRAWN_WORKLOAD if (value := getattr(args, name)) is not None}
     if drawn and Path(args.workload).is_file():
         raise ValueError(f"--{next(iter(drawn)).replace('_', '-')} changes nothing of what a file says; leave it out")
@@ -420,8 +428,18 @@ def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
         tensor_parallel_size=args.tensor_parallel_size,
         **config,
     )
-    print(f"{shape.name}, {args.weight_bits} bits, on {args.gpu}; {args.workload}; replicas: {args.replicas}")
+    print(f"{shape.name}, {shape.weight_bits} bits, on {args.gpu}; {args.workload}; replicas: {args.replicas}")
     print(report)
+
+
+@contextlib.contextmanager
+def _exit_if_terminated() -> Iterator[None]:
+    """Ends the program like Ctrl-C when it is told to terminate, so that nothing half written is left behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quantize(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from folovllm.model.quantization import NUM_BITS, read_quantization
 from folovllm.validation import check_int, check_number, require
 
 QUANTIZATION_GROUP = 128
@@ -49,11 +50,11 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, folder: str | Path) -> ModelShape:
-        """The shape in a checkpoint's ``config.json``, with 16 bits per weight.
+        """The shape in a checkpoint's ``config.json``, with 4 bits per weight if its files have 4, else with 16.
 
         Raises:
-            ValueError: if there is no such file, a size in it is missing or no positive integer, or the model is a
-                mixture of experts.
+            ValueError: if there is no such file, a size in it is missing or no positive integer, the model is a mixture
+                of experts, or its weights are quantized in a way that the engine does not know.
         """
         path = Path(folder) / "config.json"
         try:
@@ -61,6 +62,10 @@ class ModelShape:
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read as JSON ({error}); give the folder of a checkpoint") from None
         raw = raw if isinstance(raw, dict) else {}
+        try:
+            weight_bits = 16 if read_quantization(raw) is None else NUM_BITS
+        except ValueError as error:
+            raise ValueError(f"{path} is of weights for whose steps there is no formula: {error}") from None
         raw = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
 
         def size(name: str, default: Any = None) -> int:
@@ -86,6 +91,7 @@ class ModelShape:
             vocab_size=size("vocab_size"),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_model_len=size("max_position_embeddings", 2048),
+            weight_bits=weight_bits,
         )
 
     @property

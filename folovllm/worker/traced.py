@@ -2,8 +2,8 @@
 
 Inductor, the compiler, writes loops in C++. A sum of products becomes a loop that keeps the sum in a register, and sums
 over the same range become one loop that reads its numbers once. So what is read once and used for several sums is
-written as several sums here, each of which fills one vector of the processor. And what it would compute anew for each
-of its readers is named (`in_memory`).
+written as several sums here, each of which fills a vector of the processor, or two. And what it would compute anew for
+each of its readers is named (`in_memory`).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -217,6 +218,16 @@ class TestCommand:
         monkeypatch.setattr(Calibration, at, interrupted)
         assert self.quantize(str(EMBEDDED_MODEL), str(tmp_path / "out")) == 130
         assert list(tmp_path.iterdir()) == []
+
+    def test_who_is_told_to_terminate_leaves_nothing(
+        self, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(Calibration, "compute_kl", lambda _: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit) as ended:
+            self.quantize(str(EMBEDDED_MODEL), str(tmp_path / "out"))
+        assert ended.value.code == 143 and list(tmp_path.iterdir()) == []
+        assert signal.getsignal(signal.SIGTERM) is before
 
     def test_other_models_need_a_text(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         copy = shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy")

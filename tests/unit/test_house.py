@@ -31,7 +31,7 @@ DOORS = {
     "engine": ("validation", "utils", "core", "worker", "model", "model_loader", "sample", *NOUNS),
     "chat": ("validation",),
     "llm": ("validation", "utils", "engine", "chat", *NOUNS),
-    "simulator": ("validation", "utils", "core", "worker", "engine", "llm", *NOUNS),
+    "simulator": ("validation", "utils", "core", "model", "worker", "engine", "llm", *NOUNS),
     "book": None,
     "tales": None,
     "__main__": None,

@@ -80,6 +80,13 @@ class TestShape:
         shape = ModelShape.from_config(tmp_path)
         assert (shape.num_kv_heads, shape.head_dim, shape.tie_word_embeddings) == (4, 16, False)
 
+    def test_files_of_4_bits_say_so(self, tmp_path):
+        raw = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+        raw["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        assert ModelShape.from_config(EMBEDDED_MODEL).weight_bits == 16
+        assert ModelShape.from_config(tmp_path).weight_bits == 4
+
     @pytest.mark.parametrize(
         ("text", "why"),
         [
@@ -89,6 +96,7 @@ class TestShape:
             ('{"text_config": null}', "num_attention_heads"),
             ("[" * 100_000, "cannot be read as JSON"),
             ('{"num_local_experts": 0}', "num_attention_heads"),
+            ('{"quantization_config": {"quant_method": "awq"}}', "no formula: its quantization_config says 'awq'"),
             ('{"num_local_experts": 8}', "a mixture of experts (num_local_experts is 8)"),
             ('{"text_config": {"n_routed_experts": 64}}', "a mixture of experts"),
             ('{"num_attention_heads": 4, "num_hidden_layers": "2"}', "must be an integer"),
