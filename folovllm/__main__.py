@@ -83,8 +83,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a broken pipe is still caught
+        _flush_output()
         super().exit(status, message)
 
 
@@ -95,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_unicode(f"the argument {argument!r}", argument)
         args = make_parser().parse_args(argv)
         _run(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a broken pipe is still caught
+        _flush_output()
     except KeyboardInterrupt:
         _note("")
         return 130
@@ -616,6 +614,12 @@ def _note(line: str) -> None:
     if sys.stderr is not None:  # or it would go to standard output
         with contextlib.suppress(OSError):  # standard error may be closed
             print(line, file=sys.stderr)
+
+
+def _flush_output() -> None:
+    """Writes what is left in standard output's buffer while a broken pipe or a full disk is still caught."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _discard_output() -> None:

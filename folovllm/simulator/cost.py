@@ -24,7 +24,6 @@ from folovllm.validation import check_int, check_number, require
 QUANTIZATION_GROUP = 128
 """Weights of fewer than 16 bits share a scale of 16 bits in groups of this size."""
 
-
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of networks that a token may be sent to."""
 
