@@ -3,8 +3,8 @@
 The cache of a layer is ``[2, num_kv_heads, num_blocks, block_size, head_dim]``: keys, then values. A step's new keys
 and values are written to their slots first (slot = block * block_size + place in the block). Then sequences with one
 new token are computed together: the blocks of all of them are gathered from the cache, whole, and two batched matrix
-products do the rest. Those with more new tokens are `folovllm.attention.prompts`' subject: prompts of like length are
-computed together, those with a past one by one.
+products do the rest. Those with more new tokens are `folovllm.attention.prompts`' subject: short prompts of like length
+are computed together, long ones and those with a past one by one.
 
 Why, on a CPU (two cores, float32): gathering whole blocks by ``index_select`` takes a fifth of the time of gathering
 tokens. Heads come before blocks in the layout, so the gathered blocks are a batch of matrices without another copy. The
@@ -44,6 +44,11 @@ FEW_NUMBERS = 2**18
 are, since a product of 16 bits needs some 30 microseconds before it begins. With AVX-512 a layer of one sequence of
 SmolLM2-135M takes 94 microseconds instead of 133; 16 sequences of Qwen3-0.6B's shape would take 900 instead of 750."""
 
+LONG_BYTES = 2**18
+"""A prompt whose keys, as floats, have so many bytes (256 KiB) is long: on a CPU it is computed by itself, as a slice of
+the batch, of which nothing has to be gathered, and its matrices are large enough. 16 prompts of 107 to 213 tokens, 8 key
+heads of 128, take 22 ms so and 31 together; 16 of 64 to 128, 2 key heads of 32, 3.5 and 1.7 (two cores)."""
+
 SHARED_TOKENS = 2048
 """Blocks that decoding sequences share are computed together from this number of tokens on that need no second copy."""
 
@@ -60,18 +65,20 @@ class GatherAttention(AttentionBackend):
         # Scratch buffers for gathered blocks: allocating them for each layer would double the cost. Keys and values use
         # them in turn, since a smaller buffer is more likely to stay in the processor's cache.
         self._scratch = {dtype: kv_cache.new_empty(0, dtype=dtype) for dtype in (kv_cache.dtype, torch.float32)}
+        key_bytes = self.num_kv_heads * kv_cache.shape[-1] * torch.float32.itemsize
+        self._long_prompt = LONG_BYTES / key_bytes if kv_cache.device.type == "cpu" else math.inf
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        """Sorts a step's sequences: those with one new token, whole prompts by length, and prompts with a past."""
+        """Sorts a step's sequences: those with one new token, short prompts by length, and all others."""
         self.metadata = metadata
         query_lens, seq_lens = np.diff(metadata.query_start_loc_cpu), metadata.seq_lens_cpu
         decodes = np.flatnonzero(query_lens == 1)
         self._num_decodes = len(decodes)
-        with_past = np.flatnonzero((query_lens > 1) & (query_lens < seq_lens)).tolist()
-        self._with_past = [self._look_back(i) for i in with_past]
-        groups = _alike(np.flatnonzero((query_lens > 1) & (query_lens == seq_lens)), query_lens)
+        is_short = (query_lens == seq_lens) & (query_lens < self._long_prompt)
+        self._alone = [self._locate(i) for i in np.flatnonzero((query_lens > 1) & ~is_short).tolist()]
+        groups = _alike(np.flatnonzero((query_lens > 1) & is_short), query_lens)
         places = [indices for group in groups for indices in self._pad(group)]
-        rows = [decodes, metadata.query_start_loc_cpu[decodes].astype(np.int64)] if len(groups) or with_past else []
+        rows = [decodes, metadata.query_start_loc_cpu[decodes].astype(np.int64)] if len(groups) or self._alone else []
         found = copy_to_device([*rows, *places], self.kv_cache.device)
         self._decode_rows: Tensor | None = found[0] if rows else None
         self._decode_tokens: Tensor | None = found[1] if rows else None
@@ -89,12 +96,13 @@ class GatherAttention(AttentionBackend):
         # Padding is on the right, where causal attention never looks, so any token will do.
         return np.minimum(places, ends - 1).flatten().astype(np.int64), np.flatnonzero(places < ends)
 
-    def _look_back(self, i: int) -> tuple[slice, Tensor, int]:
-        """A sequence with several new tokens and earlier ones: the slice of the new ones in the batch, its blocks, and
-        how many tokens it has."""
+    def _locate(self, i: int) -> tuple[slice, Tensor | None, int]:
+        """A sequence with several new tokens: the slice of these in the batch, its blocks if it has earlier ones too,
+        and how many it has in all."""
         start, end = self.metadata.query_start_loc_cpu[i : i + 2].tolist()
         num_tokens = int(self.metadata.seq_lens_cpu[i])
-        return slice(start, end), self.metadata.block_table[i, : cdiv(num_tokens, self.block_size)], num_tokens
+        blocks = self.metadata.block_table[i, : cdiv(num_tokens, self.block_size)]
+        return slice(start, end), blocks if end - start < num_tokens else None, num_tokens
 
     def _begin_decodes(self, lens_cpu: np.ndarray) -> None:
         """Prepares the sequences with one new token: the blocks that all share, those of each, and what each sees."""
@@ -155,10 +163,13 @@ class GatherAttention(AttentionBackend):
             queries, both = (x[places].unflatten(0, (num_rows, -1)).transpose(1, 2) for x in (q, kv))
             found = attend_to_prompts(queries, *both.chunk(2, dim=1))
             out[places[real]] = found.transpose(1, 2).flatten(0, 1).flatten(1)[real]
-        for new, blocks, num_tokens in self._with_past:
-            keys, values = self.kv_cache[layer][:, :, blocks].flatten(2, 3)[:, None, :, :num_tokens]
+        for new, blocks, num_tokens in self._alone:
+            if blocks is None:
+                keys, values = kv[new].transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
+            else:
+                keys, values = self.kv_cache[layer][:, :, blocks].flatten(2, 3)[:, None, :, :num_tokens]
             found = attend_to_prompts(q[new].transpose(0, 1).unsqueeze(0), keys, values)
-            out[new] = found[0].transpose(0, 1).flatten(1)
+            out[new].view(-1, *q.shape[1:]).copy_(found[0].transpose(0, 1))
         return out
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
