@@ -45,9 +45,9 @@ are, since a product of 16 bits needs some 30 microseconds before it begins. Wit
 SmolLM2-135M takes 94 microseconds instead of 133; 16 sequences of Qwen3-0.6B's shape would take 900 instead of 750."""
 
 LONG_BYTES = 2**18
-"""A prompt whose keys, as floats, have so many bytes (256 KiB) is long: on a CPU it is computed by itself, as a slice of
-the batch, of which nothing has to be gathered, and its matrices are large enough. 16 prompts of 107 to 213 tokens, 8 key
-heads of 128, take 22 ms so and 31 together; 16 of 64 to 128, 2 key heads of 32, 3.5 and 1.7 (two cores)."""
+"""A prompt whose keys, as floats, have so many bytes (256 KiB) is long: on a CPU it is computed by itself, as a slice
+of the batch, of which nothing has to be gathered, and its matrices are large enough. 16 prompts of 107 to 213 tokens,
+8 key heads of 128, take 22 ms so and 31 together; 16 of 64 to 128, 2 key heads of 32, 3.5 and 1.7 (two cores)."""
 
 SHARED_TOKENS = 2048
 """Blocks that decoding sequences share are computed together from this number of tokens on that need no second copy."""

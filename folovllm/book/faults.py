@@ -77,13 +77,11 @@ class KeepsItsCount(Scheduler):
         self._enqueue(self.waiting, seq)
 
     def _admit_waiting(self, seq: Sequence, output: SchedulerOutput, budget: int) -> int:
-        if not seq.num_preemptions:
-            return super()._admit_waiting(seq, output, budget)
-        num_new = min(seq.get_len() - seq.num_computed_tokens, budget)
-        if not self.cache.allocate_slots(seq, seq.num_computed_tokens + num_new):
-            return 0
-        self.waiting.pop(0)
-        return num_new
+        kept = seq.num_computed_tokens
+        num_new = super()._admit_waiting(seq, output, budget)
+        if kept:
+            seq.num_computed_tokens = kept
+        return min(num_new, seq.get_len() - seq.num_computed_tokens)
 
 
 class LeaksABlock(KVCacheManager):

@@ -94,6 +94,26 @@ def neighbours(i: int, num: int, size: int) -> range:
     return range(min(i * each, size), min((i + 1) * each, size))
 
 
+def all_the_rest(i: int, num: int, size: int) -> range:
+    """The rest of a division is the last part's."""
+    return range(i * (size // num), size if i == num - 1 else (i + 1) * (size // num))
+
+
+class JoinsByKeywords(InPlaceAttention):
+    num_splits = 4
+
+    def average(self, layer: int, rows: Tensor, positions: Tensor, block_table: Any) -> Tensor:
+        joined = self.softmax_cls(shape=rows.shape[:2], head_dim=rows.shape[2], device=rows.device)
+        for i in range(self.num_splits):
+            part = self.read(layer, rows, positions, block_table, range(i, len(block_table), self.num_splits))
+            maximum = torch.maximum(joined.maximum, part.maximum)
+            old, new = (joined.maximum - maximum).exp(), (part.maximum - maximum).exp()
+            joined.total = joined.total * old + part.total * new
+            joined.output = joined.output * old[..., None] + part.output * new[..., None]
+            joined.maximum = maximum
+        return joined.result()
+
+
 class ForgetsToReturn(InPlaceAttention):
     num_splits = 4
 
@@ -173,6 +193,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "without what is left over": splits(
             indices=lambda i, num, size: range(i * (size // num), (i + 1) * (size // num))
         ),
+        "the rest in one part": splits(indices=all_the_rest),
         "no return": ForgetsToReturn,
     },
     "check_rescaled": {
@@ -197,6 +218,7 @@ SAYS: dict[str, dict[str, str]] = {
     },
     "check_split": {
         "without what is left over": "7 blocks in 4 parts: each block is to be read once, yours reads [1, 1, 1, 1]",
+        "the rest in one part": "7 blocks in 4 parts are at most 2 blocks for each `read`, yours reads [1, 1, 1, 4]",
         "no return": "as if a return were missing",
         "the mean of parts": "relative to its own maximum",
     },
@@ -209,7 +231,11 @@ RIGHT: dict[str, dict[str, Any]] = {
         "a softmax": join(lambda log_sums: log_sums.softmax(dim=0)),
         "by hand": join(lambda log_sums: (log_sums - log_sums.logsumexp(dim=0)).exp()),
     },
-    "check_split": {"every fourth": splits(), "neighbours": splits(indices=neighbours)},
+    "check_split": {
+        "every fourth": splits(),
+        "neighbours": splits(indices=neighbours),
+        "by keywords": JoinsByKeywords,
+    },
     "check_rescaled": {
         "ours": type("Mended", (faults.NeverRescales,), {"softmax_cls": OnlineSoftmax}),
         "by hand": type("Mended", (faults.NeverRescales,), {"softmax_cls": ByHand}),

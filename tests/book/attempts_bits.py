@@ -192,7 +192,11 @@ SAYS: dict[str, dict[str, str]] = {
 
 RIGHT: dict[str, dict[str, Any]] = {
     "check_packing": {"in one line": packing(), "with torch": PacksWithTorch},
-    "check_scale": {"as in the engine": scale(mend=lambda scales: scales.clamp_min(2**-24))},
+    "check_scale": {
+        "as in the engine": scale(mend=lambda scales: scales.clamp_min(2**-24)),
+        "in 16 bits": scale(mend=lambda scales: scales.half().clamp_min(2**-24)),
+        "in 64 bits": scale(mend=lambda scales: torch.where(scales > 0, scales.double(), 1.0)),
+    },
     "check_step": {"as in the engine": step(), "in loops": step_in_loops},
     "check_zeros": {"in the file": InTheFile, "one more": OneMore},
 }

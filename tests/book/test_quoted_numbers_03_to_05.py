@@ -95,14 +95,14 @@ def test_chapter_4_holds_texts() -> None:
     name = "04_loading"
     kib = {model: kv_cache_bytes_per_token(config, torch.bfloat16) / 1024 for model, config in REAL_MODELS.items()}
     small, large = weight_bytes(empty("Qwen3 0.6B")), weight_bytes(empty("Qwen3 8B"))
-    assert_says(name, "has a fourteenth of the weights of the 8B one, and its tokens take three quarters as much")
+    assert_says(name, "a fourteenth of the weights of the 8B one, and its tokens take more than three quarters as much")
     assert round(large / small) == 14
-    assert kib["Qwen3 0.6B"] / kib["Qwen3 8B"] == pytest.approx(0.75, abs=0.03)
+    assert kib["Qwen3 0.6B"] / kib["Qwen3 8B"] == pytest.approx(0.775, abs=0.024)
     assert_says(name, "8.2 billion × 2 bytes, 15.3 GiB")
     assert round(large / GIB, 1) == 15.3 and round(large / 2e9, 1) == 8.2
-    assert_says(name, "128 to 144 KiB per token: 200 texts of 2,048 tokens are another 56 GiB")
+    assert_says(name, "128 to 144 KiB per token: 200 texts of 2,048 tokens are another 50 to 56 GiB")
     assert (kib["Llama 3 8B"], kib["Qwen3 8B"]) == (128, 144)
-    assert round(200 * 2048 * 144 / 2**20) == 56
+    assert [round(200 * 2048 * each / 2**20) for each in (128, 144)] == [50, 56]
 
 
 def test_chapter_5() -> None:

@@ -48,9 +48,9 @@ def test_which_gpu_waits() -> None:
     assert 1000 * busy == pytest.approx(0.75, abs=0.005) and 1.8 < 1000 * (launches - busy) < 2
     assert_says(FOURTEEN, "With 8 billion weights the launches would hide behind the work")
     assert work["qwen3-8b"][1] < work["qwen3-8b"][0]
-    assert_says(FOURTEEN, "launches of 8 billion weights, ten for each of 36 layers, take nearly 13 ms")
-    measured = 10 * MODELS["qwen3-8b"].num_layers * 35e-6
-    assert 0.0125 < measured < 0.013 and measured > 2 * work["qwen3-8b"][0]
+    assert_says(FOURTEEN, "launches of 8 billion weights, ten for each of 36 layers, take some 14 ms")
+    measured = 10 * MODELS["qwen3-8b"].num_layers * 11e-3 / 284  # a step of 28 layers has 284 kernels
+    assert measured == pytest.approx(0.014, abs=2e-4) and measured > 2 * work["qwen3-8b"][0]
     assert_says(FOURTEEN, "with 32 billion they are a quarter of it")
     assert work["qwen3-32b"][1] / work["qwen3-32b"][0] == pytest.approx(0.25, abs=0.02)
 
@@ -63,7 +63,7 @@ def test_what_filling_up_moves() -> None:
         backend.begin(metadata)
         backend(0, q, kv)
     token_bytes = 2 * 2 * 32 * 4
-    assert_says(FOURTEEN, "and `gather` twenty times, most of it behind the ends of seven short texts")
+    assert_says(FOURTEEN, "and those of `gather` twenty times, most of it behind the ends of seven short texts")
     assert 3 * counter.bytes_gathered / (sum(lens) * token_bytes) == pytest.approx(20, abs=0.5)
     assert 7 * (512 - 16) * token_bytes > counter.bytes_gathered / 2
 

@@ -94,7 +94,7 @@ def _check_scales(attempt: Callable[[Tensor, int], Tensor], group: Tensor, bits:
         isinstance(got, torch.Tensor) and got.shape == group.shape[:1],
         f"{case}: one scale per row is asked for, a tensor of {[len(group)]}, yours is {_kind(got)}.",
     )
-    largest = group.abs().amax(dim=1)
+    got, largest = got.float(), group.abs().amax(dim=1)  # scales may have 16 bits, as the engine's
     is_zero = largest == 0
     expect(bool(torch.isfinite(got).all()), f"{case}: a scale is not a finite number.")
     expect(
@@ -102,11 +102,11 @@ def _check_scales(attempt: Callable[[Tensor, int], Tensor], group: Tensor, bits:
         f"{case}: a row of zeros has scale 0, by which its weights cannot be divided; any other serves.",
     )
     right = 2 * largest / (2**bits - 1)
-    close = torch.isclose(got, right, rtol=1e-4) | is_zero
+    close = torch.isclose(got, right, rtol=1e-3) | is_zero
     if bool(close.all()):
         return
     for wrong, why in _wrong_scales(group, bits):
-        expect(not torch.allclose(got[~is_zero], wrong[~is_zero], rtol=1e-4), f"{case}: {why}.")
+        expect(not torch.allclose(got[~is_zero], wrong[~is_zero], rtol=1e-3), f"{case}: {why}.")
     row = int((~close).nonzero()[0])
     raise NotYet(f"{case}: row {row} has scale {right[row]:.4g}, yours says {got[row]:.4g}.")
 

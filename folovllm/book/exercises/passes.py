@@ -82,7 +82,7 @@ def check_rope(attempt: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         )
 
 
-@exercise("the decoder tells the same tale with your attention as with the engine's.", gives="a tensor")
+@exercise("with your attention the decoder gives the logits that it should.", gives="a tensor")
 def check_attention(attempt: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """``attempt(q, k, v)``: outputs ``[num_queries, num_heads * head_dim]`` of a sequence's last tokens."""
     import torch

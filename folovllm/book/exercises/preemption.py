@@ -99,4 +99,4 @@ def check_victim(attempt: type) -> None:
 def check_rambling(attempt: type) -> None:
     """``attempt``: a subclass of `folovllm.book.faults.KeepsItsCount` that is mended."""
     expect_subclass(attempt, faults.KeepsItsCount)
-    judges.judge_scheduler(attempt, same_steps=True, settings=TIGHT[1:])
+    judges.judge_scheduler(attempt, same_steps=True, settings=TIGHT)
