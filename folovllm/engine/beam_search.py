@@ -8,7 +8,7 @@ a text depends on the length of its prompt too, and a search never stops early.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -53,7 +53,7 @@ class BeamSearch:
         num_generated = len(text.tokens) - len(self.prompt_token_ids)
         return text.cum_logprob / num_generated**self.params.length_penalty
 
-    def step(self, logprobs: Iterable[dict[int, Logprob]]) -> None:
+    def step(self, logprobs: Sequence[dict[int, Logprob]]) -> None:
         """Extends the texts by one token, and keeps the likeliest ``beam_width`` of those that go on.
 
         A text ends if its newest token ends it, and its place is among the first ``beam_width`` of all; the search is
@@ -182,7 +182,7 @@ def _go_on(search: BeamSearch, answers: list[CompletionOutput]) -> None:
         if answer.finish_reason == "abort":
             search.abort(answer.stop_reason)
             return
-    search.step(cast("list[dict[int, Logprob]]", answer.logprobs)[0] for answer in answers)
+    search.step([cast("list[dict[int, Logprob]]", answer.logprobs)[0] for answer in answers])
 
 
 def make_output(engine: LLMEngine, search: BeamSearch) -> BeamSearchOutput:

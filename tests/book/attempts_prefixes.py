@@ -8,6 +8,7 @@ import itertools
 import secrets
 import zlib
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 from folovllm.book import faults
@@ -17,6 +18,14 @@ from folovllm.core.kv_cache import BlockPool, KVCacheManager
 
 def sha(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
+
+
+KEPT: dict[tuple[str, str], str] = {}
+
+
+def keeps_salts() -> Callable[[str, str], str]:
+    kept: dict[tuple[str, str], str] = {}
+    return lambda tenant, secret: kept.setdefault((tenant, secret), secrets.token_hex(16))
 
 
 class PoolThatForgets(faults.ForgetsNothing):
@@ -88,6 +97,8 @@ class FindsNothing(faults.StaleHashes):
 WRONG: dict[str, dict[str, Any]] = {
     "check_block_hash": {
         "no parent": lambda parent, ids: sha(repr(ids).encode()),
+        "md5": lambda parent, ids: hashlib.md5(parent + repr(ids).encode()).digest(),
+        "sha1": lambda parent, ids: hashlib.sha1(parent + repr(ids).encode()).digest(),
         "parent only": lambda parent, ids: sha(parent),
         "no borders": lambda parent, ids: sha(parent + "".join(map(str, ids)).encode()),
         "one byte each": lambda parent, ids: sha(parent + bytes(i % 256 for i in ids)),
@@ -121,6 +132,9 @@ WRONG: dict[str, dict[str, Any]] = {
         "a hash of the name": lambda tenant, secret: hashlib.sha256(tenant.encode()).hexdigest(),
         "a hash of the secret": lambda tenant, secret: hashlib.sha256(secret.encode()).hexdigest(),
         "at random": lambda tenant, secret: secrets.token_hex(16),
+        "at random, and kept": lambda tenant, secret: KEPT.setdefault((tenant, secret), secrets.token_hex(16)),
+        "kept in a default": lambda tenant, secret, kept={}: kept.setdefault((tenant, secret), secrets.token_hex(16)),
+        "kept in a closure": keeps_salts(),
         "short": lambda tenant, secret: hmac.new(secret.encode(), tenant.encode(), "sha256").hexdigest()[:4],
         "backwards": lambda tenant, secret: (tenant + secret)[::-1] + "0" * 20,
         "as hexadecimal digits": lambda tenant, secret: f"{tenant}:{secret}".encode().hex(),
@@ -188,7 +202,6 @@ RIGHT: dict[str, dict[str, Any]] = {
     "check_block_hash": {
         "as ours": lambda parent, ids: hashlib.blake2b(parent + array("q", ids).tobytes(), digest_size=16).digest(),
         "hexadecimal digits": lambda parent, ids: sha(repr((parent, ids)).encode()).hex().encode(),
-        "md5": lambda parent, ids: hashlib.md5(parent + repr(ids).encode()).digest(),
         "with commas": lambda parent, ids: sha(parent + ",".join(map(str, ids)).encode()),
     },
     "check_cache_salt": {

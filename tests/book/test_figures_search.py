@@ -52,7 +52,7 @@ def test_numbers_of_beam_tree() -> None:
     labels = ["␣a 0.500", "␣b 0.300", "␣c 0.250", "␣a 0.125", "end 0.060", "␣b 0.100", "␣b 0.050"]
     assert [label.replace("\n", " ") for label in texts(ax)] == labels
     assert legend(ax) == ["the best at the end", "goes on", "has ended", "is dropped"]
-    assert "'␣b ␣a ␣b', has a probability of 0.100, and its places on the way are 2, 2 and 1." in ax.figure.alt
+    assert "'␣b ␣a ␣b', has a probability of 0.100, and it stands in rows 2, 2 and 1 of the drawing" in ax.figure.alt
     assert "1 texts are dropped" in ax.figure.alt
 
 

@@ -45,6 +45,7 @@ BUDGETS: tuple[tuple[Mapping[int, float], int, float, int, int, str], ...] = (
     ({999: 0.008}, 4, 0.010, 512, 512, "every step keeps the promise, so the limit is the budget"),
     ({999: 0.008}, 4, 0.010, 64, 64, "every step keeps the promise, and the limit is 64 this time"),
     ({999: 0.030}, 4, 0.010, 512, 0, "no step keeps the promise"),
+    ({999: 0.008}, 4, 0.010, 4, 0, "the limit leaves nothing for a prompt beside four streams"),
     ({5: 0.008, 999: 0.030}, 4, 0.010, 512, 5, "5 tokens are just enough for four streams and a prompt"),
     ({4: 0.008, 999: 0.030}, 4, 0.010, 512, 0, "a budget of 4 leaves nothing for a prompt beside four streams"),
     ({100: 0.008, 200: 0.040, 999: 0.050}, 0, 0.045, 300, 200, "201 tokens take 50 ms"),

@@ -115,7 +115,7 @@ def _walk(attempt: Any) -> None:
                 kept = _mask(other)
                 expect(kept == _mask(grammar), f"a copy made after {text!r} is in another place.")
                 expect(
-                    grammar.accept_tokens([token_id]) is True,
+                    bool(grammar.accept_tokens([token_id])),
                     f"after {text!r} the token {_name(token_id)} fits, and accept_tokens is to give True.",
                 )
                 expect(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import copy
+import hashlib
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import CellType, FunctionType
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -45,17 +48,50 @@ ALIKE: tuple[tuple[tuple[bytes, list[int]], tuple[bytes, list[int]], str], ...] 
 
 
 @contextmanager
-def _without_builtin_hash() -> Iterator[None]:
-    """Refuses an attempt that calls Python's ``hash``."""
+def _without_weak_hashes() -> Iterator[None]:
+    """Refuses an attempt that calls Python's ``hash``, MD5 or SHA-1."""
 
-    def refuse(_: Any) -> NoReturn:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
         raise NotYet(
             "your code calls Python's hash(), which gives other numbers after a restart and is not made to withstand "
             "attackers: take a hash of hashlib or hmac."
         )
 
-    with mock.patch.object(builtins, "hash", refuse):
+    def refuse_broken(*_: Any, **__: Any) -> NoReturn:
+        raise NotYet(
+            "MD5 and SHA-1 are broken, and two contents with one hash can be made of them: take SHA-256 or BLAKE2b, of "
+            "which nobody knows how."
+        )
+
+    with (
+        mock.patch.object(builtins, "hash", refuse),
+        mock.patch.multiple(hashlib, md5=refuse_broken, sha1=refuse_broken),
+    ):
         yield
+
+
+def _restarted(attempt: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as after a restart: it has lists, dicts and sets of its own, so nobody else sees what it keeps."""
+    known = {id(attempt)}
+
+    def fresh(value: Any) -> Any:
+        if isinstance(value, (list, dict, set)):
+            return copy.copy(value)
+        if not isinstance(value, FunctionType) or id(value) in known:
+            return value
+        known.add(id(value))
+        return remake(value)
+
+    def remake(function: FunctionType) -> FunctionType:
+        cells = tuple(CellType(fresh(cell.cell_contents)) for cell in function.__closure__ or ())
+        names = {name: value if callable(value) else fresh(value) for name, value in function.__globals__.items()}
+        return FunctionType(function.__code__, names, None, tuple(map(fresh, function.__defaults__ or ())), cells)
+
+    return remake(attempt) if isinstance(attempt, FunctionType) else copy.deepcopy(attempt)
+
+
+_new_customers = itertools.count()
+"""No attempt has seen one of these names before."""
 
 
 @exercise(
@@ -63,7 +99,7 @@ def _without_builtin_hash() -> Iterator[None]:
 )
 def check_block_hash(attempt: Callable[[bytes, list[int]], bytes]) -> None:
     """``attempt(parent, token_ids)``: the hash of a block, for ``KVCacheManager.hash_block``."""
-    with _without_builtin_hash():
+    with _without_weak_hashes():
         _compare_hashes(attempt)
     manager = type("Manager", (KVCacheManager,), {"hash_block": staticmethod(attempt)})
     judges.judge_cache(manager, CACHING)
@@ -98,7 +134,7 @@ def _compare_hashes(attempt: Callable[[bytes, list[int]], bytes]) -> None:
 @exercise("a salt for each tenant, always the same, which nobody can work out without the secret.", gives="a text")
 def check_cache_salt(attempt: Callable[[str, str], str]) -> None:
     """``attempt(tenant, secret)``: the ``cache_salt`` of a tenant's requests."""
-    with _without_builtin_hash():
+    with _without_weak_hashes():
         _compare_salts(attempt)
     _try_salts(attempt("anna", "s3cret"), attempt("bert", "s3cret"))
 
@@ -110,6 +146,11 @@ def _compare_salts(attempt: Callable[[str, str], str]) -> None:
     expect(
         attempt("anna", "s3cret") == salt,
         "the same tenant has another salt the second time, and finds nothing of its own: don't draw it at random.",
+    )
+    name = f"new customer {next(_new_customers)}"
+    expect(
+        _restarted(attempt)(name, "s3cret") == _restarted(attempt)(name, "s3cret"),
+        "after a restart, when nothing is remembered, a tenant has another salt: compute it from name and secret.",
     )
     expect("s3cret" not in salt, "the secret can be read in the salt, which may end up in a log: hash both.")
     names = ["anna", "Anna", "bert", "安娜", "贝特", *(f"customer-{i}" for i in range(2000))]

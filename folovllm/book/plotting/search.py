@@ -70,8 +70,8 @@ def plot_beam_tree(steps: Sequence[SearchStep], tokenizer: Any, best: Sequence[i
         ax.figure.alt = (
             f"Tree of a beam along {len(steps)} tokens; each box is a text, with its newest token and its probability "
             f"so far. {num_dropped} texts are dropped. The best one, {' '.join(_label(tokenizer, t) for t in path)!r}, "
-            f"has a probability of {math.exp(path[-1].cum_logprob):.3f}, and its places on the way are "
-            f"{listed(row + 1 for row in rows_of_best)}."
+            f"has a probability of {math.exp(path[-1].cum_logprob):.3f}, and it stands in rows "
+            f"{listed(row + 1 for row in rows_of_best)} of the drawing, where texts that end stand below all others."
         )
     return ax
 

@@ -55,10 +55,12 @@ def plot_gantt(records: Sequence[StepRecord]) -> Axes:
         )
         waits = {name: sum(name in (*r.waiting, *r.swapped) for r in records) for name in colors}
         longest = max(waits, key=lambda name: waits[name])
+        num_waiting = sum(wait > 0 for wait in waits.values())
+        waiting = f"{num_waiting} of them wait, {longest} the longest, for {waits[longest]} steps"
         ax.figure.alt = (
             f"A line for each of {len(colors)} requests along {len(records)} steps: grey while it waits, orange while "
-            f"its prompt is read, then in its own colour; {sum(wait > 0 for wait in waits.values())} of them wait, "
-            f"{longest} the longest, for {waits[longest]} steps."
+            "its prompt is read, then in its own colour; "
+            f"{waiting if num_waiting else 'none of them waits'}."
         )
     return ax
 
