@@ -208,6 +208,9 @@ RIGHT: dict[str, dict[str, Any]] = {
         "the name in front": lambda tenant, secret: (
             f"{tenant}-{hmac.new(secret.encode(), tenant.encode(), 'sha256').hexdigest()}"
         ),
+        "with an option": lambda tenant, secret, *, name="sha256": hmac.new(
+            secret.encode(), tenant.encode(), name
+        ).hexdigest(),
         "sha256 of both": lambda tenant, secret: hashlib.sha256(f"{secret}/{tenant}".encode()).hexdigest(),
     },
     "check_prompt_order": {

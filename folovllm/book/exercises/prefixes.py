@@ -85,7 +85,9 @@ def _restarted(attempt: Callable[..., Any]) -> Callable[..., Any]:
     def remake(function: FunctionType) -> FunctionType:
         cells = tuple(CellType(fresh(cell.cell_contents)) for cell in function.__closure__ or ())
         names = {name: value if callable(value) else fresh(value) for name, value in function.__globals__.items()}
-        return FunctionType(function.__code__, names, None, tuple(map(fresh, function.__defaults__ or ())), cells)
+        made = FunctionType(function.__code__, names, None, tuple(map(fresh, function.__defaults__ or ())), cells)
+        made.__kwdefaults__ = {name: fresh(value) for name, value in (function.__kwdefaults__ or {}).items()}
+        return made
 
     return remake(attempt) if isinstance(attempt, FunctionType) else copy.deepcopy(attempt)
 
