@@ -433,11 +433,13 @@ def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _exit_if_terminated() -> Iterator[None]:
     """Ends the program like Ctrl-C when it is told to terminate, so that nothing half written is left behind."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+    before = {number: signal.signal(number, lambda found, _: sys.exit(128 + found)) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -470,6 +472,9 @@ def _cut_texts(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]
     """Token ids of texts, the long ones cut to pieces; about `CALIBRATION_TOKENS` of them are kept, from all over."""
     first = tokenizer("")["input_ids"]  # what the tokenizer begins every text with
     room = length - len(first)
+    require(
+        room > 0, f"max_model_len must be more than the {len(first)} tokens that every text begins with, got {length}"
+    )
     pieces = []
     for text in texts:
         if len(text) > CALIBRATION_CHARACTERS:

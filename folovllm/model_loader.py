@@ -362,7 +362,7 @@ def _read_quantization(folder: Path, raw: dict[str, Any], asked: str | None) -> 
         ValueError: if another way was asked for than the checkpoint's.
     """
     path, beside = folder / "config.json", folder / "quantize_config.json"  # where AutoGPTQ wrote it
-    if "quantization_config" not in raw and beside.is_file():
+    if all(raw.get(name) is None for name in ("quantization_config", "compression_config")) and beside.is_file():
         path, raw["quantization_config"] = beside, {"quant_method": "gptq", **read_json(beside)}
     try:
         found = read_quantization(raw)
@@ -385,8 +385,10 @@ def _load_dequantized(checkpoint: Checkpoint) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(checkpoint.hf_config, dtype=checkpoint.dtype).eval()
     with torch.no_grad():
         for name, tensor in iterate_dequantized(checkpoint, shapes):
-            if name in shapes:  # all of which are there; others are a tied head, or a bias of zeros
+            if name in shapes:
                 model.get_parameter(name).copy_(tensor)
+            else:
+                decoder.leave_out(name, tensor)
     return model
 
 

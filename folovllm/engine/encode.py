@@ -11,8 +11,9 @@ from folovllm.validation import check_unicode, require
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_longest_tokens: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()
-_unlimited: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
+# Each with the number of tokens that it was found for, since a caller may add some.
+_longest_tokens: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, int]] = WeakKeyDictionary()
+_unlimited: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTokenizerBase]] = WeakKeyDictionary()
 
 
 def encode_text(
@@ -43,9 +44,10 @@ def encode_text(
 
 def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Characters of the longest token, read from the vocabulary once per tokenizer."""
-    if tokenizer not in _longest_tokens:
-        _longest_tokens[tokenizer] = max(map(len, tokenizer.get_vocab()))
-    return _longest_tokens[tokenizer]
+    found = _longest_tokens.get(tokenizer)
+    if found is None or found[0] != len(tokenizer):
+        found = _longest_tokens[tokenizer] = len(tokenizer), max(map(len, tokenizer.get_vocab()))
+    return found[1]
 
 
 def _without_limits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -53,11 +55,12 @@ def _without_limits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 
     ``encode`` would switch both off, while another thread may have just switched them on.
     """
-    if tokenizer not in _unlimited:
+    found = _unlimited.get(tokenizer)
+    if found is None or found[0] != len(tokenizer):
         if (
             not tokenizer.is_fast
             or (tokenizer.backend_tokenizer.padding or tokenizer.backend_tokenizer.truncation) is None
         ):
             return tokenizer
-        _unlimited[tokenizer] = copy.deepcopy(tokenizer)
-    return _unlimited[tokenizer]
+        found = _unlimited[tokenizer] = len(tokenizer), copy.deepcopy(tokenizer)
+    return found[1]

@@ -181,7 +181,9 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, dict[str, Any]
             _check_size(header, size, 8 + length)
             with safe_open(path, framework="pt"):  # checks every dtype, shape and offset
                 pass
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read ({one_line(error)}); see who may read it") from None
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ModelLoadError(
             f"{path} is not a whole safetensors file ({one_line(error)}); copy or download it again"
         ) from None

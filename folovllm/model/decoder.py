@@ -309,16 +309,23 @@ class Decoder:
         """
         places = self._places()
         for name, tensor in weights:
-            if name == "lm_head.weight" and self.config.tie_word_embeddings:
-                continue
-            if name.endswith(".bias") and name not in places and not tensor.any():
-                continue  # some quantizers give every module a bias of zeros
-            if name not in places:
-                raise ModelLoadError(
-                    f"the checkpoint has a weight {name}, which the model that its config describes does not know; "
-                    "take config and weights from the same checkpoint"
-                )
-            places[name].copy_(tensor)
+            if name in places:
+                places[name].copy_(tensor)
+            else:
+                self.leave_out(name, tensor)
+
+    def leave_out(self, name: str, tensor: Tensor) -> None:
+        """Refuses a tensor that the model has no place for, unless nothing is lost without it.
+
+        Raises:
+            ModelLoadError: if it is no tied head and no bias of zeros, which some quantizers give every module.
+        """
+        is_tied = name == "lm_head.weight" and self.config.tie_word_embeddings
+        if not is_tied and (not name.endswith(".bias") or tensor.any()):
+            raise ModelLoadError(
+                f"the checkpoint has a weight {name}, which the model that its config describes does not know; take "
+                "config and weights from the same checkpoint"
+            )
 
     @property
     def linears(self) -> list[LinearBase]:

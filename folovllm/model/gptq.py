@@ -28,7 +28,7 @@ from folovllm.model.checkpoint import Checkpoint, check_room, iterate_weights
 from folovllm.model.decoder import Attend, Decoder, DecoderLayer, make_empty_decoder
 from folovllm.model.layers import Linear
 from folovllm.model.packing import QuantizedWeight, column_groups
-from folovllm.validation import require
+from folovllm.validation import check_int, require
 
 BLOCK_SIZE = 128
 """Columns that hand their errors on among themselves, before the rest of the weight gets those of all of them."""
@@ -225,11 +225,12 @@ class Calibration:
             "or give a shorter calibration or a smaller model",
         )
         input_ids = torch.tensor([token_id for sequence in sequences for token_id in sequence])
-        largest, vocab_size = int(input_ids.max()), self.config.vocab_size
+        vocab_size = self.config.vocab_size
+        unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)].tolist()
         require(
-            largest < vocab_size,
-            f"the calibration has a token {largest}, but the model has embeddings for {vocab_size:,}; take model and "
-            "tokenizer from the same checkpoint",
+            not unknown,
+            f"the calibration has tokens {unknown[:3]}, but the model has embeddings for {vocab_size:,}; take model "
+            "and tokenizer from the same checkpoint",
         )
         tables = Decoder(replace(self.config, num_layers=0, vocab_size=0), max(lengths), DTYPE)
         positions = torch.cat([torch.arange(length) for length in lengths])
@@ -350,9 +351,10 @@ def choose_method(method: str, bits: int = 4, group_size: int = 128) -> Quantize
     """How to quantize a weight, by name: "gptq", or "rtn", which rounds each number to the nearest.
 
     Raises:
-        ValueError: if there is no such method.
+        ValueError: if there is no such method, or the size is no whole number.
     """
     require(method in ("gptq", "rtn"), f"method must be gptq or rtn, got {method!r}")
+    check_int("group_size", group_size)
 
     def quantize(weight: Tensor, hessian: Tensor) -> QuantizedWeight:
         return quantize_weight(weight, hessian if method == "gptq" else None, bits, group_size)

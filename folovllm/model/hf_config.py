@@ -105,7 +105,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read ({one_line(error)}); see who may read it") from None
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not valid JSON ({one_line(error)}); copy or download it again") from None
     if not isinstance(raw, dict):
         raise ModelLoadError(f"{path} must hold a JSON object, but holds {show(raw)[:60]}; copy or download it again")

@@ -106,7 +106,9 @@ def unpack_int4(packed: Tensor, num_values: int) -> Tensor:
         f"{num_values} values of 4 bits are {-(-num_values // PACK_FACTOR)} numbers of int32, "
         f"got {packed.shape[-1]} of {str(packed.dtype).removeprefix('torch.')}",
     )
-    pairs = packed.contiguous().view(torch.uint8)  # two values in each; the lowest byte of an int32 is its first
+    # `contiguous` leaves the strides of a single column as they are, and such bytes cannot be taken apart.
+    packed = packed.clone(memory_format=torch.contiguous_format)
+    pairs = packed.view(torch.uint8)  # two values in each; the lowest byte of an int32 is its first
     return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)[..., :num_values]
 
 
@@ -153,12 +155,12 @@ def unpack_gptq(tensors: Mapping[str, Tensor], version: int) -> QuantizedWeight:
     )
 
 
-def is_mislabelled(qzeros: Tensor) -> bool:
-    """Whether the zeros of a symmetric weight are stored as version 2 stores them, whatever the config says.
+def is_mislabelled(qzeros: Tensor, version: int) -> bool:
+    """Whether the zeros of a symmetric weight are stored as the other version of GPTQ's format stores them.
 
     Files that say 1 and store 8 are about (vLLM's issue 38966); read as version 1 every weight is one step off.
     """
-    return bool((qzeros == GPTQ_SYMMETRIC_ZEROS).all())
+    return bool((qzeros == GPTQ_SYMMETRIC_ZEROS - (GPTQ_ZEROS_OFFSET if version == 2 else 0)).all())
 
 
 def pack_compressed(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -191,6 +193,7 @@ def unpack_compressed(tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     num_out, num_in = tensors["weight_shape"].tolist()
     zeros, g_idx = tensors.get("weight_zero_point"), tensors.get("weight_g_idx")
     values = unpack_int4(tensors["weight_packed"], num_in)  # first, since it refuses a width that no memory would hold
+    require(len(values) == num_out, f"weight_shape says {num_out} outputs, and weight_packed has {len(values)}")
     if g_idx is None or bool((g_idx == -1).all()):
         g_idx = column_groups(num_in, scales.shape[1], scales.device)
     return QuantizedWeight(

@@ -70,11 +70,6 @@ class QuantizationConfig:
         """How the weight of a module (as "model.layers.0.mlp.up_proj") is stored in 4 bits; None: it is not."""
         return next((scheme for pattern, scheme in self.rules if pattern.match(module)), None)
 
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether every weight of 4 bits is."""
-        return all(scheme is None or scheme.symmetric for _, scheme in self.rules)
-
     def __str__(self) -> str:
         sizes = {scheme.group_size for _, scheme in self.rules if scheme}
         groups = " or ".join("whole columns" if size == -1 else f"groups of {size}" for size in sorted(sizes))
@@ -182,7 +177,12 @@ def _compressed_scheme(where: str, group: Mapping[str, Any]) -> Scheme:
     require(whole or strategy == "group", f"{where}.strategy must be 'group' or 'channel', got {show(strategy)}")
     group_size = -1 if whole else _check_group_size(f"{where}.group_size", weights.get("group_size"))
     symmetric = check_bool(f"{where}.symmetric", weights.get("symmetric", True))
-    return Scheme(group_size, symmetric, weights.get("actorder") == "group")
+    order = weights.get("actorder")
+    require(
+        order is None or (name := str(order).lower()) in _ACTORDERS,
+        f"{where}.actorder must be null or one of {', '.join(_ACTORDERS)}, got {show(order)}",
+    )
+    return Scheme(group_size, symmetric, order is not None and _ACTORDERS[name])
 
 
 def _target(where: str, name: Any) -> re.Pattern[str]:
@@ -218,6 +218,9 @@ def _check_group_size(name: str, value: Any) -> int:
     require(size == -1 or 0 < size <= MAX_GROUP_SIZE, f"{name} must be positive, or -1 for whole columns, got {size}")
     return size
 
+
+_ACTORDERS = {"group": True, "dynamic": True, "true": True, "weight": False, "static": False, "false": False}
+"""What compressed-tensors calls the order of columns, and whether each must say which group it is in."""
 
 _READERS: dict[str, Callable[[dict[str, Any]], QuantizationConfig]] = {
     "gptq": _read_gptq,

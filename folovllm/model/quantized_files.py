@@ -29,7 +29,7 @@ from folovllm.model.decoder import make_empty_decoder
 from folovllm.model.gptq import Calibration, QuantizedLayer, check_group_size, choose_method, quantize_layers
 from folovllm.model.hf_config import read_json
 from folovllm.model.packing import PACK_FACTOR, QuantizedWeight, pack_compressed, pack_gptq
-from folovllm.validation import require
+from folovllm.validation import check_int, require
 
 MAX_SHARD_BYTES = 2**30
 """Bytes of tensors from which on a new weight file is begun."""
@@ -96,7 +96,7 @@ def quantize_checkpoint(
         ModelLoadError: if the engine has no such architecture.
         OSError: if the folder cannot be written.
     """
-    require(bits == 4, f"bits must be 4, the width that both formats are written in, got {bits}")
+    require(check_int("bits", bits) == 4, f"bits must be 4, the width that both formats are written in, got {bits}")
     require(file_format in FORMATS, f"format must be one of {', '.join(FORMATS)}, got {file_format!r}")
     quantize, names = choose_method(method, bits, group_size), _check_shapes(checkpoint, group_size)
     _check_folder(out, _estimate_bytes(checkpoint, names, group_size))
@@ -135,8 +135,11 @@ def _check_shapes(checkpoint: Checkpoint, group_size: int) -> set[str]:
         f"{checkpoint.folder} is quantized already; give the checkpoint in float32, bfloat16 or float16 from which it "
         "was made",
     )
-    layers = make_empty_decoder(checkpoint).layers
-    names = {f"{part}.weight" for layer in layers for linear in layer.linears for part in linear.shards}
+    decoder = make_empty_decoder(checkpoint)
+    for name in sorted(checkpoint.headers.keys() - decoder.weight_shapes().keys()):
+        for _, tensor in iterate_weights(checkpoint, name):
+            decoder.leave_out(name, tensor)  # or the engine would refuse the new folder
+    names = {f"{part}.weight" for layer in decoder.layers for linear in layer.linears for part in linear.shards}
     for name in sorted(names):
         num_out, num_in = checkpoint.headers[name]["shape"]
         try:
@@ -210,8 +213,11 @@ class _Shards:
 
     def _save(self) -> None:
         name = f"model-{len(set(self.weight_map.values())) + 1:05}.safetensors"
+        (path := self.folder / name).touch()
+        mode = path.stat().st_mode  # safetensors makes a file that only its owner may read
         try:
-            save_file(self.tensors, self.folder / name, metadata={"format": "pt"})
+            save_file(self.tensors, path, metadata={"format": "pt"})
+            path.chmod(mode)
         except SafetensorError as error:  # how safetensors says that the disk is full
             raise OSError(f"{name} could not be written ({error})") from None
         self.weight_map |= dict.fromkeys(self.tensors, name)

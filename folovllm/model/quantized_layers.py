@@ -58,7 +58,7 @@ WHOLE = 2.0**7
 MAX_ROTATED = 64
 """Inputs that are rotated together, at most; a power of two. With 32 SmolLM2-135M loses 0.007 nats per token, with 64
 0.002, and the cost grows with it."""
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 512
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
 
 
@@ -177,8 +177,10 @@ class Int8Linear(LinearBase):
 
     @property
     def num_bytes_meanwhile(self) -> int:
-        """See `LinearBase`; torch makes a tensor of the weight with its scales, and packs that."""
-        return 2 * self.weight.nbytes
+        """See `LinearBase`; torch makes a tensor of the weight with its scales, and packs that. Before, some rows at a
+        time are floats twice, rotated and rounded."""
+        rounding = 2 * torch.float32.itemsize * min(len(self.weight), ROWS_AT_ONCE) * self.weight.shape[1]
+        return max(2 * self.weight.nbytes, rounding)
 
     def process_weights_after_loading(self) -> None:
         """Stores the weight in the order of torch's kernel, where there is one."""
@@ -396,6 +398,10 @@ def unpack_weight(
         ModelLoadError: if its tensors do not belong together; the message names the module.
     """
     try:
+        scheme, g_idx = config.scheme(module), tensors.get("g_idx", tensors.get("weight_g_idx"))
+        if scheme is not None and scheme.group_size > 0 and (g_idx is None or bool((g_idx == -1).all())):
+            fits = shape[1] % scheme.group_size == 0
+            require(fits, f"its {shape[1]} input columns cannot be shared out among groups of {scheme.group_size}")
         weight = unpack_gptq(tensors, config.version) if config.method == "gptq" else unpack_compressed(tensors)
         found = tuple(weight.values.shape)
         require(found == shape, f"its shape must be {list(shape)}, got {list(found)}")
@@ -464,17 +470,25 @@ def settle_version(checkpoint: Checkpoint) -> Checkpoint:
     would be one step off.
     """
     config = checkpoint.quantization
-    if config is None or config.version != 1 or not config.is_symmetric:
+    if config is None or config.method != "gptq":
         return checkpoint
-    zeros = {name: entry for name, entry in checkpoint.headers.items() if name.endswith(".qzeros")}
-    if not all(is_mislabelled(tensor) for _, tensor in iterate_weights(replace(checkpoint, headers=zeros))):
+    zeros = {}
+    for name, entry in checkpoint.headers.items():
+        scheme = config.scheme(name.removesuffix(".qzeros"))
+        if name.endswith(".qzeros") and scheme is not None and scheme.symmetric:
+            zeros[name] = entry
+    stored = iterate_weights(replace(checkpoint, headers=zeros))
+    if not zeros or not all(is_mislabelled(tensor, config.version) for _, tensor in stored):
         return checkpoint
+    other = 3 - config.version
     logger.warning(
-        "the config of %s says that its zeros are stored as in version 1 of GPTQ's format, but they are symmetric as "
-        "in version 2, and are read so",
+        "the config of %s says that its zeros are stored as in version %d of GPTQ's format, but they are symmetric as "
+        "in version %d, and are read so",
         checkpoint.folder,
+        config.version,
+        other,
     )
-    return replace(checkpoint, quantization=replace(config, version=2))
+    return replace(checkpoint, quantization=replace(config, version=other))
 
 
 def iterate_dequantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
@@ -498,7 +512,7 @@ def iterate_dequantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, 
             yield name, tensor
     for module, tensors in modules.items():
         name = f"{module}.weight"
-        if name not in shapes:
+        if name not in shapes or name in checkpoint.headers:
             raise ModelLoadError(f"the checkpoint has a quantized weight {module}, which the model does not know")
         num_out, num_in = shapes[name]
         yield name, unpack_weight(config, module, tensors, (num_out, num_in)).dequantize(checkpoint.dtype)

@@ -219,15 +219,18 @@ class TestCommand:
         assert self.quantize(str(EMBEDDED_MODEL), str(tmp_path / "out")) == 130
         assert list(tmp_path.iterdir()) == []
 
-    def test_who_is_told_to_terminate_leaves_nothing(
-        self, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+    def test_who_is_told_to_end_leaves_nothing(
+        self, name: str, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(Calibration, "compute_kl", lambda _: signal.raise_signal(signal.SIGTERM))
+        if (number := getattr(signal, name, None)) is None:
+            pytest.skip(f"there is no {name} on this system")
+        before = signal.getsignal(number)
+        monkeypatch.setattr(Calibration, "compute_kl", lambda _: signal.raise_signal(number))
         with pytest.raises(SystemExit) as ended:
             self.quantize(str(EMBEDDED_MODEL), str(tmp_path / "out"))
-        assert ended.value.code == 143 and list(tmp_path.iterdir()) == []
-        assert signal.getsignal(signal.SIGTERM) is before
+        assert ended.value.code == 128 + number and list(tmp_path.iterdir()) == []
+        assert signal.getsignal(number) is before
 
     def test_other_models_need_a_text(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         copy = shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy")
@@ -255,6 +258,29 @@ def test_a_checkpoint_that_lacks_a_weight(tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=name):
             quantize_checkpoint(checkpoint, tmp_path / "out", SEQUENCES, group_size=32, use_tqdm=False)
         checkpoint.headers[name] = entry
+
+
+@pytest.mark.parametrize("name", ["model.foo.weight", "lm_head.bias"])
+def test_a_weight_that_the_engine_would_refuse(name: str, tmp_path: Path) -> None:
+    save(CONFIGS["qwen3"], tmp_path / "in")
+    tensors = load_file(tmp_path / "in" / "model.safetensors") | {name: torch.ones(3)}
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path / "in")
+    with pytest.raises(ModelLoadError, match=f"has a weight {name}, which the model"):
+        quantize_checkpoint(checkpoint, tmp_path / "out", SEQUENCES, group_size=32, use_tqdm=False)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4.0}, {"group_size": 32.0}, {"group_size": "32"}])
+def test_numbers_that_are_none(settings: Any, tmp_path: Path) -> None:
+    checkpoint = save(CONFIGS["qwen3"], tmp_path)
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
+        quantize_checkpoint(checkpoint, tmp_path / "out", SEQUENCES, use_tqdm=False, **settings)
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    checkpoint, out = save(CONFIGS["qwen3"], tmp_path), tmp_path / "out"
+    quantize_checkpoint(checkpoint, out, SEQUENCES, group_size=32, method="rtn", use_tqdm=False)
+    assert len({path.stat().st_mode for path in out.iterdir() if path.is_file()}) == 1
 
 
 def test_the_room_that_is_asked_for_is_that_of_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,8 +318,10 @@ def test_nor_is_a_weight_copied_that_is_not_a_number(tmp_path: Path) -> None:
 
 def test_a_token_without_an_embedding(tmp_path: Path) -> None:
     checkpoint = save(CONFIGS["qwen3"], tmp_path)
-    with pytest.raises(ValueError, match="the calibration has a token 300, but the model has embeddings for 300;"):
-        Calibration(checkpoint, [[1, 2], [300]])
+    for token_id in (300, -1):
+        message = rf"the calibration has tokens \[{token_id}\], but the model has embeddings for 300;"
+        with pytest.raises(ValueError, match=message):
+            Calibration(checkpoint, [[1, 2], [token_id]])
 
 
 def test_of_a_long_text_only_pieces_become_tokens() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,35 @@ class TestWeights:
         wrong = quantize(floats["qwen2"], tmp_path / "wrong", "gptq", version=2, config=config_of("gptq", version=1))
         assert torch.equal(logits(right, dtype="float32"), logits(wrong, dtype="float32"))
         assert [r.levelno for r in caplog.records if "version 2" in r.getMessage()] == [logging.WARNING]
+
+        back = quantize(floats["qwen2"], tmp_path / "back", "gptq", version=1, config=config_of("gptq", version=2))
+        assert torch.equal(logits(right, dtype="float32"), logits(back, dtype="float32"))
+
+    def test_zeros_are_compared_module_by_module(self, floats, tmp_path):
+        """A rule that means no module says nothing of the others."""
+        config = config_of("gptq", version=1, dynamic={"+:no such module": {"sym": False}})
+        right = quantize(floats["qwen2"], tmp_path / "right", "gptq", version=2)
+        wrong = quantize(floats["qwen2"], tmp_path / "wrong", "gptq", version=2, config=config)
+        assert torch.equal(logits(right, dtype="float32"), logits(wrong, dtype="float32"))
+
+    @pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+    def test_groups_that_do_not_divide_the_columns(self, floats, tmp_path, method):
+        config = config_of(method, group_size=96)  # 128 columns in two groups of 64 would be read otherwise
+        which = re.compile(r".*mlp\.(gate|up)_proj\.weight").match
+        folder = quantize(floats["qwen2"], tmp_path / "bits", method, which=which, config=config, group_size=64)
+        tensors = load_file(folder / "model.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("g_idx")}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelLoadError, match="128 input columns cannot be shared out among groups of 96"):
+            load(folder, dtype="float32")
+
+    @pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.bias", "model.foo.weight"])
+    def test_nothing_is_lost_on_the_way_to_transformers(self, floats, tmp_path, name):
+        folder = quantize(floats["llama, llama3 RoPE, tied"], tmp_path / "bits", "gptq")
+        tensors = load_file(folder / "model.safetensors") | {name: torch.ones(128)}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelLoadError, match=f"has a weight {name}, which the model"):
+            ModelLoader(ModelConfig(str(folder), dtype="float32")).load_model("cpu")
 
     def test_shards_whose_columns_are_grouped_differently_stay_apart(self, floats, tmp_path):
         folder = quantize(floats["qwen2"], tmp_path / "bits", "gptq", desc_act=True)

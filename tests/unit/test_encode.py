@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_text_much_too_long_is_refused_before_it_is_encoded():
     class Refusing:
         is_fast = True
         get_vocab = staticmethod(TOKENIZER.get_vocab)
+        __len__ = staticmethod(TOKENIZER.__len__)
 
     message = error_of(encode_text, Refusing(), "a" * (8 * longest + 1), 8)
     assert f"at most {8 * longest} characters" in message and f"got {8 * longest + 1}" in message
@@ -52,6 +54,15 @@ def test_half_a_surrogate_pair_is_refused(text, index):
     assert f"prompt must be Unicode text, got {text[index]!r} at character {index}" in error_of(
         encode_text, TOKENIZER, text, 64
     )
+
+
+def test_a_token_that_was_added_later_is_known():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer("a", truncation=True, max_length=4)  # which its backend remembers
+    encode_text(tokenizer, "a", 8)
+    tokenizer.add_tokens(["<" + "new" * 100 + ">"])
+    text = "<" + "new" * 100 + ">"
+    assert encode_text(tokenizer, text, 2) == [len(tokenizer) - 1]
 
 
 def test_no_padding_nor_truncation_of_the_tokenizer_matters_or_is_changed():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from folovllm.model.packing import (
     QuantizedWeight,
@@ -107,7 +108,21 @@ class TestBits:
     def test_versions_store_other_zeros(self, version, stored):
         qzeros = pack_gptq(make_weight(16, 128, 32), version)["qzeros"]
         assert set((qzeros.long() % 2**32).flatten().tolist()) == {stored}
-        assert is_mislabelled(qzeros) == (version == 2)
+        assert [is_mislabelled(qzeros, said) for said in (1, 2)] == [version == 2, version == 1]
+
+    def test_a_single_column_comes_out_of_a_file(self, tmp_path):
+        for pack, unpack in (
+            (pack_gptq, lambda tensors: unpack_gptq(tensors, 1)),
+            (pack_compressed, unpack_compressed),
+        ):
+            weight = make_weight(8, 8, 8, symmetric=False)
+            save_file(pack(weight), tmp_path / "one")
+            assert same(unpack(load_file(tmp_path / "one")), weight)
+
+    def test_the_outputs_must_be_those_of_the_shape(self):
+        tensors = pack_compressed(make_weight(16, 128, 32)) | {"weight_shape": torch.tensor([1, 128])}
+        with pytest.raises(ValueError, match="weight_shape says 1 outputs, and weight_packed has 16"):
+            unpack_compressed(tensors)
 
     def test_compressed_is_not(self):
         weight = make_weight(16, 128, 32, symmetric=False, desc_act=True)

@@ -28,7 +28,7 @@ class TestGptq:
         config = gptq(sym=False, desc_act=True)
         assert (config.method, config.version) == ("gptq", 1)
         assert config.scheme(UP) == Scheme(128, symmetric=False, desc_act=True)
-        assert not config.is_symmetric and gptq(sym=True).is_symmetric
+        assert not config.scheme("a").symmetric and gptq(sym=True).scheme("a").symmetric
 
     @pytest.mark.parametrize("name", ["checkpoint_format", "format"])
     def test_its_version(self, name):
@@ -56,6 +56,15 @@ class TestCompressedTensors:
         assert config.scheme(UP) == Scheme(128, symmetric=False, desc_act=True)
         assert compressed(group_0=group("Linear", strategy="channel")).scheme(UP).group_size == -1
         assert not compressed(group_0=group("Linear", actorder="weight")).scheme(UP).desc_act
+
+    @pytest.mark.parametrize("said, means", [("GROUP", True), ("dynamic", True), (True, True), ("static", False)])
+    def test_other_names_of_an_order(self, said, means):
+        assert compressed(group_0=group("Linear", actorder=said)).scheme(UP).desc_act is means
+
+    def test_an_order_that_nobody_knows(self):
+        message = r"weights\.actorder must be null or one of group, dynamic, true, weight, static, false, got 'random'"
+        with pytest.raises(ValueError, match=message):
+            compressed(group_0=group("Linear", actorder="random"))
 
     @pytest.mark.parametrize("ignore", ["lm_head", "re:.*head", "re:lm_.*"])
     def test_what_it_ignores(self, ignore):
