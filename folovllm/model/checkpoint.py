@@ -222,7 +222,8 @@ def read_headers(files: Sequence[Path], quantization: QuantizationConfig | None 
     for path in files:
         for name, entry in read_safetensors_header(path).items():
             if _QUANTIZED.search(name) and name.rpartition(".")[2] not in known:
-                raise quantized(path, f"it has a tensor {name}")
+                missing = "" if method else ", and the config does not say how in a quantization_config"
+                raise quantized(path, f"it has a tensor {name}{missing}")
             if name in headers:
                 raise ModelLoadError(
                     f"{path} has a tensor {name} that an earlier file has as well; download them again"

@@ -146,7 +146,8 @@ def _read_compressed(found: dict[str, Any]) -> QuantizationConfig:
     )
     ignored = found.get("ignore") or []
     require(isinstance(ignored, list), f"ignore must be a list of names, got {show(ignored)}")
-    rules: list[tuple[re.Pattern[str], Scheme | None]] = [(_target("ignore", name), None) for name in ignored]
+    ignoring: list[tuple[re.Pattern[str], Scheme | None]] = [(_target("ignore", name), None) for name in ignored]
+    rules: list[tuple[str, re.Pattern[str], Scheme]] = []
     groups = list(_items(found, "config_groups"))
     require(bool(groups), "config_groups must name a group")
     for group_name, group in groups:
@@ -157,9 +158,10 @@ def _read_compressed(found: dict[str, Any]) -> QuantizationConfig:
         targets = group.get("targets")
         require(isinstance(targets, list), f"{where}.targets must be a list of names, got {show(targets)}")
         scheme = _compressed_scheme(where, group)
-        rules += [(_target(f"{where}.targets", target), scheme) for target in targets]
-    # "Linear" means every module that is not named otherwise, wherever it stands.
-    return QuantizationConfig("compressed-tensors", tuple(sorted(rules, key=lambda rule: not rule[0].pattern)))
+        rules += [(target, _target(f"{where}.targets", target), scheme) for target in targets]
+    # As in its library a name goes before a pattern, and a pattern before "Linear", wherever they stand.
+    rules.sort(key=lambda rule: (rule[0] == "Linear", rule[0].startswith("re:")))
+    return QuantizationConfig("compressed-tensors", (*ignoring, *(rule[1:] for rule in rules)))
 
 
 def _compressed_scheme(where: str, group: Mapping[str, Any]) -> Scheme:
@@ -186,13 +188,13 @@ def _compressed_scheme(where: str, group: Mapping[str, Any]) -> Scheme:
 
 
 def _target(where: str, name: Any) -> re.Pattern[str]:
-    """Which modules one of ``targets`` or ``ignore`` means: a name, the end of one, "re:…", or "Linear" for all."""
+    """Which modules one of ``targets`` or ``ignore`` means: a name, "re:…", or "Linear" for all."""
     require(isinstance(name, str), f"{where} must be a list of names, got an entry {show(name)}")
     if name == "Linear":
         return re.compile("")
     if name.startswith("re:"):
         return _compile(where, name.removeprefix("re:"))
-    return re.compile(rf"(.*\.)?{re.escape(name)}$")
+    return re.compile(rf"{re.escape(name)}$")
 
 
 def _compile(where: str, pattern: str) -> re.Pattern[str]:

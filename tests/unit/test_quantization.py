@@ -72,14 +72,18 @@ class TestCompressedTensors:
         assert config.scheme(HEAD) is None and config.scheme(UP)
 
     def test_a_name_means_the_module_and_no_part_of_a_name(self):
-        config = compressed(["up_proj"], group_0=group("Linear"))
+        config = compressed([UP, "down_proj"], group_0=group("Linear"))
         assert config.scheme(UP) is None
-        assert config.scheme("model.layers.0.mlp.gate_up_proj") and config.scheme(f"{UP}.inner")
+        assert config.scheme(DOWN) and config.scheme("model.layers.0.mlp.gate_up_proj") and config.scheme(f"{UP}.inner")
 
     def test_a_name_goes_before_a_class(self):
         config = compressed(group_0=group("Linear"), group_1=group("re:.*down_proj", UP, size=32))
         assert [config.scheme(name).group_size for name in (UP, DOWN, HEAD)] == [32, 32, 128]
         assert str(config) == "compressed-tensors, 4 bits in groups of 32 or groups of 128"
+
+    def test_a_name_goes_before_a_pattern(self):
+        config = compressed(group_0=group("re:.*_proj"), group_1=group(UP, size=32))
+        assert [config.scheme(name).group_size for name in (UP, DOWN)] == [32, 128]
 
     def test_what_no_target_names(self):
         assert compressed(group_0=group("re:.*up_proj")).scheme(DOWN) is None
