@@ -52,7 +52,7 @@ def attend_to_prompts(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if num_new < num_tokens:
             mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=queries.device).tril(num_tokens - num_new)
         return scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, enable_gqa=True)
-    out = torch.empty(queries.shape, dtype=queries.dtype)
+    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     seq_bytes = num_heads * min(num_new, QUERIES_AT_ONCE) * num_tokens * torch.float32.itemsize
     seqs_at_once, group = max(SCORE_BYTES // seq_bytes, 1), num_heads // keys.shape[1]
     heads_at_once = max(keys.shape[1] * SCORE_BYTES // seq_bytes, 1)  # all, unless there is one sequence at a time
@@ -72,7 +72,8 @@ def _attend(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> None:
     out, queries = out.flatten(0, 1), _copy(queries, torch.float32).mul_(head_dim**-0.5)
     keys, values = _copy(keys, torch.float32).transpose(1, 2), _copy(values, product_dtype(values))
     most = min(num_new, QUERIES_AT_ONCE)
-    later = torch.full((most, most), -math.inf, dtype=torch.float32).triu(1)  # minus infinity where a key is hidden
+    # Minus infinity where a key is hidden.
+    later = torch.full((most, most), -math.inf, dtype=torch.float32, device=keys.device).triu(1)
     for start in range(0, num_new, QUERIES_AT_ONCE):
         some = queries[:, :, start : start + QUERIES_AT_ONCE]
         num, seen = some.shape[2], past + start + some.shape[2]
@@ -84,4 +85,4 @@ def _attend(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> None:
 
 def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
     """One matrix after the other, each row after row."""
-    return torch.empty(x.shape, dtype=dtype).copy_(x).flatten(0, 1)
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x).flatten(0, 1)

@@ -137,7 +137,7 @@ def rotary_frequencies(config: DecoderConfig, dtype: torch.dtype = torch.float32
     Computed in ``dtype``. Su et al. 2021; with "llama3" the slow ones are slowed further, so that a model reads more
     than it was trained on.
     """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
+    exponent = torch.arange(0, config.head_dim, 2, dtype=dtype, device="cpu") / config.head_dim
     frequencies = config.rope_theta**-exponent
     rope = config.rope_scaling
     if rope["rope_type"] == "linear":
@@ -238,7 +238,8 @@ class Decoder:
         self._copies_embedding = self._is_embedding and method.packs_floats
         self._has_fused = False
         wide = torch.promote_types(dtype, torch.float32)
-        angles = torch.outer(torch.arange(num_positions, dtype=wide), rotary_frequencies(config, wide))
+        positions = torch.arange(num_positions, dtype=wide, device="cpu")
+        angles = torch.outer(positions, rotary_frequencies(config, wide))
         self.cos = angles.cos().repeat(1, 2).to(device, dtype).unsqueeze(1)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(device, dtype).unsqueeze(1)
 

@@ -143,7 +143,7 @@ class LinearMethod:
     @property
     def packs_floats(self) -> bool:
         """Whether a weight of floats is stored in an order of its own, so that a tied head is a copy."""
-        return self.target.type == "cpu" and has_onednn(torch.empty(0, dtype=self.dtype))
+        return self.target.type == "cpu" and has_onednn(torch.empty(0, dtype=self.dtype, device="cpu"))
 
     def create(self, shards: Mapping[str, int], num_in: int, bias: bool = False) -> LinearBase:
         """A product whose weights are not loaded yet; see `LinearBase`."""

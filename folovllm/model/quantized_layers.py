@@ -226,7 +226,7 @@ def pack_int8(weight: Tensor, scales: Tensor) -> torch.ScriptObject:
         # torch means to remove its quantized tensors; `torch.ops.onednn.qlinear_pointwise` does without them, and takes
         # twice as long for one row today.
         warnings.filterwarnings("ignore", ".*deprecated", UserWarning)
-        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        zeros = torch.zeros(len(scales), dtype=torch.int64, device=scales.device)
         quantized = torch._make_per_channel_quantized_tensor(weight, scales.double(), zeros, 0)
         return cast(torch.ScriptObject, torch.ops.quantized.linear_prepack(quantized, None))
 

@@ -228,7 +228,9 @@ class Compiler:
             # Nobody checks what the compiler takes for granted of lengths. Of attention it is one thing: that no more
             # than 4,096 keys are summed up, since it would sum up more in pieces. The sums of 5,000 are as exact.
             # What is on disk is asked for by its options, not by the processor: loops for other vectors give rubbish.
-            options = {**OPTIONS, "cpp.simdlen": pick_vec_isa().bit_width()}
+            # Told to use as many threads as there are processors, loops would have room for their sums and run with as
+            # many as torch has later: with more they would write beyond it.
+            options = {**OPTIONS, "cpp.simdlen": pick_vec_isa().bit_width(), "cpp.threads": torch.get_num_threads()}
             return torch._inductor.compile(graph, [*examples], options=options), outputs
 
 
@@ -250,7 +252,7 @@ class CompiledPass:
 
     def _pretend_rows(self, compiler: Compiler, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """An example of what there is for each row, with any numbers of ``shape`` for it."""
-        tensor = torch.zeros(self.num_rows, *shape, dtype=dtype)
+        tensor = torch.zeros(self.num_rows, *shape, dtype=dtype, device="cpu")
         return compiler.pretend(tensor, self._row_dim, *[DimDynamic.DYNAMIC] * len(shape))
 
     def _compile(
@@ -378,7 +380,10 @@ class CompiledStep(CompiledPass):
         ids, positions, slots = (self._pretend_rows(compiler) for _ in range(3))
         lens = self._pretend_rows(compiler, dtype=torch.int32)
         table = self._pretend_rows(compiler, max(TYPICAL_NUM_KEYS // self.block_size, 2), dtype=torch.int32)
-        places = [compiler.pretend(torch.arange(TYPICAL_NUM_KEYS), any_length) for _ in range(1 + kind.shares_keys)]
+        places = [
+            compiler.pretend(torch.arange(TYPICAL_NUM_KEYS, device="cpu"), any_length)
+            for _ in range(1 + kind.shares_keys)
+        ]
         keys, values = (cache.new_zeros(TYPICAL_NUM_CACHED, cache.shape[-1]) for _ in range(2))
         lasts = [compiler.pretend(keys, any_length), compiler.pretend(values, any_length)]
         begins = [ids, positions, slots, lens, table, head_starts, *places]
@@ -434,7 +439,7 @@ class CompiledSteps(PreparedSteps):
     @classmethod
     def unsupported(cls, backend_cls: type[AttentionBackend]) -> str | None:
         """A sentence that says why steps cannot be compiled; None if they can."""
-        if not issubclass(backend_cls, GatherAttention):
+        if backend_cls is not GatherAttention:  # what a subclass does otherwise would not be asked for
             return (
                 "what is compiled on a CPU has an attention of its own, which reads what attention_backend='gather' "
                 f"keeps, and the engine has {backend_cls.__name__}"
@@ -454,7 +459,7 @@ class CompiledSteps(PreparedSteps):
         self.steps: dict[StepKind, CompiledStep | None] = {}
         """The decode steps that are compiled so far; None: the compiler failed."""
         self._key_bytes = attention.num_kv_heads * attention.kv_cache.shape[-1] * torch.float32.itemsize
-        self._places = torch.arange(cast(int, config.scheduler_config.max_model_len))
+        self._places = torch.arange(cast(int, config.scheduler_config.max_model_len), device="cpu")
 
     @functools.cached_property
     def decoder(self) -> CompiledDecoder | Decoder:  # type: ignore[override]

@@ -189,9 +189,9 @@ class ModelRunner:
 
     def set_attention_backend(self, backend_cls: type[AttentionBackend]) -> None:
         """Computes attention by this backend, from the next `initialize_kv_cache` on."""
-        self.backend_cls = backend_cls
         enforce_eager = self.config.model_config.enforce_eager
-        self._steps_cls = choose_prepared_steps(enforce_eager, self.decoder.device, backend_cls)
+        self._steps_cls = choose_prepared_steps(enforce_eager, self.decoder.device, backend_cls)  # or it refuses
+        self.backend_cls = backend_cls
         # Blocks that the scheduler does not know of.
         self._num_reserved = 0 if self._steps_cls is None else self._steps_cls.num_reserved_blocks
 

@@ -6,6 +6,8 @@ import contextvars
 import copy
 import logging
 import math
+import os
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -390,8 +392,36 @@ def test_a_compiled_product_of_8_bits(num_in) -> None:
 
 
 @pytest.mark.usefixtures("_compiler")
-def test_a_machine_without_a_cpp_compiler(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_a_machine_without_a_cpp_compiler():
     config = make_engine_config(str(EMBEDDED_MODEL), enforce_eager=False)
-    with pytest.raises(ValueError, match=r"there is none: install g\+\+ .* or set enforce_eager=True"):
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})  # a monkeypatch would leave none behind
+    with without, pytest.raises(ValueError, match=r"there is none: install g\+\+ .* or set enforce_eager=True"):
         LLMEngine(config, "cpu")
+
+
+MORE_THREADS = """
+import torch
+from folovllm import LLM, SamplingParams
+from folovllm.tales import EMBEDDED_MODEL
+
+llm = LLM(str(EMBEDDED_MODEL), device="cpu", enforce_eager=False, max_model_len=128, num_blocks=32)
+
+
+def tell():
+    params = SamplingParams(temperature=0, max_tokens=30)
+    return llm.generate("Once upon a time", params, use_tqdm=False)[0].outputs[0].token_ids
+
+
+before = tell()
+torch.set_num_threads(4 * torch.get_num_threads())
+assert tell() == before
+assert all(llm.engine.runner.prepared_steps.steps.values())
+"""
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_more_threads_than_there_were_when_it_was_compiled():
+    """In a process of its own: loops that wrote beyond their sums would end it."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", MORE_THREADS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -727,6 +727,20 @@ class TestFailure:
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             assert tell() == found == expected
 
+    @pytest.mark.parametrize("kwargs", [{}, {"quantization": "int8"}, {"attention_backend": "sdpa"}])
+    def test_nor_does_torchs_default_device(self, kwargs):
+        """A prompt longer than `FEW_QUERIES` among them."""
+        texts = ["Once upon a time in the forest there was a little fox. " * 5, "Long ago"]
+        params = SamplingParams(temperature=0.7, seed=1, max_tokens=12)
+
+        def tell() -> list[list[int]]:
+            llm = LLM(str(EMBEDDED_MODEL), **{**HERE, "max_model_len": 256, **kwargs})
+            return [output.outputs[0].token_ids for output in llm.generate(texts, params, use_tqdm=False)]
+
+        expected = tell()
+        with torch.device("meta"):
+            assert tell() == expected
+
     def test_abort_takes_one_name_or_several(self, checkpoint, prompts):
         engine = make_engine(checkpoint)
         for name in "abcd":
