@@ -434,7 +434,10 @@ def _simulate(args: argparse.Namespace, config: dict[str, Any]) -> None:
 def _exit_if_terminated() -> Iterator[None]:
     """Ends the program like Ctrl-C when it is told to terminate, so that nothing half written is left behind."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
-    before = {number: signal.signal(number, lambda found, _: sys.exit(128 + found)) for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, lambda found, _: sys.exit(128 + found))
     try:
         yield
     finally:

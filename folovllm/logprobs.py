@@ -64,7 +64,7 @@ def _decode(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def known_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Those that a tokenizer can decode: a model may have more, which fast ones leave out and slow ones refuse."""
-    if tokenizer.is_fast:  # whose length takes milliseconds to find
+    if tokenizer.is_fast:
         return token_ids
     num_known = len(tokenizer)
     return [token_id for token_id in token_ids if token_id < num_known]

@@ -180,11 +180,9 @@ def _compressed_scheme(where: str, group: Mapping[str, Any]) -> Scheme:
     group_size = -1 if whole else _check_group_size(f"{where}.group_size", weights.get("group_size"))
     symmetric = check_bool(f"{where}.symmetric", weights.get("symmetric", True))
     order = weights.get("actorder")
-    require(
-        order is None or (name := str(order).lower()) in _ACTORDERS,
-        f"{where}.actorder must be null or one of {', '.join(_ACTORDERS)}, got {show(order)}",
-    )
-    return Scheme(group_size, symmetric, order is not None and _ACTORDERS[name])
+    name = "false" if order is None else str(order).lower()
+    require(name in _ACTORDERS, f"{where}.actorder must be null or one of {', '.join(_ACTORDERS)}, got {show(order)}")
+    return Scheme(group_size, symmetric, _ACTORDERS[name])
 
 
 def _target(where: str, name: Any) -> re.Pattern[str]:

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,10 @@ def _check_shapes(checkpoint: Checkpoint, group_size: int) -> set[str]:
         "was made",
     )
     decoder = make_empty_decoder(checkpoint)
-    for name in sorted(checkpoint.headers.keys() - decoder.weight_shapes().keys()):
-        for _, tensor in iterate_weights(checkpoint, name):
-            decoder.leave_out(name, tensor)  # or the engine would refuse the new folder
+    known = decoder.weight_shapes()
+    others = {name: entry for name, entry in checkpoint.headers.items() if name not in known}
+    for name, tensor in iterate_weights(replace(checkpoint, headers=others)):
+        decoder.leave_out(name, tensor)  # or the engine would refuse the new folder
     names = {f"{part}.weight" for layer in decoder.layers for linear in layer.linears for part in linear.shards}
     for name in sorted(names):
         num_out, num_in = checkpoint.headers[name]["shape"]

@@ -472,11 +472,11 @@ def settle_version(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.quantization
     if config is None or config.method != "gptq":
         return checkpoint
-    zeros = {}
-    for name, entry in checkpoint.headers.items():
-        scheme = config.scheme(name.removesuffix(".qzeros"))
-        if name.endswith(".qzeros") and scheme is not None and scheme.symmetric:
-            zeros[name] = entry
+    zeros = {
+        name: entry
+        for name, entry in checkpoint.headers.items()
+        if name.endswith(".qzeros") and (scheme := config.scheme(name.removesuffix(".qzeros"))) and scheme.symmetric
+    }
     stored = iterate_weights(replace(checkpoint, headers=zeros))
     if not zeros or not all(is_mislabelled(tensor, config.version) for _, tensor in stored):
         return checkpoint

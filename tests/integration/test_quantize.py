@@ -232,6 +232,24 @@ class TestCommand:
         assert ended.value.code == 128 + number and list(tmp_path.iterdir()) == []
         assert signal.getsignal(number) is before
 
+    @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP on this system")
+    def test_a_hangup_that_is_ignored_stays_ignored(
+        self, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As under nohup."""
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            original = Calibration.compute_kl
+
+            def compute_kl(calibration: Calibration) -> float:
+                signal.raise_signal(signal.SIGHUP)
+                return original(calibration)
+
+            monkeypatch.setattr(Calibration, "compute_kl", compute_kl)
+            assert self.quantize(str(EMBEDDED_MODEL), str(tmp_path / "out")) == 0
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
     def test_other_models_need_a_text(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         copy = shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy")
         out = tmp_path / "out"

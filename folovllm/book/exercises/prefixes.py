@@ -51,22 +51,21 @@ ALIKE: tuple[tuple[tuple[bytes, list[int]], tuple[bytes, list[int]], str], ...] 
 def _without_weak_hashes() -> Iterator[None]:
     """Refuses an attempt that calls Python's ``hash``, MD5 or SHA-1."""
 
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise NotYet(
-            "your code calls Python's hash(), which gives other numbers after a restart and is not made to withstand "
-            "attackers: take a hash of hashlib or hmac."
-        )
+    def refuse(why: str) -> Callable[..., NoReturn]:
+        def call(*_: Any, **__: Any) -> NoReturn:
+            raise NotYet(why)
 
-    def refuse_broken(*_: Any, **__: Any) -> NoReturn:
-        raise NotYet(
-            "MD5 and SHA-1 are broken, and two contents with one hash can be made of them: take SHA-256 or BLAKE2b, of "
-            "which nobody knows how."
-        )
+        return call
 
-    with (
-        mock.patch.object(builtins, "hash", refuse),
-        mock.patch.multiple(hashlib, md5=refuse_broken, sha1=refuse_broken),
-    ):
+    builtin = refuse(
+        "your code calls Python's hash(), which gives other numbers after a restart and is not made to withstand "
+        "attackers: take a hash of hashlib or hmac."
+    )
+    broken = refuse(
+        "MD5 and SHA-1 are broken, and two contents with one hash can be made of them: take SHA-256 or BLAKE2b, of "
+        "which nobody knows how."
+    )
+    with mock.patch.object(builtins, "hash", builtin), mock.patch.multiple(hashlib, md5=broken, sha1=broken):
         yield
 
 
