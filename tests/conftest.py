@@ -22,7 +22,7 @@ settings.register_profile("folovllm", deadline=None, derandomize=True, max_examp
 settings.load_profile("folovllm")
 
 LOGGERS = ("", "folovllm", "huggingface_hub", "torch", "transformers")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGALRM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGALRM)
 UNSTABLE = (
     "CUDA_MODULE_LOADING",
     "KMP_DUPLICATE_LIB_OK",
