@@ -97,6 +97,22 @@ def _module_leaves_the_process_as_it_was(request: pytest.FixtureRequest) -> Iter
         pytest.fail(f"this file's tests left changed: {'; '.join(found)}", pytrace=False)
 
 
+@pytest.fixture(params=["plain", "dynamic", "oneDNN"])
+def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How products with weights of 8 bits are computed: each way that this machine has."""
+    import torch
+
+    from folovllm.model import quantized_layers
+    from folovllm.model.int8_kernels import OneDnnInt8, has_int8_kernel
+
+    how, has_any = request.param, has_int8_kernel(torch.device("cpu"))
+    if not {"plain": True, "dynamic": has_any, "oneDNN": has_any and OneDnnInt8.is_available()}[how]:
+        pytest.skip(f"torch has no product of 8 bits here that is {how}")
+    monkeypatch.setattr(quantized_layers, "has_int8_kernel", lambda device: how != "plain")
+    monkeypatch.setattr(OneDnnInt8, "is_available", lambda: how == "oneDNN")
+    return how
+
+
 @pytest.fixture(autouse=True)
 def _test_leaves_the_process_as_it_was() -> Iterator[None]:
     before = process_state()

@@ -70,6 +70,8 @@ class Checkpoint:
     """Longest sequence in tokens that it was made for."""
     quantization: QuantizationConfig | None = None
     """How its weights are quantized; None: they are floats."""
+    has_compiled_steps: bool = False
+    """Whether the steps that compute with them are to be compiled on a CPU."""
 
 
 def find_folder(name: str) -> Path:

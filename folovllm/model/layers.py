@@ -135,10 +135,18 @@ class LinearMethod:
         dtype: of weights and activations.
         device: where they are; "meta" only tells their shapes and bytes.
         target: the device whose kernels compute with them; None: the same.
+        has_compiled_steps: see `folovllm.model.checkpoint.Checkpoint`.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, target: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        target: torch.device | None = None,
+        has_compiled_steps: bool = False,
+    ) -> None:
         self.dtype, self.device, self.target = dtype, device, target or device
+        self.has_compiled_steps = has_compiled_steps
 
     @property
     def packs_floats(self) -> bool:

@@ -6,7 +6,7 @@ to compute one:
 - *packed*: 4 bits, by torch's own kernels (`folovllm.model.int4_kernels`), on a CPU with AVX2 or AVX-512 or a GPU of
   compute capability 8.0 or newer, with activations in bfloat16;
 - *dynamic*: 8 bits, and the activations are rounded to 8 bits as well, with a scale for each row, so that whole
-  numbers are multiplied; on a CPU;
+  numbers are multiplied; on a CPU (`folovllm.model.int8_kernels`);
 - *plain*: the weight is turned into floats anew for each product. It runs everywhere and is what the others are
   compared with. On a GPU 8 bits take it (torch's kernel for such weights needs 55 to 2,400 us there where bfloat16
   needs 9 to 14), on an ARM CPU 4 bits, since torch has no kernel for them there, and 8 bits are dynamic by QNNPACK.
@@ -23,11 +23,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,6 +34,7 @@ from torch.nn import functional as F
 from folovllm.model import int4_kernels
 from folovllm.model.checkpoint import Checkpoint, ModelLoadError, iterate_weights
 from folovllm.model.int4_kernels import has_int4_kernel
+from folovllm.model.int8_kernels import DynamicInt8, OneDnnInt8, has_int8_kernel, int8_max, round_to_bytes
 from folovllm.model.layers import Linear, LinearBase, LinearMethod, Place
 from folovllm.model.packing import (
     SYMMETRIC_ZERO,
@@ -62,22 +61,6 @@ ROWS_AT_ONCE = 512
 """Outputs whose weights are rounded to 8 bits at once; it bounds the memory that a large head needs meanwhile."""
 
 
-@functools.cache
-def int8_max() -> int:
-    """The largest weight of 8 bits; the smallest is its negative, so that zero is in the middle.
-
-    x86 before VNNI adds up two products in 16 bits, in which two of 255 * 127 have no room. Weights of 7 bits cost
-    less quality than activations of 7 bits (torch's ``reduce_range``): SmolLM2-135M loses 0.002 nats per token with
-    such weights alone, and 0.006 with such activations alone.
-    """
-    return 127 if torch.backends.quantized.engine == "qnnpack" or torch.cpu._is_vnni_supported() else 64
-
-
-def has_int8_kernel(device: torch.device) -> bool:
-    """Whether torch has products of whole numbers on this device."""
-    return device.type == "cpu" and torch.backends.quantized.engine != "none"
-
-
 @functools.cache  # which loading fills, so that no compiler's pretended matrix is kept
 @torch.inference_mode(False)  # what is kept must serve elsewhere, too
 def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -102,10 +85,9 @@ def rotate(x: Tensor) -> Tensor:
     return (x.float().unflatten(-1, (-1, size)) @ hadamard(size, x.device)).flatten(-2)
 
 
-def divide_by_largest(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows divided by their largest numbers, and these, ``[num_rows, 1]``; a row of zeros becomes no numbers."""
-    largest = rows.abs().amax(-1, keepdim=True)  # for 16 rows of 3,072 vector_norm takes eight times as long
-    return rows / largest, largest
+def find_largest(rows: Tensor) -> Tensor:
+    """The size of each row's largest number, ``[num_rows, 1]``."""
+    return rows.abs().amax(-1, keepdim=True)  # for 16 rows of 3,072 vector_norm takes eight times as long
 
 
 class Int8Rows:
@@ -163,7 +145,8 @@ class Int8Linear(LinearBase):
         super().__init__(weight, method.create_bias(shards, bias), {} if tied is not None else shards)
         self.scales = torch.empty(num_out, dtype=torch.float32, device=method.device)
         self.tied, self.is_head, self.dtype = tied, is_head, method.dtype
-        self._packed: torch.ScriptObject | None = None
+        self.product: OneDnnInt8 | DynamicInt8 | None = None
+        self._is_given_bytes = method.has_compiled_steps and OneDnnInt8.is_available()
 
     def places(self) -> dict[str, Place]:
         """Where each tensor of a checkpoint goes; a weight is rounded on the way."""
@@ -187,15 +170,18 @@ class Int8Linear(LinearBase):
         if self.tied is not None:
             Int8Rows(self.weight, self.scales).copy_(self.tied)
         if has_int8_kernel(self.weight.device):
-            self._packed = pack_int8(self.weight, self.scales)
+            self.product = (OneDnnInt8 if self._is_given_bytes else DynamicInt8)(self.weight, self.scales)
             self.kernel, self.weight = "8 bits, dynamic", self.weight.to("meta")  # its size is all that is left
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether its kernel takes rows as `round_to_bytes` gives them, and not as floats."""
+        return isinstance(self.product, OneDnnInt8)
 
     def multiply(self, x: Tensor) -> Tensor:
         """``x @ weight.T`` of rows as `normalize` gives them; float32."""
-        if self._packed is not None:
-            # Without `_op` torch asks at each call whether the weight is one that a compiler pretends, which takes 3
-            # percent of a step of SmolLM2-135M with one row.
-            return cast(Tensor, torch.ops.quantized.linear_dynamic.default._op(x, self._packed))
+        if self.product is not None:
+            return self.product(x)
         # As whole numbers they would make sums that float16 has no room for.
         weight = self.weight.to(self.dtype).div_(WHOLE)
         return F.linear(x.to(self.dtype), weight).float().mul_(self.scales * WHOLE)
@@ -203,13 +189,16 @@ class Int8Linear(LinearBase):
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each row, rotated, divided by its largest number; and that, ``[num_tokens, 1]``. What is no number is 0.
 
+        In floats, or in the steps that the kernel takes.
+
         So a row with large numbers costs the others no precision. Some tokens, the first of a text above all, have a
         few activations that are a thousand times as large as all others (Sun et al. 2024). With one scale for all rows,
         SmolLM2-135M loses 0.15 nats per token of a prompt of 512, and without `rotate` 0.38. Nor do the scales of
         torch's kernel become small at will: numbers of 1e-4 would lose 18 percent.
         """
-        rows, largest = divide_by_largest(rotate(x))
-        return rows.nan_to_num(), largest
+        rows = rotate(x)
+        largest = find_largest(rows)
+        return round_to_bytes(rows, largest) if self.takes_bytes else (rows / largest).nan_to_num_(), largest
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `LinearBase`."""
@@ -218,17 +207,6 @@ class Int8Linear(LinearBase):
         # and alone.
         out = self.multiply(rows).mul_(largest)
         return (out if self.bias is None else out.add_(self.bias)).to(torch.float32 if self.is_head else self.dtype)
-
-
-def pack_int8(weight: Tensor, scales: Tensor) -> torch.ScriptObject:
-    """A weight in the order of torch's kernel for 8 bits. This and `Int8Linear.multiply` are all that knows of it."""
-    with warnings.catch_warnings():
-        # torch means to remove its quantized tensors; `torch.ops.onednn.qlinear_pointwise` does without them, and takes
-        # twice as long for one row today.
-        warnings.filterwarnings("ignore", ".*deprecated", UserWarning)
-        zeros = torch.zeros(len(scales), dtype=torch.int64, device=scales.device)
-        quantized = torch._make_per_channel_quantized_tensor(weight, scales.double(), zeros, 0)
-        return cast(torch.ScriptObject, torch.ops.quantized.linear_prepack(quantized, None))
 
 
 class PlainInt4:
@@ -421,7 +399,7 @@ class QuantizedLinearMethod(LinearMethod):
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        super().__init__(checkpoint.dtype, device, checkpoint.device)
+        super().__init__(checkpoint.dtype, device, checkpoint.device, checkpoint.has_compiled_steps)
         assert checkpoint.quantization is not None
         self.config, self.stored = checkpoint.quantization, checkpoint.headers.keys()
 

@@ -35,12 +35,12 @@ from folovllm.attention.gather import GatherAttention, count_shared_blocks
 from folovllm.config import EngineConfig
 from folovllm.model.checkpoint import one_line
 from folovllm.model.decoder import Attend, Decoder, DecoderLayer
-from folovllm.model.layers import Linear, LinearBase, RMSNorm
+from folovllm.model.layers import LinearBase, RMSNorm
 from folovllm.model.quantized_layers import Int8Linear
 from folovllm.sample.sampler import find_likeliest
 from folovllm.validation import shorten
 from folovllm.worker.prepared_steps import PreparedSteps, StepOutputs
-from folovllm.worker.traced import FEW_ROWS, TracedAttention, locate, multiply_few, normalize, weight_in_memory
+from folovllm.worker.traced import FEW_ROWS, TracedAttention, locate, multiply_few, normalize, rotate, weight_in_memory
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,11 @@ class Called(NamedTuple):
 _CALLED: ContextVar[Called] = ContextVar("called")
 _library = torch.library.Library("folovllm", "FRAGMENT")
 _library.define("multiply_by_number(Tensor x, int number, int num_out) -> Tensor")
-_library.impl("multiply_by_number", lambda x, number, num_out: x.new_empty(x.shape[0], num_out), "Meta")
+_library.impl(
+    "multiply_by_number",
+    lambda x, _, num_out: x.new_empty(x.shape[0], num_out, dtype=x.dtype if x.is_floating_point() else torch.float32),
+    "Meta",
+)
 # It writes the new keys and values as well, and does not say so: the compiler sees the cache nowhere else.
 _library.define("attention(Tensor q, Tensor kv) -> Tensor")
 _library.impl("attention", lambda q, kv: cast(Function, _CALLED.get().attend)(q, kv), "CPU")
@@ -143,12 +147,17 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
     number, num_out, made = len(parts.products), linear.num_out, copy.copy(linear)
     parts.products.append(linear)
     bias = made.bias = None if linear.bias is None else replace(linear.bias)
-    found = weight_in_memory(linear) if isinstance(linear, Linear) and parts.has_few_rows else None
+    found = weight_in_memory(linear) if parts.has_few_rows else None
+    if isinstance(made, Int8Linear):
+        made.normalize = choose_normalize(made, found is not None)  # type: ignore[method-assign]
     if found is not None:
         weight = replace(found)
+        scales = replace(linear.scales) if isinstance(linear, Int8Linear) else None
 
         def multiply(x: Tensor) -> Tensor:
             out = multiply_few(x, weight, num_out)
+            if scales is not None:  # and its bias comes later
+                return out * scales
             return out if bias is None else out + bias
     else:
 
@@ -156,9 +165,14 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
             return torch.ops.folovllm.multiply_by_number(x, number, num_out)
 
     made.multiply = multiply  # type: ignore[method-assign]
-    if isinstance(made, Int8Linear):
-        made.normalize = normalize  # type: ignore[method-assign]
     return made
+
+
+def choose_normalize(linear: Int8Linear, is_sum: bool) -> Function:
+    """What stands for `Int8Linear.normalize`: before `multiply_few`, which multiplies floats, only the rotation."""
+    if is_sum:
+        return lambda x: (rotate(x), x.new_ones(()))
+    return functools.partial(normalize, to_bytes=linear.takes_bytes)
 
 
 def multiply_by_number(x: Tensor, number: int, num_out: int) -> Tensor:

@@ -9,20 +9,22 @@ each of its readers is named (`in_memory`).
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from folovllm.model.layers import Linear
-from folovllm.model.quantized_layers import MAX_ROTATED, divide_by_largest, hadamard
+from folovllm.model.int8_kernels import OneDnnInt8, round_to_bytes
+from folovllm.model.layers import Linear, LinearBase
+from folovllm.model.quantized_layers import MAX_ROTATED, Int8Linear, find_largest, hadamard
 from folovllm.utils import cdiv
 
 PACKED_OUTPUTS = 64
 """Outputs whose weights lie side by side in oneDNN's order."""
 
-_MEMORY: WeakKeyDictionary[Linear, Tensor | None] = WeakKeyDictionary()
+_MEMORY: WeakKeyDictionary[LinearBase, Tensor | None] = WeakKeyDictionary()
 """What `weight_in_memory` has found; it is asked again while a compiler pretends that there are no numbers."""
 
 LANES = 16
@@ -146,31 +148,39 @@ def _find_slots(block_table: Tensor, places: Tensor, block_size: int) -> Tensor:
     return block_table.T[places // block_size] * block_size + (places % block_size).unsqueeze(1)
 
 
-def weight_in_memory(linear: Linear) -> Tensor | None:
+def weight_in_memory(linear: LinearBase) -> Tensor | None:
     """The weight of a product as it lies in memory, for compiled code to read while the product is there.
 
-    ``[num_out, num_in]`` unless it is packed. In oneDNN's order, filled up with zeros: in float32 ``[num_blocks,
-    num_in, PACKED_OUTPUTS]``; in bfloat16 two inputs lie side by side and are one int32, ``[num_blocks, num_in / 2,
-    PACKED_OUTPUTS]``. None if oneDNN has chosen another order.
+    ``[num_out, num_in]`` unless it is packed. In oneDNN's order, filled up with zeros, it is ``[num_blocks, num_in /
+    num_together, PACKED_OUTPUTS]``: in float32 numbers by themselves; in bfloat16 two inputs that lie side by side are
+    one int32, and of 8 bits four. None if oneDNN has chosen another order, or another library packs it.
     """
     if linear not in _MEMORY:
-        _MEMORY[linear] = _find_packed(linear.weight) if linear.weight.is_mkldnn else linear.weight
+        _MEMORY[linear] = _find_weight(linear)
     return _MEMORY[linear]
 
 
-def _find_packed(weight: Tensor) -> Tensor | None:
-    num_out, num_in = weight.shape
-    num_bytes, num_together = torch.ops.mkldnn._nbytes(weight), 4 // weight.dtype.itemsize
-    shape = cdiv(num_out, PACKED_OUTPUTS), num_in // num_together, PACKED_OUTPUTS
-    if num_in % num_together or math.prod(shape) * 4 != num_bytes:
+def _find_weight(linear: LinearBase) -> Tensor | None:
+    if isinstance(linear, Int8Linear) and isinstance(linear.product, OneDnnInt8):
+        return _find_packed(linear.product.packed, linear.product.packed.to_dense().T)
+    if not isinstance(linear, Linear):
         return None
-    buffer = (ctypes.c_uint8 * num_bytes).from_address(torch.ops.mkldnn.data_ptr(weight))
-    memory = torch.frombuffer(buffer, dtype=weight.dtype)
+    return _find_packed(linear.weight, linear.weight.to_dense()) if linear.weight.is_mkldnn else linear.weight
+
+
+def _find_packed(packed: Tensor, weight: Tensor) -> Tensor | None:
+    num_out, num_in = weight.shape
+    num_bytes, num_together = torch.ops.mkldnn._nbytes(packed), 4 // weight.itemsize
+    shape = cdiv(num_out, PACKED_OUTPUTS), num_in // num_together, PACKED_OUTPUTS
+    if num_in % num_together or math.prod(shape) * 4 > num_bytes:
+        return None
+    buffer = (ctypes.c_uint8 * num_bytes).from_address(torch.ops.mkldnn.data_ptr(packed))
+    memory = torch.frombuffer(buffer, dtype=torch.int32)[: math.prod(shape)]  # behind them may be sums of weights
     # The order is nowhere promised, so it is compared.
-    for block, rows in zip(memory.view(*shape, num_together), weight.to_dense().split(PACKED_OUTPUTS)):
+    for block, rows in zip(memory.view(weight.dtype).view(*shape, num_together), weight.split(PACKED_OUTPUTS)):
         if not torch.equal(block.transpose(0, 1).reshape(-1, num_in)[: len(rows)], rows):
             return None
-    return memory.view(torch.int32 if num_together == 2 else torch.float32).view(shape)
+    return memory.view(torch.float32 if num_together == 1 else torch.int32).view(shape)
 
 
 def multiply_few(x: Tensor, weight: Tensor, num_out: int) -> Tensor:
@@ -187,32 +197,35 @@ def multiply_few(x: Tensor, weight: Tensor, num_out: int) -> Tensor:
     rows = in_memory(x.float()).unbind()
     if weight.dim() == 2:  # row after row
         return torch.stack([(weight.float() * row).sum(dim=-1) for row in rows]).to(x.dtype)
-    parts = weight.unflatten(2, (-1, LANES)).unbind(2)
+    num_together = x.shape[1] // weight.shape[1]
+    parts = [_unpack(part, num_together) for part in weight.unflatten(2, (-1, LANES)).unbind(2)]
     found = []
     for row in rows:
-        # A number of 16 bits is the upper half of a float's: of two that lie in one word, the second needs no shift.
-        if weight.dtype is torch.int32:
-            first, second = row.view(1, -1, 2, 1).unbind(2)
-            sums = [
-                (_as_float(part << 16) * first).sum(dim=1) + (_as_float(part & -(2**16)) * second).sum(dim=1)
-                for part in parts
-            ]
-        else:
-            sums = [(part * row.view(1, -1, 1)).sum(dim=1) for part in parts]
+        numbers = row.view(1, -1, num_together, 1).unbind(2)
+        sums = [functools.reduce(torch.add, map(torch.mul, part, numbers)).sum(dim=1) for part in parts]
         found.append(torch.stack(sums, dim=1).flatten()[:num_out])
     return torch.stack(found).to(x.dtype)
 
 
-def _as_float(bits: Tensor) -> Tensor:
-    return bits.view(torch.float32)
+def _unpack(words: Tensor, num_together: int) -> list[Tensor]:
+    """The numbers that lie in 32 bits each, the lowest first, as floats."""
+    if num_together == 1:
+        return [words]
+    if num_together == 2:  # a number of 16 bits is the upper half of a float's
+        return [(words << 16).view(torch.float32), (words & -(2**16)).view(torch.float32)]
+    return [(words << shift >> 24).float() for shift in (24, 16, 8, 0)]
 
 
-def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, to_bytes: bool) -> tuple[Tensor, Tensor]:
     """`folovllm.model.quantized_layers.Int8Linear.normalize`.
 
     16 rows of 3,072 numbers take 40 us, and 80 as that does it (two cores with AVX-512, bfloat16).
     """
-    rows, largest = divide_by_largest(rotate(x))
+    rows = rotate(x)
+    largest = find_largest(rows)
+    if to_bytes:
+        return round_to_bytes(rows, largest), largest
+    rows = rows / largest
     return rows.where(rows == rows, 0.0), largest  # nan_to_num asks for each number by itself
 
 

@@ -20,6 +20,7 @@ import torch
 
 from folovllm import LLMEngine
 from folovllm.attention import AttentionMetadata
+from folovllm.config import CacheConfig
 from folovllm.llm import make_engine_config
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.utils import cdiv
@@ -74,6 +75,20 @@ def measure(engine: LLMEngine, steps: CompiledSteps, num_rows: int, context: int
     )
 
 
+def make_engine(model: str, options: argparse.Namespace, enforce_eager: bool) -> LLMEngine:
+    """An engine with room for the largest step."""
+    config = make_engine_config(
+        model,
+        max_model_len=options.context,
+        max_num_seqs=max(options.rows),
+        num_blocks=max(options.rows) * cdiv(options.context, CacheConfig.block_size),
+        dtype=options.dtype,
+        quantization=options.quantization,
+        enforce_eager=enforce_eager,
+    )
+    return LLMEngine(config, "cpu")
+
+
 def main() -> None:
     """Prints a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -86,14 +101,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for model in options.models:
-        settings = {"dtype": options.dtype, "quantization": options.quantization}
-        config = make_engine_config(model, max_model_len=options.context, max_num_seqs=max(options.rows), **settings)
-        engine = LLMEngine(config, "cpu")
+        # Each has its own, since weights of 8 bits may be packed in another order.
+        engine, compiled = (make_engine(model, options, enforce_eager) for enforce_eager in (True, False))
         kinds = ", ".join(filter(None, [options.dtype, options.quantization]))
         print(f"\n{model}, {kinds}, context {options.context}, {options.threads} threads\n")
         print("| rows | eager, ms | compiled, ms | gain | largest error | to compile, s (of CPU) | memory, MiB |")
         print("|---|---|---|---|---|---|---|")
-        steps = CompiledSteps(engine.decoder, engine.runner.attention, engine.config)
+        steps = CompiledSteps(compiled.decoder, compiled.runner.attention, compiled.config)
         for num_rows in options.rows:
             print(measure(engine, steps, num_rows, options.context), flush=True)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +14,7 @@ from torch.nn import functional as F
 
 from folovllm.model import quantized_layers
 from folovllm.model.int4_kernels import CpuKernel, CudaKernel, has_int4_kernel
+from folovllm.model.int8_kernels import STEPS, ZERO, OneDnnInt8, int8_max, round_to_bytes
 from folovllm.model.layers import LinearMethod
 from folovllm.model.packing import QuantizedWeight, column_groups
 from folovllm.model.quantized_layers import (
@@ -17,15 +22,13 @@ from folovllm.model.quantized_layers import (
     Int8Rows,
     PackedInt4,
     PlainInt4,
-    has_int8_kernel,
-    int8_max,
     kernel_group_size,
     rotate,
 )
 
 CPU = torch.device("cpu")
 needs_int4 = pytest.mark.skipif(not has_int4_kernel(torch.bfloat16, CPU), reason="torch has no kernel for 4 bits here")
-needs_int8 = pytest.mark.skipif(not has_int8_kernel(CPU), reason="torch has no products of whole numbers here")
+needs_onednn = pytest.mark.skipif(not OneDnnInt8.is_available(), reason="torch has no product of bytes by oneDNN here")
 
 
 @pytest.fixture
@@ -44,6 +47,7 @@ def calls(monkeypatch):
 
     watch(torch.ops.aten, "_weight_int4pack_mm_for_cpu", "_weight_int4pack_mm_for_cpu")
     watch(torch.ops.quantized.linear_dynamic.default, "_op", "linear_dynamic")
+    watch(torch.ops.onednn.qlinear_pointwise.default, "_op", "qlinear_pointwise")
     return found
 
 
@@ -161,7 +165,8 @@ class TestInt4:
 
 
 def make_int8(weight, bias=None, dtype=torch.float32, **kwargs) -> Int8Linear:
-    linear = Int8Linear(LinearMethod(dtype, CPU), {"m": len(weight)}, weight.shape[1], bias is not None, **kwargs)
+    method = LinearMethod(dtype, CPU, has_compiled_steps=True)  # `int8_kernel` tells which kernel it gets
+    linear = Int8Linear(method, {"m": len(weight)}, weight.shape[1], bias is not None, **kwargs)
     for name, place in linear.places().items():
         place.copy_(bias if name == "m.bias" else weight)
     return linear
@@ -191,11 +196,9 @@ class TestInt8:
 
     @pytest.mark.parametrize("has_bias", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("is_plain", [False, True])
-    def test_it_is_a_product_within_the_rounding(self, has_bias, dtype, is_plain, monkeypatch):
+    @pytest.mark.usefixtures("int8_kernel")
+    def test_it_is_a_product_within_the_rounding(self, has_bias, dtype):
         torch.manual_seed(0)
-        if is_plain:
-            monkeypatch.setattr(quantized_layers, "has_int8_kernel", lambda device: False)
         weight, bias = torch.randn(48, 80), torch.randn(48) if has_bias else None
         linear = make_int8(weight, bias, dtype)
         linear.process_weights_after_loading()
@@ -219,7 +222,7 @@ class TestInt8:
         out = linear(torch.full((2, 64), 8_200.0, dtype=torch.float16)).float()
         torch.testing.assert_close(out, torch.full((2, 16), 64 * 82.0), rtol=0.02, atol=0)
 
-    @needs_int8
+    @pytest.mark.usefixtures("int8_kernel")
     @pytest.mark.parametrize("scale", [1e-30, 1e-5, 1e-3, 1.0, 1e4])
     def test_a_row_may_be_small_or_large(self, scale):
         weight, x = torch.randn(17, 512, generator=torch.Generator().manual_seed(0)).split([16, 1])
@@ -228,7 +231,7 @@ class TestInt8:
         error = linear(scale * x) / scale - F.linear(x, weight)
         assert error.norm() < 0.03 * F.linear(x, weight).norm()
 
-    @needs_int8
+    @pytest.mark.usefixtures("int8_kernel")
     def test_sums_do_not_saturate(self):
         """The largest of all numbers, everywhere: on x86 before VNNI two products of 8 bits are more than 16."""
         linear = make_int8(torch.ones(16, 64))
@@ -236,12 +239,11 @@ class TestInt8:
         x = torch.ones(3, 64)
         assert torch.allclose(linear(x), torch.full((3, 16), 64.0), rtol=0.02)
 
-    @pytest.mark.parametrize("is_plain", [True, pytest.param(False, marks=needs_int8)])
-    def test_a_row_does_not_feel_the_others(self, is_plain):
+    @pytest.mark.usefixtures("int8_kernel")
+    def test_a_row_does_not_feel_the_others(self):
         """One with large numbers, one of zeros and one that is not a number among others."""
         linear = make_int8(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
-        if not is_plain:
-            linear.process_weights_after_loading()
+        linear.process_weights_after_loading()
         x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
         x[1], x[2, 5], x[4] = 0, torch.nan, 1000 * x[4]
         alone, together = torch.cat([linear(row[None]) for row in x]), linear(x)
@@ -249,6 +251,7 @@ class TestInt8:
         for row in (0, 3, 5):
             assert (together[row] - alone[row]).abs().max() < 0.4 < together[row].abs().mean()
 
+    @pytest.mark.usefixtures("int8_kernel")
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_a_weight_that_is_not_a_number_does_not_vanish(self, bad):
         weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
@@ -257,7 +260,7 @@ class TestInt8:
         linear.process_weights_after_loading()
         assert linear(torch.randn(2, 64)).isnan().any(0).nonzero().tolist() == [[3]]
 
-    @needs_int8
+    @pytest.mark.usefixtures("int8_kernel")
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("places", [slice(None), slice(5, 6), slice(64, None)])
     @pytest.mark.parametrize("num_rows", [1, 3])
@@ -270,7 +273,8 @@ class TestInt8:
         x[0, places] = bad
         assert not linear(x)[0].isfinite().any() and linear(x)[1:].isfinite().all()
 
-    @needs_int8
+    @pytest.mark.usefixtures("int8_kernel")
+    @pytest.mark.parametrize("int8_kernel", ["dynamic", "oneDNN"], indirect=True)  # which round activations
     def test_one_large_number_costs_its_neighbours_little(self, monkeypatch):
         weight, x = torch.randn(65, 512, generator=torch.Generator().manual_seed(0)).split([64, 1])
         x[0, 7], x[0, 100] = 30.0, -30.0
@@ -282,13 +286,41 @@ class TestInt8:
             errors.append(float((linear(x) - F.linear(x, weight)).square().mean()))
         assert errors[1] < errors[0] / 2
 
-    @needs_int8
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_it_is_torchs_dynamic_product(self, calls, dtype):
+    def test_its_kernel_is_the_one_that_it_should_be(self, int8_kernel, calls, dtype):
         linear = make_int8(torch.randn(16, 64), dtype=dtype)
         linear.process_weights_after_loading()
         linear(torch.randn(3, 64, dtype=dtype))
-        assert calls == {"linear_dynamic": [torch.float32]} and linear.kernel == "8 bits, dynamic"
+        called, kernel = {
+            "plain": ({}, "8 bits, plain"),
+            "dynamic": ({"linear_dynamic": [torch.float32]}, "8 bits, dynamic"),
+            "oneDNN": ({"qlinear_pointwise": [torch.uint8]}, "8 bits, dynamic"),
+        }[int8_kernel]
+        assert calls == called and linear.kernel == kernel
+
+    def test_eager_steps_have_the_kernel_that_rounds_by_itself(self):
+        linear = Int8Linear(LinearMethod(torch.float32, CPU), {"m": 8}, 8)
+        linear.process_weights_after_loading()
+        assert not linear.takes_bytes
+
+    @needs_onednn
+    @given(num_rows=st.integers(1, 300), num_out=st.integers(1, 200), num_in=st.integers(1, 300), seed=st.integers(0))
+    def test_onednn_adds_up_whole_numbers_exactly(self, num_rows, num_out, num_in, seed):
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        weight = torch.randint(-127, 128, (num_out, num_in), dtype=torch.int8, generator=generator)
+        rows = 2 * torch.rand(num_rows, num_in, generator=generator) - 1
+        scales = torch.rand(num_out, generator=generator)
+        largest = rows.abs().amax(-1, keepdim=True)
+        steps = round_to_bytes(rows, largest)
+        assert ((steps.float() - ZERO) / STEPS - rows / largest).abs().max() <= 0.5001 / STEPS
+        exact = ((steps.double() - ZERO) @ weight.double().T) * scales / STEPS
+        torch.testing.assert_close(OneDnnInt8(weight, scales)(steps).double(), exact, rtol=1e-6, atol=1e-6)
+
+    def test_onednn_is_not_taken_where_it_loses_something(self):
+        """Told to do without VNNI, it adds up two products in 16 bits, whatever the CPU has."""
+        ask = "from folovllm.model.int8_kernels import OneDnnInt8; print(OneDnnInt8.is_available())"
+        env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+        assert subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True).stdout == "False\n"
 
     def test_a_tied_head_is_rounded_when_all_is_loaded(self):
         weight = torch.zeros(48, 80)
