@@ -28,6 +28,7 @@ from folovllm.sample.sampler import Sampler, SamplingMetadata, compute_prompt_lo
 from folovllm.sample.speculative import Proposer, verify
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils import cdiv, get_cpu_memory_info, without_autocast
+from folovllm.utils.heap import keep_freed_memory
 from folovllm.utils.transfer import copy_to_device
 from folovllm.validation import require
 from folovllm.worker.cache_blocks import clear_begun_blocks, move_blocks
@@ -179,6 +180,8 @@ class ModelRunner:
             self.block_size,
         )  # fmt: skip
         logger.info("attention backend %s", self.backend_choice)
+        if decoder.device.type == "cpu":
+            keep_freed_memory()
         self.set_attention_backend(backend_cls)
         self._sampled: tuple[list[Sequence], SamplingMetadata] = [], SamplingMetadata([])
 
