@@ -97,7 +97,7 @@ def _open_draft(config: EngineConfig, checkpoint: Checkpoint, device: str | torc
     if speculative is None or speculative.method != "draft_model":
         return None
     name, longest = cast(str, speculative.model), checkpoint.max_model_len
-    draft_config = replace(model_config, model=name, quantization=None, max_model_len=None)
+    draft_config = replace(model_config, model=name, quantization=None, max_model_len=None, enforce_eager=True)
     draft = ModelLoader(draft_config).open(device)
     sizes = [opened.hf_config.get_text_config().vocab_size for opened in (draft, checkpoint)]
     require(

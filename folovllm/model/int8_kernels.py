@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,22 @@ class OneDnnInt8:
 
     def __init__(self, weight: Tensor, scales: Tensor) -> None:
         self.packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, [PACK_FOR_ROWS, weight.shape[1]])
-        self.scales, self._zeros = scales, torch.zeros(1, dtype=torch.int32, device="cpu")
+        zeros = torch.zeros(1, dtype=torch.int32, device="cpu")
+        self._multiply = torch.ops.onednn.qlinear_pointwise.default._op  # as in `DynamicInt8`
+        self._others: tuple[Any, ...] = (
+            1 / STEPS,
+            ZERO,
+            self.packed,
+            scales,
+            zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
 
     @classmethod
     @functools.cache
@@ -75,12 +90,7 @@ class OneDnnInt8:
 
     def __call__(self, steps: Tensor) -> Tensor:
         """``x @ weight.T`` of rows as `round_to_bytes` gives them; float32."""
-        # Without `_op` torch asks at each call whether the weight is one that a compiler pretends, which takes 3
-        # percent of a step of SmolLM2-135M with one row.
-        multiply = torch.ops.onednn.qlinear_pointwise.default._op
-        scale, dtype = 1 / STEPS, torch.float32
-        out = multiply(steps, scale, ZERO, self.packed, self.scales, self._zeros, None, 1.0, 0, dtype, "none", [], "")
-        return cast(Tensor, out)
+        return cast(Tensor, self._multiply(steps, *self._others))
 
 
 class DynamicInt8:
@@ -100,4 +110,6 @@ class DynamicInt8:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """``x @ weight.T`` of rows of floats; float32."""
-        return cast(Tensor, torch.ops.quantized.linear_dynamic.default._op(rows, self._packed))  # see `OneDnnInt8`
+        # Without `_op` torch asks at each call whether the weight is one that a compiler pretends, which takes 3
+        # percent of a step of SmolLM2-135M with one row.
+        return cast(Tensor, torch.ops.quantized.linear_dynamic.default._op(rows, self._packed))

@@ -77,7 +77,7 @@ class LinearBase:
 
     def multiply(self, x: Tensor) -> Tensor:
         """What a kernel computes of it, which a compiler takes as one operation unless rows are few: ``[num_tokens,
-        num_out]``, in the dtype of ``x``."""
+        num_out]``, in the dtype of ``x``, or float32 if those are whole numbers."""
         raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ to compute one:
 - *packed*: 4 bits, by torch's own kernels (`folovllm.model.int4_kernels`), on a CPU with AVX2 or AVX-512 or a GPU of
   compute capability 8.0 or newer, with activations in bfloat16;
 - *dynamic*: 8 bits, and the activations are rounded to 8 bits as well, with a scale for each row, so that whole
-  numbers are multiplied; on a CPU (`folovllm.model.int8_kernels`);
+  numbers are multiplied; on a CPU (`folovllm.model.int8_kernels`). Compiled steps of one or two rows do not round them
+  (`folovllm.worker.traced.multiply_few`);
 - *plain*: the weight is turned into floats anew for each product. It runs everywhere and is what the others are
   compared with. On a GPU 8 bits take it (torch's kernel for such weights needs 55 to 2,400 us there where bfloat16
   needs 9 to 14), on an ARM CPU 4 bits, since torch has no kernel for them there, and 8 bits are dynamic by QNNPACK.
@@ -160,10 +161,10 @@ class Int8Linear(LinearBase):
 
     @property
     def num_bytes_meanwhile(self) -> int:
-        """See `LinearBase`; torch makes a tensor of the weight with its scales, and packs that. Before, some rows at a
-        time are floats twice, rotated and rounded."""
+        """See `LinearBase`; `DynamicInt8` makes a tensor of the weight with its scales, and packs that. Before, some
+        rows at a time are floats twice, rotated and rounded."""
         rounding = 2 * torch.float32.itemsize * min(len(self.weight), ROWS_AT_ONCE) * self.weight.shape[1]
-        return max(2 * self.weight.nbytes, rounding)
+        return max((1 if self._is_given_bytes else 2) * self.weight.nbytes, rounding)
 
     def process_weights_after_loading(self) -> None:
         """Stores the weight in the order of torch's kernel, where there is one."""
@@ -187,14 +188,13 @@ class Int8Linear(LinearBase):
         return F.linear(x.to(self.dtype), weight).float().mul_(self.scales * WHOLE)
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row, rotated, divided by its largest number; and that, ``[num_tokens, 1]``. What is no number is 0.
+        """Each row, rotated, divided by its largest number; and that, ``[num_tokens, 1]``.
 
-        In floats, or in the steps that the kernel takes.
-
-        So a row with large numbers costs the others no precision. Some tokens, the first of a text above all, have a
-        few activations that are a thousand times as large as all others (Sun et al. 2024). With one scale for all rows,
-        SmolLM2-135M loses 0.15 nats per token of a prompt of 512, and without `rotate` 0.38. Nor do the scales of
-        torch's kernel become small at will: numbers of 1e-4 would lose 18 percent.
+        In floats, in which what is no number becomes 0, or in bytes, as the kernel takes them. So a row with large
+        numbers costs the others no precision. Some tokens, the first of a text above all, have a few activations that
+        are a thousand times as large as all others (Sun et al. 2024). With one scale for all rows, SmolLM2-135M loses
+        0.15 nats per token of a prompt of 512, and without `rotate` 0.38. Nor do the scales of `DynamicInt8` become
+        small at will: numbers of 1e-4 would lose 18 percent.
         """
         rows = rotate(x)
         largest = find_largest(rows)

@@ -148,31 +148,25 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
     parts.products.append(linear)
     bias = made.bias = None if linear.bias is None else replace(linear.bias)
     found = weight_in_memory(linear) if parts.has_few_rows else None
-    if isinstance(made, Int8Linear):
-        made.normalize = choose_normalize(made, found is not None)  # type: ignore[method-assign]
     if found is not None:
         weight = replace(found)
-        scales = replace(linear.scales) if isinstance(linear, Int8Linear) else None
 
         def multiply(x: Tensor) -> Tensor:
             out = multiply_few(x, weight, num_out)
-            if scales is not None:  # and its bias comes later
-                return out * scales
-            return out if bias is None else out + bias
+            return out if bias is None or isinstance(made, Int8Linear) else out + bias  # which adds it by itself
     else:
 
         def multiply(x: Tensor) -> Tensor:
             return torch.ops.folovllm.multiply_by_number(x, number, num_out)
 
     made.multiply = multiply  # type: ignore[method-assign]
+    if isinstance(made, Int8Linear):
+        if found is None:
+            made.normalize = functools.partial(normalize, to_bytes=made.takes_bytes)  # type: ignore[method-assign]
+        else:
+            scales = replace(made.scales)
+            made.normalize = lambda x: (rotate(x), scales)  # type: ignore[method-assign]  # sums of floats need no more
     return made
-
-
-def choose_normalize(linear: Int8Linear, is_sum: bool) -> Function:
-    """What stands for `Int8Linear.normalize`: before `multiply_few`, which multiplies floats, only the rotation."""
-    if is_sum:
-        return lambda x: (rotate(x), x.new_ones(()))
-    return functools.partial(normalize, to_bytes=linear.takes_bytes)
 
 
 def multiply_by_number(x: Tensor, number: int, num_out: int) -> Tensor:

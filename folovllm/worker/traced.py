@@ -152,9 +152,10 @@ def _find_slots(block_table: Tensor, places: Tensor, block_size: int) -> Tensor:
 def weight_in_memory(linear: LinearBase) -> Tensor | None:
     """The weight of a product as it lies in memory, for compiled code to read while the product is there.
 
-    ``[num_out, num_in]`` unless it is packed. In oneDNN's order, filled up with zeros, it is ``[num_blocks, num_in /
-    num_together, PACKED_OUTPUTS]``: in float32 numbers by themselves; in bfloat16 two inputs that lie side by side are
-    one int32, and of 8 bits four. None if oneDNN has chosen another order, or another library packs it.
+    ``[num_out, num_in]`` unless it is packed. In oneDNN's order, filled up with zeros to whole blocks of outputs, it is
+    ``[num_blocks, num_in / num_together, PACKED_OUTPUTS]``: in float32 numbers by themselves; in bfloat16 two inputs
+    that lie side by side are one int32, and of 8 bits four. None if oneDNN has chosen another order, or another library
+    packs it.
     """
     if linear not in _MEMORY:
         _MEMORY[linear] = _find_weight(linear)
@@ -172,16 +173,17 @@ def _find_weight(linear: LinearBase) -> Tensor | None:
 def _find_packed(packed: Tensor, weight: Tensor) -> Tensor | None:
     num_out, num_in = weight.shape
     num_bytes, num_together = torch.ops.mkldnn._nbytes(packed), 4 // weight.itemsize
-    shape = cdiv(num_out, PACKED_OUTPUTS), num_in // num_together, PACKED_OUTPUTS
+    words = cdiv(num_in, LANES * num_together) * LANES  # inputs are filled up with zeros, too
+    shape = cdiv(num_out, PACKED_OUTPUTS), words, PACKED_OUTPUTS
     if num_in % num_together or math.prod(shape) * 4 > num_bytes:
         return None
     buffer = (ctypes.c_uint8 * num_bytes).from_address(torch.ops.mkldnn.data_ptr(packed))
     memory = torch.frombuffer(buffer, dtype=torch.int32)[: math.prod(shape)]  # behind them may be sums of weights
     # The order is nowhere promised, so it is compared.
     for block, rows in zip(memory.view(weight.dtype).view(*shape, num_together), weight.split(PACKED_OUTPUTS)):
-        if not torch.equal(block.transpose(0, 1).reshape(-1, num_in)[: len(rows)], rows):
+        if not torch.equal(block.transpose(0, 1).flatten(1)[: len(rows), :num_in], rows):
             return None
-    return memory.view(torch.float32 if num_together == 1 else torch.int32).view(shape)
+    return memory.view(torch.float32 if num_together == 1 else torch.int32).view(shape)[:, : num_in // num_together]
 
 
 def multiply_few(x: Tensor, weight: Tensor, num_out: int) -> Tensor:

@@ -58,7 +58,6 @@ from folovllm.worker.compiled_step import (
 )
 from folovllm.worker.traced import (
     FEW_ROWS,
-    PACKED_OUTPUTS,
     TracedAttention,
     locate,
     multiply_few,
@@ -124,10 +123,11 @@ def test_a_compiled_step(dtype, tolerance, caplog) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("_compiler", "int8_kernel")
-def test_a_compiled_step_with_weights_of_8_bits() -> None:
+@pytest.mark.usefixtures("_compiler")
+def test_a_compiled_step_with_weights_of_8_bits(int8_kernel) -> None:
     """Loops for few rows do not round what they multiply."""
     work = Batches(CompiledSteps, 2, 0.1, num_blocks=100, max_model_len=400, **INT8)
+    assert {linear.takes_bytes for linear in work.decoder.linears} == {int8_kernel == "oneDNN"}
     for seed, lens in enumerate([[5, 9], [30], [1], [5, 9, 1], [30, 20, 4], [4] * 5]):
         work.check(lens, seed)
 
@@ -322,8 +322,9 @@ def test_a_product_of_few_rows_reads_the_weight_as_it_lies_in_memory(num_rows, n
     linear.process_weights_after_loading()
     x = torch.randn(num_rows, num_in, generator=torch.Generator().manual_seed(num_in)).to(dtype)
     memory = weight_in_memory(linear)
-    if memory is None:  # filled up otherwise, so oneDNN's kernel serves
-        assert num_out % PACKED_OUTPUTS or num_in % 2
+    if memory is None:  # so oneDNN's kernel serves
+        has_other_order = torch.backends.cpu.get_cpu_capability() != "AVX512"
+        assert has_other_order or num_out == 1 or (dtype is torch.bfloat16 and num_in % 2)
     else:
         found, exact = multiply_few(x, memory, num_out), x.double() @ weight.T
         torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=4 * torch.finfo(dtype).eps)
@@ -339,7 +340,7 @@ def test_a_product_of_few_rows_reads_bytes(num_rows, num_out, num_in) -> None:
     linear.process_weights_after_loading()
     x = torch.randn(num_rows, num_in, generator=torch.Generator().manual_seed(num_in))
     if (memory := weight_in_memory(linear)) is None:  # as above
-        assert num_out % PACKED_OUTPUTS or num_in % 4
+        assert num_in % 4
     else:
         exact = x.double() @ weight.T
         torch.testing.assert_close(multiply_few(x, memory, num_out).double(), exact, atol=0.01, rtol=1e-5)
@@ -425,7 +426,9 @@ def test_a_compiled_product_of_8_bits(num_in) -> None:
 
     with torch.inference_mode():
         found, expected = contextvars.copy_context().run(run), linear(x)
-    torch.testing.assert_close(found, expected, equal_nan=True)
+    # In units of a row's largest number, since sums in another order may round one of its numbers otherwise.
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(1)
+    torch.testing.assert_close(found / largest, expected / largest, equal_nan=True, atol=0.1, rtol=0)
     assert expected[2].isnan().all() and expected[[0, 1, 3]].isfinite().all() and torch.equal(expected[1], linear.bias)
 
 

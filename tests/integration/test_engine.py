@@ -22,6 +22,7 @@ from folovllm.engine.stats import MAX_STEPS
 from folovllm.llm import LLM, make_engine_config
 from folovllm.outputs import RunnerOutput
 from folovllm.tales import EMBEDDED_MODEL
+from folovllm.worker import model_runner
 
 MAX_MODEL_LEN, MAX_TOKENS = 64, 20
 PROMPT_LENS = (1, 3, 15, 16, 17, 31, 33, 40)
@@ -78,6 +79,14 @@ def greedy_tokens(checkpoint, prompts):
 def make_engine(checkpoint, **kwargs) -> LLMEngine:
     settings = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, **kwargs}
     return LLMEngine(make_engine_config(str(checkpoint), **settings), DEVICE)
+
+
+@cpu_only
+def test_what_steps_free_is_kept(monkeypatch):
+    calls = []
+    monkeypatch.setattr(model_runner, "keep_freed_memory", lambda: calls.append(None))
+    make_engine(EMBEDDED_MODEL)
+    assert calls == [None]
 
 
 GUESSES = [

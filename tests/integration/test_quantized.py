@@ -24,8 +24,8 @@ from folovllm import LLM, ModelConfig, ModelLoader, SamplingParams
 from folovllm.book import judges
 from folovllm.model.checkpoint import ModelLoadError
 from folovllm.model.int4_kernels import has_int4_kernel
+from folovllm.model.int8_kernels import OneDnnInt8, has_int8_kernel
 from folovllm.model.packing import GPTQ_SYMMETRIC_ZEROS
-from folovllm.model.quantized_layers import has_int8_kernel
 from folovllm.tales import EMBEDDED_MODEL
 
 CPU = torch.device("cpu")
@@ -234,6 +234,15 @@ class TestSettings:
             assert loader.report.num_bytes == expected
         _, loader = load(EMBEDDED_MODEL, quantization="int8")
         assert loader.report.num_bytes < 4 * vocabulary + 1.05 * (vocabulary + products)
+
+    @needs_int4
+    def test_a_draft_has_the_kernel_of_eager_steps(self, tales):
+        """Which it runs, whatever the model's are."""
+        config = {"method": "draft_model", "model": str(tales), "num_speculative_tokens": 2}
+        settings = {"dtype": "bfloat16", "enforce_eager": False, "speculative_config": config}
+        runner = LLM(str(EMBEDDED_MODEL), device="cpu", quantization="int8", **settings).engine.runner
+        assert runner.decoder.head.takes_bytes is OneDnnInt8.is_available()
+        assert not runner.draft.decoder.head.takes_bytes
 
     def test_the_engine_has_the_report(self, tales):
         llm = LLM(str(tales), device="cpu")

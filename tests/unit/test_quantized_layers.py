@@ -298,6 +298,7 @@ class TestInt8:
         }[int8_kernel]
         assert calls == called and linear.kernel == kernel
 
+    @needs_onednn
     def test_eager_steps_have_the_kernel_that_rounds_by_itself(self):
         linear = Int8Linear(LinearMethod(torch.float32, CPU), {"m": 8}, 8)
         linear.process_weights_after_loading()
@@ -316,11 +317,13 @@ class TestInt8:
         exact = ((steps.double() - ZERO) @ weight.double().T) * scales / STEPS
         torch.testing.assert_close(OneDnnInt8(weight, scales)(steps).double(), exact, rtol=1e-6, atol=1e-6)
 
+    @needs_onednn
     def test_onednn_is_not_taken_where_it_loses_something(self):
         """Told to do without VNNI, it adds up two products in 16 bits, whatever the CPU has."""
         ask = "from folovllm.model.int8_kernels import OneDnnInt8; print(OneDnnInt8.is_available())"
         env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-        assert subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True).stdout == "False\n"
+        ran = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True)
+        assert ran.stdout == "False\n"
 
     def test_a_tied_head_is_rounded_when_all_is_loaded(self):
         weight = torch.zeros(48, 80)
