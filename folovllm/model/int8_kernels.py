@@ -61,22 +61,10 @@ class OneDnnInt8:
 
     def __init__(self, weight: Tensor, scales: Tensor) -> None:
         self.packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, [PACK_FOR_ROWS, weight.shape[1]])
-        zeros = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._multiply = torch.ops.onednn.qlinear_pointwise.default._op  # as in `DynamicInt8`
-        self._others: tuple[Any, ...] = (
-            1 / STEPS,
-            ZERO,
-            self.packed,
-            scales,
-            zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
+        zeros, output = torch.zeros(1, dtype=torch.int32, device="cpu"), (1.0, 0, torch.float32)
+        # Of activations, weight, bias and output, and of what might be done with that.
+        self._others: tuple[Any, ...] = 1 / STEPS, ZERO, self.packed, scales, zeros, None, *output, "none", [], ""
 
     @classmethod
     @functools.cache

@@ -164,8 +164,9 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
         if found is None:
             made.normalize = functools.partial(normalize, to_bytes=made.takes_bytes)  # type: ignore[method-assign]
         else:
+            # Floats need not be divided by their largest number; what is to be multiplied later is the weight's scales.
             scales = replace(made.scales)
-            made.normalize = lambda x: (rotate(x), scales)  # type: ignore[method-assign]  # sums of floats need no more
+            made.normalize = lambda x: (rotate(x), scales)  # type: ignore[method-assign]
     return made
 
 
