@@ -115,7 +115,8 @@ def test_a_compiled_step(dtype, tolerance, caplog) -> None:
             work.steps.run(*work.make([7] * num_rows))
         operations = Counter(operation.name for operation in counter.operations)
         # Products are called, by Python's function itself, and all else is compiled.
-        assert operations["_linear_pointwise"] == num_products
+        # oneDNN's, or torch's own of 16 bits where the CPU has none.
+        assert operations["_linear_pointwise"] + operations["mm"] == num_products
         assert operations.keys().isdisjoint({"multiply_by_number", "exp", "amax", "index_put_"})
     said = [record.message for record in caplog.records if record.name.startswith("folovllm")]
     assert [message.partition(" was compiled in ")[0] for message in said] == [
