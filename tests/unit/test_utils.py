@@ -204,7 +204,7 @@ class TestMemoryInfo:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told something")
 def test_freed_memory_is_kept():
-    """Or, more often than not, the system clears tens of thousands of pages anew in five steps, and not some hundred."""
+    """Or, more often than not, the system clears tens of thousands of pages anew in five steps, not hundreds."""
     code = """
 import resource, torch
 from folovllm.utils.heap import keep_freed_memory
