@@ -207,10 +207,9 @@ class ModelLoader:
         max_model_len = self.model_config.resolve_max_model_len(model_max_len)
         dtype = self._pick_dtype(hf_config, target, quantization)
         found = folder, hf_config, files, headers, num_elements, dtype, target, max_model_len, model_max_len
-        is_compiled = (
-            self.model_config.enforce_eager is False and target.type == "cpu"
-        )  # as `choose_prepared_steps` has it
-        return settle_version(Checkpoint(*found, quantization, is_compiled))
+        # As `choose_prepared_steps` has it.
+        has_compiled_steps = self.model_config.enforce_eager is False and target.type == "cpu"
+        return settle_version(Checkpoint(*found, quantization, has_compiled_steps))
 
     def load_tokenizer(self, add_pad_token: bool = True) -> PreTrainedTokenizerBase:
         """The tokenizer, padding on the left, with a pad token.

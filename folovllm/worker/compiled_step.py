@@ -148,25 +148,23 @@ def hide_product(linear: LinearBase, replace: Callable[[Tensor], Tensor], parts:
     parts.products.append(linear)
     bias = made.bias = None if linear.bias is None else replace(linear.bias)
     found = weight_in_memory(linear) if parts.has_few_rows else None
-    if found is not None:
-        weight = replace(found)
+    if found is None:
+        made.multiply = lambda x: torch.ops.folovllm.multiply_by_number(x, number, num_out)  # type: ignore[method-assign]
+        if isinstance(made, Int8Linear):
+            made.normalize = functools.partial(normalize, to_bytes=made.takes_bytes)  # type: ignore[method-assign]
+        return made
+    weight = replace(found)
+    if isinstance(made, Int8Linear):
+        # Floats need not be divided by their largest number; what is to be multiplied later is the weight's scales.
+        scales = replace(made.scales)
+        made.normalize = lambda x: (rotate(x), scales)  # type: ignore[method-assign]
+        bias = None  # which it adds by itself
 
-        def multiply(x: Tensor) -> Tensor:
-            out = multiply_few(x, weight, num_out)
-            return out if bias is None or isinstance(made, Int8Linear) else out + bias  # which adds it by itself
-    else:
-
-        def multiply(x: Tensor) -> Tensor:
-            return torch.ops.folovllm.multiply_by_number(x, number, num_out)
+    def multiply(x: Tensor) -> Tensor:
+        out = multiply_few(x, weight, num_out)
+        return out if bias is None else out + bias
 
     made.multiply = multiply  # type: ignore[method-assign]
-    if isinstance(made, Int8Linear):
-        if found is None:
-            made.normalize = functools.partial(normalize, to_bytes=made.takes_bytes)  # type: ignore[method-assign]
-        else:
-            # Floats need not be divided by their largest number; what is to be multiplied later is the weight's scales.
-            scales = replace(made.scales)
-            made.normalize = lambda x: (rotate(x), scales)  # type: ignore[method-assign]
     return made
 
 

@@ -2,8 +2,8 @@
 
 For each number of rows a step is run eagerly and compiled, in turn in one process. CPU time counts and not the clock's,
 and of each turn the least, so that the ratio holds on a machine that others use. With several threads their time adds
-up. What serves one number of rows may serve the next, and a second run finds on disk what the first has compiled,
-unless ``TORCHINDUCTOR_CACHE_DIR`` names an empty folder.
+up. Memory is that of two engines, one for each way. What serves one number of rows may serve the next, and a second run
+finds on disk what the first has compiled, unless ``TORCHINDUCTOR_CACHE_DIR`` names an empty folder.
 """
 
 from __future__ import annotations
