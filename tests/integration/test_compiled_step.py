@@ -187,7 +187,7 @@ def test_nothing_is_kept_of_a_step_that_fails(monkeypatch) -> None:
 def interpret(compiler, function, examples):
     """Stands in for `Compiler.__call__`, and compiles nothing."""
     with compiler._mode:
-        return function, list(function(*examples))
+        return lambda tensors: function(*tensors), list(function(*examples))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,20 @@ def is_right_compiled(number: int) -> bool:
     """Whether a compiled function gives what it should."""
     compiler, x = Compiler(), torch.arange(64.0)
     run, _ = compiler(lambda x: (x * number + 1,), [compiler.pretend(x)])
-    return torch.equal(run(x)[0], x * number + 1)
+    return torch.equal(run([x])[0], x * number + 1)
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_nothing_of_torch_is_called_around_what_the_compiler_wrote() -> None:
+    compiler, x, called = Compiler(), torch.arange(64.0), []
+    run, _ = compiler(lambda x: (x + 1,), [compiler.pretend(x)])
+    given, before = [x], sys.getprofile()
+    sys.setprofile(lambda frame, event, _: event == "call" and called.append(frame.f_code.co_filename))
+    try:
+        run(given)
+    finally:
+        sys.setprofile(before)
+    assert len(called) == 1 and not given
 
 
 @pytest.mark.usefixtures("_compiler")
@@ -310,7 +323,7 @@ def test_attention_as_it_is_compiled(num_kv_heads, group, head_dim, num_seqs, dt
     attend, given = trace_attention(step)
     compiler = Compiler()
     run, _ = compiler(attend, [compiler.pretend(tensor) for tensor in given])
-    assert (run(*given)[0].double() - step.expected()).abs().max() <= ROUNDING[shape["dtype"]]
+    assert (run([*given])[0].double() - step.expected()).abs().max() <= ROUNDING[shape["dtype"]]
 
 
 FEW = {"num_rows": st.integers(1, FEW_ROWS), "num_out": st.integers(1, 200), "num_in": st.integers(1, 100)}
@@ -420,7 +433,7 @@ def test_a_compiled_product_of_8_bits(num_in) -> None:
         compiler = Compiler()
         compiled, _ = compiler(lambda x: (hide(linear)(x),), [compiler.pretend(x)])
         with OperationCounter() as counter:
-            (out,) = compiled(x)
+            (out,) = compiled([x])
         names = {operation.name for operation in counter.operations}
         assert {"amax", "div", "nan_to_num", "multiply_by_number"}.isdisjoint(names)
         return out
