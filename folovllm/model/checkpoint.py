@@ -124,6 +124,11 @@ def find_weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         return _read_index(index)
+    if found := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise ModelLoadError(
+            f"{folder} has {found[0]}, but nothing says whether that is all of its weights; name a single file "
+            "model.safetensors, or copy or download the model.safetensors.index.json of several"
+        )
     others = describe_other_kind(folder) or (
         "; copy or download the weights (a pickle checkpoint, *.bin, is refused, because reading one can run any code)"
     )

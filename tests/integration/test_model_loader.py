@@ -828,6 +828,13 @@ class TestBadWeights:
         message = refusal(copy)
         assert str(copy) in message and "model.safetensors" in message
 
+    def test_under_another_name(self, copy):
+        """As AutoGPTQ named them."""
+        name = "gptq_model-4bit-128g.safetensors"
+        (copy / "model.safetensors").rename(copy / name)
+        message = refusal(copy)
+        assert name in message and "name a single file model.safetensors" in message
+
     @pytest.mark.parametrize("which", [0, -1])
     def test_a_missing_shard_is_named(self, sharded_copy, which):
         shard = sorted(sharded_copy.glob("*.safetensors"))[which]
