@@ -225,7 +225,6 @@ class Compiler:
 
     def __call__(self, function: Function, examples: list[Tensor]) -> tuple[Compiled, list[Tensor]]:
         """The compiled function, and examples of what it returns."""
-        from torch._functorch import config as functorch_config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
         from torch._inductor.cpu_vec_isa import pick_vec_isa  # see `CompiledSteps.unsupported`
 
@@ -233,9 +232,9 @@ class Compiler:
 
         def compile_inner(graph: Any, *args: Any, **kwargs: Any) -> Any:
             (returned,) = graph.graph.output_node().args
-            made: Any = compile_fx_inner(graph, *args, **kwargs)
-            found.append((made.current_callable, [node.meta["val"] for node in returned]))
-            return made
+            code: Any = compile_fx_inner(graph, *args, **kwargs)
+            found.append((code.current_callable, [node.meta["val"] for node in returned]))
+            return code
 
         module = torch.nn.Module()
         module.forward = function
@@ -248,11 +247,11 @@ class Compiler:
             # many as torch has later: with more they would write beyond it.
             options = {**OPTIONS, "cpp.simdlen": pick_vec_isa().bit_width(), "cpp.threads": torch.get_num_threads()}
             # Around what Inductor writes torch puts a function of its own, which minds gradients, autocast and aliases.
-            # There are none here, and it takes 17 us a call, and more after a weight has been read. So what is inside
-            # is called. If both were found on disk as one, the inside would not be shown.
-            with functorch_config.patch(enable_autograd_cache=False):
-                compile_fx(module, [*examples], inner_compile=compile_inner, config_patches=options)  # type: ignore[arg-type]
-        return found[0]
+            # There are none here (`ModelRunner.run` sees to the first two), and it takes 17 us a call, and more after a
+            # weight has been read. So what is inside is called.
+            compile_fx(module, [*examples], inner_compile=compile_inner, config_patches=options)  # type: ignore[arg-type]
+        (made,) = found
+        return made
 
 
 class CompiledPass:
