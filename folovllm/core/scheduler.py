@@ -160,7 +160,8 @@ class Scheduler:
             self.running.append(seq)
             output.add(seq, num_new)
             budget -= num_new
-        self._batch_is_open = len(self.running) > num_before
+        # A static batch that the budget was too small for may grow on in the next step.
+        self._batch_is_open = num_before < len(self.running) < self.config.max_num_seqs and bool(self.waiting)
 
     def _admit_swapped(self, seq: Sequence, output: SchedulerOutput, budget: int) -> int:
         """Swaps in the first swapped sequence; returns its tokens in this step, 0 if it does not fit."""

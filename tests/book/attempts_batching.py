@@ -49,6 +49,25 @@ class Whole:
         return self.tokenizer.decode(self.token_ids).rstrip("\ufffd")
 
 
+class NoText:
+    def __init__(self, *args: Any) -> None:
+        self.whole = Whole(*args)
+
+    def add(self, token_id: int, stop_terminated: bool = False) -> None:
+        self.whole.add(token_id, stop_terminated)
+
+    def visible_text(self) -> str:
+        return self.whole.text
+
+    def finish(self) -> None:
+        pass
+
+
+class FailsAtTheEnd(Whole):
+    def finish(self) -> None:
+        self.done()  # type: ignore[attr-defined]
+
+
 class Pieces(Whole):
     @property
     def text(self) -> str:
@@ -208,16 +227,13 @@ def admits(
     if_none: str = "stop",
     spend: bool = True,
     closes: Callable[[Any], bool] = lambda s: s.config.batching == "static",
-    grows: bool = True,
 ) -> type:
     """A scheduler; each part of its admission may be got wrong."""
 
     class Mine(Scheduler):
         def _admit(self, output: Any, budget: int) -> None:
-            is_open = self._batch_is_open or not self.running
-            if closes(self) and not is_open:
+            if closes(self) and self.running:
                 return
-            self._batch_is_open = False
             while self.waiting and goes_on(self, budget):
                 seq = self.waiting[pick]
                 num_new = self._admit_waiting(seq, output, budget)
@@ -229,7 +245,6 @@ def admits(
                 self.running.append(seq)
                 output.add(seq, num_new)
                 budget -= num_new if spend else 0
-                self._batch_is_open = grows
 
     return Mine
 
@@ -297,7 +312,7 @@ class TriesTheNext(Scheduler):
 
 
 class StatusFirst(Scheduler):
-    """Right, with an attribute of its own."""
+    """Right, with an attribute of its own for a batch that may grow."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -312,10 +327,11 @@ class StatusFirst(Scheduler):
             num_new = self._admit_waiting(seq, output, budget)
             if not num_new:
                 return
-            self.is_open, seq.status = True, SequenceStatus.RUNNING
+            seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
             output.add(seq, num_new)
             budget -= num_new
+            self.is_open = bool(self.waiting) and len(self.running) < self.config.max_num_seqs
 
 
 class MendedOrder(faults.YoungestFirst):
@@ -427,6 +443,8 @@ WRONG: dict[str, dict[str, Any]] = {
     },
     "check_whole_characters": {
         "each token for itself": Pieces,
+        "no text": NoText,
+        "an end that fails": FailsAtTheEnd,
         "drops the pieces": DropsPieces,
         "shows halves": HalfShown,
         "one character behind": OneBehind,
@@ -510,7 +528,6 @@ WRONG: dict[str, dict[str, Any]] = {
         "spends nothing": admits(spend=False),
         "always static": admits(closes=lambda s: True),
         "never static": admits(closes=lambda s: False),
-        "a batch that cannot grow": admits(grows=False),
         "nothing of its own": type("Ours", (Scheduler,), {}),
         "ours": Scheduler,
         "asks ours": AsksOurs,
@@ -539,6 +556,10 @@ RIGHT: dict[str, dict[str, Any]] = {
     },
     "check_admit": {"with a list of conditions": admits(), "an attribute of its own": StatusFirst},
     "check_mended_seed": {"our own sample": MendedSeed, "super of the faulty one": SuperOfTheFaulty},
+}
+
+SAYS: dict[str, dict[str, str]] = {
+    "check_whole_characters": {"no text": "no attribute 'text'", "an end that fails": "no attribute 'done'"},
 }
 
 SAME: dict[str, dict[str, str]] = {

@@ -80,6 +80,20 @@ def test_static_batching_admits_nobody_until_all_are_done():
     assert step(scheduler) == {"2": 2}
 
 
+def test_a_static_batch_that_was_full_takes_nobody_into_a_place_that_is_free_again():
+    scheduler = make([5, 3, 2], batching="static", max_num_seqs=2)
+    assert step(scheduler) == {"0": 5, "1": 3}
+    scheduler.finish(scheduler.running[1], SequenceStatus.FINISHED_STOPPED)
+    assert step(scheduler) == {"0": 1}
+
+
+def test_a_static_batch_that_holds_all_who_waited_takes_nobody_who_comes_later():
+    scheduler = make([5], batching="static")
+    assert step(scheduler) == {"0": 5}
+    scheduler.add_request(make_request("late", 2))
+    assert step(scheduler) == {"0": 1}
+
+
 @pytest.mark.parametrize("mode, queue", [("recompute", "waiting"), ("swap", "swapped")])
 def test_the_last_makes_room_and_the_first_comes_back_first(mode, queue):
     scheduler = make([4, 4, 4], num_blocks=3, num_swap_blocks=3, preemption_mode=mode)
