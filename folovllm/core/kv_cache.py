@@ -272,7 +272,8 @@ class KVCacheManager:
 
     def release(self, seq: Sequence) -> None:
         """Frees the blocks of a sequence that will run again; its hashes are kept."""
-        # The tail first: the block freed first is reused first, and beginnings are shared more often than ends.
+        # The tail first: of blocks that can be found again the one freed first is reused first, and beginnings are
+        # shared more often than ends.
         for block_id in reversed(seq.block_ids):
             self.pool.release(block_id)
         seq.block_ids.clear()

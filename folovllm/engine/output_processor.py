@@ -172,7 +172,7 @@ class OutputProcessor:
         for state in unsent:
             for seq in state.request.get_seqs():
                 detokenizer = state.detokenizers.get(seq.seq_id)
-                num_read = 0 if detokenizer is None else detokenizer.num_tokens
+                num_read = getattr(detokenizer, "num_tokens", 0)  # which one of the caller's own need not have
                 if seq.sampling_params.detokenize and num_read < seq.get_output_len():
                     seq.status, seq.stop_reason = SequenceStatus.FINISHED_ABORTED, reason
         return [state.request.request_id for state in unsent]

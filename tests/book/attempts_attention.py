@@ -49,6 +49,14 @@ def last_piece(pieces: Any) -> Tensor:
     return found
 
 
+def own_maxima(pieces: Any) -> Tensor:
+    total, output = torch.tensor(0.0), torch.tensor(0.0)
+    for scores, values in pieces:
+        weights = (scores - scores.max()).exp()
+        total, output = total + weights.sum(), output + weights @ values
+    return output / total
+
+
 def without_maximum(pieces: Any) -> Tensor:
     total, output = 0.0, 0.0
     for scores, values in pieces:
@@ -158,6 +166,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "the mean of averages": mean_of_averages,
         "the last piece": last_piece,
         "no maximum": without_maximum,
+        "each its own maximum": own_maxima,
         "never rescaled": online(factor=lambda _: 1.0),
         "the maximum begins at 0": online(least=0.0),
         "the maximum begins at -inf": online(least=-torch.inf),
@@ -207,6 +216,8 @@ WRONG: dict[str, dict[str, Any]] = {
 SAYS: dict[str, dict[str, str]] = {
     "check_online_softmax": {
         "all pieces at once": "keep nothing of it but sums",
+        "each its own maximum": "relative to its own maximum",
+        "the newest maximum": "never let it fall",
         "the sum of weights alone": "the weighted sum of values is not",
         "the sum of values alone": "the sum of weights is not",
         "upside down": "are never above 1",

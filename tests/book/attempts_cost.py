@@ -17,6 +17,10 @@ def tpot_of_parts(
     return lambda w, kv, contexts, f, b: how(sum(contexts) * kv / b, 2 * w / b, 2 * w * len(contexts) / f)
 
 
+SAYS: dict[str, dict[str, str]] = {
+    "check_ridge": {"one FLOP per weight": "costs two FLOPs per token", "bytes divided": "see its bytes"},
+}
+
 WRONG: dict[str, dict[str, Any]] = {
     "check_ridge": {
         "one FLOP per weight": lambda flops, bandwidth, num_bytes: flops / bandwidth * num_bytes,

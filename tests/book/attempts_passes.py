@@ -99,6 +99,10 @@ WRONG: dict[str, dict[str, Any]] = {
     },
 }
 
+SAYS: dict[str, dict[str, str]] = {
+    "check_attention": {"softmax over the heads": "it goes over the keys", "not even itself": "each token sees itself"},
+}
+
 SAME: dict[str, dict[str, str]] = {
     "check_rope": {
         "half = x.shape[-1] // 2 → half = x.shape[-1] / 2": "head_dim is even, and arange counts to a float, too",

@@ -450,6 +450,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "keys only": lambda layers, heads, kv_heads, dim, size: layers * kv_heads * dim * size,
         "query heads": lambda layers, heads, kv_heads, dim, size: 2 * layers * heads * dim * size,
         "keys only, query heads": lambda layers, heads, kv_heads, dim, size: layers * heads * dim * size,
+        "three vectors": lambda layers, heads, kv_heads, dim, size: 3 * layers * kv_heads * dim * size,
         "one layer": lambda layers, heads, kv_heads, dim, size: 2 * kv_heads * dim * size,
         "bits": lambda layers, heads, kv_heads, dim, size: 2 * layers * kv_heads * dim * size * 8,
         "numbers, no bytes": lambda layers, heads, kv_heads, dim, size: 2 * layers * kv_heads * dim,
@@ -528,6 +529,7 @@ RIGHT: dict[str, dict[str, Any]] = {
 
 
 SAYS: dict[str, dict[str, str]] = {
+    "check_kv_bytes": {"three vectors": "a query is used once", "one layer": "that is one layer"},
     "check_finish_status": {
         "one token more": "FINISHED_LENGTH_CAPPED is expected",
         "end token only": "stop_token_ids [7], min_tokens 0, max_tokens 4: FINISHED_STOPPED is expected",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from book_helpers import assert_says
+from torch import Tensor
 
 from folovllm import LLM, SamplingParams
-from folovllm.book.tracing import PassTrace, trace_pass
+from folovllm.book.tracing import PassTrace, look_back, trace_pass
 from folovllm.simulator.cost import Efficiency, Roofline
 from folovllm.simulator.presets import GPUS, MODELS
 from folovllm.tales import EMBEDDED_MODEL
@@ -49,13 +51,37 @@ def test_who_looks_at_whom(trace: PassTrace) -> None:
     assert trace.probs[1, int(found.argmax()), third - 3, 7] > 0.9
 
 
+def test_what_the_look_at_the_first_name_changes(llm: LLM) -> None:
+    def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        k, v = kv.chunk(2, dim=1)
+        out, probs = look_back(q, k, v)
+        if layer == 3:
+            row = probs[3, second].clone()
+            row[first] = 0
+            out.unflatten(1, (4, -1))[second, 3] = row / row.sum() @ v[:, 3 // 2]
+        return out
+
+    decoder, (first, second, _) = llm.engine.decoder, OSKARS
+    tokens = torch.tensor(llm.engine.tokenizer.encode(TALE))
+    with torch.inference_mode():
+        plain, without = (
+            decoder.compute_logits(decoder(tokens, torch.arange(len(tokens)), look))[second].log_softmax(-1)
+            for look in (lambda _, q, kv: look_back(q, *kv.chunk(2, dim=1))[0], attend)
+        )
+    assert_says("06_inside_a_pass", 'without the look at the first "Oskar" the model predicts the same here')
+    assert 0 < (plain.exp() * (plain - without)).sum() < 1e-5
+
+
 def test_what_the_stream_says(llm: LLM, trace: PassTrace) -> None:
     decoder, tokenizer = llm.engine.decoder, llm.engine.tokenizer
     (name_id,) = tokenizer.encode(" Oskar")
     probs = decoder.compute_logits(decoder.norm(trace.stream[:, OSKARS[2] - 1])).softmax(-1)
-    assert_says("06_inside_a_pass", 'After layer 0 it leans towards "Oskar", since that layer has done some of')
-    assert_says("06_inside_a_pass", "after layer 1, whose heads have just looked at the name, it is sure")
+    assert_says("06_inside_a_pass", 'After layer 0 it leans towards "Oskar", but only as to some name: call the hero')
+    assert_says("06_inside_a_pass", "Layer 1, whose heads have just looked at the name, knows which")
     assert int(probs[1].argmax()) == name_id and 0.3 < probs[1, name_id] < 0.6 and probs[2, name_id] > 0.95
+    mira = trace_pass(decoder, [tokenizer.encode(" Mira")[0] if i == name_id else i for i in tokenizer.encode(TALE)])
+    found = decoder.compute_logits(decoder.norm(mira.stream[:, OSKARS[2] - 1])).argmax(-1)
+    assert tokenizer.convert_ids_to_tokens(found[1:3].tolist()) == ["ĠOskar", "ĠMira"]
     last = decoder.compute_logits(decoder.norm(trace.stream[-1, -1])).argmax()
     assert_says("06_inside_a_pass", "It expects `lost`")
     assert tokenizer.decode([int(last)]) == " lost"

@@ -42,12 +42,17 @@ def gain(batch: int, rate: float, draft: Roofline | None = None) -> float:
 def test_when_guessing_pays() -> None:
     assert_says(
         GUESSING,
-        "but a smaller one from 46 on. With so many, the rows of all sequences, five of each, are more than the ridge",
+        "with the other two from 46 on. With so many, the rows of all sequences, five of each, are more than the ridge",
     )
+    assert gain(1, 0.8) - gain(45, 0.8) < 0.02 < gain(45, 0.8) - gain(46, 0.8)
     assert_says(GUESSING, "at 226 rows here and not at the 295 of the data sheet")
     sheet = Roofline(MODEL, GPU, Efficiency.data_sheet())
     assert (round(REACHED.ridge), round(sheet.ridge)) == (226, 295) and 5 * 45 < REACHED.ridge < 5 * 46
     draft = Roofline(MODELS["qwen3-0.6b"], GPU)
+    assert_says(GUESSING, "With the draft model it shrinks from some 16 on, since each of its passes reads every past")
+    assert gain(8, 0.8, draft) - gain(16, 0.8, draft) < 0.02 < gain(16, 0.8, draft) - gain(32, 0.8, draft)
+    assert_says(GUESSING, "a draft model, whose passes have to be paid for, where *either* holds")
+    assert gain(1, 0.5, draft) < 1
     assert_says(GUESSING, "Up to 64 sequences all three are a gain")
     assert min(gain(64, 0.8), gain(64, 0.3), gain(64, 0.8, draft)) > 1.1 > gain(128, 0.3)
     assert_says(

@@ -16,7 +16,7 @@ GONE = "a piece is gone when the next one comes, so keep nothing of it but sums"
 ABOVE_ONE = "exp(old - new) and exp(score - new) are never above 1, so look whether one of yours is the other way round"
 OVERFLOW = "exp of a large score is infinite, so take away the largest score so far first"
 UNDERFLOW = "exp of a very small score is 0, and so is the sum; take away the largest score so far first"
-NOT_SEEN = "-inf minus -inf is not a number, so let the maximum begin at a very small number instead"
+NOT_SEEN = "-inf minus -inf is not a number, so let the maximum begin at a very small number, and never let it fall"
 
 PIECES: tuple[tuple[tuple[int, ...], float, float, tuple[int, ...], str, str], ...] = (
     ((2, 3, 2), 4, 0, (), "three pieces of 2, 3 and 2 keys", GONE),
@@ -87,6 +87,11 @@ def _wrong_softmaxes(scores: Sequence[Tensor], values: Sequence[Tensor]) -> Iter
             "that is the mean of each piece's own average, and a piece with large scores counts for more",
         )
         yield torch.stack(each).sum(dim=0), "that adds up each piece's own average"
+        own = torch.cat([(score - score.max()).exp() for score in scores])
+        yield (
+            own @ torch.cat([*values]) / own.sum(),
+            "what a piece adds is relative to its own maximum; bring it to one that all share first",
+        )
         maxima = torch.stack([score.max() for score in scores]).cummax(dim=0).values
         old = torch.cat([(score - most).exp() for score, most in zip(scores, maxima)])
         new = (torch.cat([*scores]) - maxima[-1]).exp()

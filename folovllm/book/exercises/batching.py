@@ -53,7 +53,7 @@ def check_whole_characters(attempt: type) -> None:
 def check_shown_text(attempt: Callable[[str, list[str], bool], str]) -> None:
     """``attempt(text, stops, finished)``: what a user may see of a text so far."""
     for text, stops, finished, right, why in (
-        ("All is wel", ["END"], False, "All is w", "two more characters could be the beginning of END"),
+        ("All is wel", ["END"], False, "All is w", "two characters are held back, one less than END has"),
         ("A tale, the E", ["END", "\n"], False, "A tale, the", "the longest stop string decides"),
         ("All is well", ["END"], True, "All is well", "it is finished, so no stop string can follow"),
         ("All is well", [], False, "All is well", "there are no stop strings"),

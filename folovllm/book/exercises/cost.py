@@ -18,7 +18,8 @@ def _is(got: float, right: float) -> bool:
 def check_ridge(attempt: Callable[[float, float, float], float]) -> None:
     """``attempt(flops, bandwidth, bytes_per_weight)``: tokens per step at which both times are equal."""
     got = attempt(989.4e12, 3.35e12, 2)
-    expect(not _is(got, 989.4 / 3.35 / 2), "each weight costs two FLOPs per token, a multiplication and an addition.")
+    expect(not _is(got, 2 * 989.4 / 3.35), "each weight costs two FLOPs per token, a multiplication and an addition.")
+    expect(not _is(got, 989.4 / 3.35 / 2), "the larger a weight is, the longer it takes to read: see its bytes.")
     expect(not _is(got, 3.35 / 989.4), "that is bandwidth over arithmetic: it should be the other way round.")
     for flops, bandwidth, num_bytes, right in (
         (989.4e12, 3.35e12, 2, 295.3),

@@ -122,7 +122,7 @@ def _expect_tensor(got: Any, right: Any, name: str) -> None:
 def check_kv_bytes(attempt: Callable[[int, int, int, int, int], int]) -> None:
     """``attempt(num_layers, num_heads, num_kv_heads, head_dim, bytes_per_number)``: bytes of KV cache per token."""
     models = {
-        "7 layers, 15 query heads, 5 KV heads, head_dim 11, 3 bytes per number": (7, 15, 5, 11, 3),
+        "7 layers, 20 query heads, 5 KV heads, head_dim 11, 3 bytes per number": (7, 20, 5, 11, 3),
         "Llama 3 8B in float32": (32, 32, 8, 128, 4),
         "Qwen3 8B in bfloat16": (36, 32, 8, 128, 2),
         "the embedded model in bfloat16": (4, 4, 2, 32, 2),
@@ -137,6 +137,9 @@ def check_kv_bytes(attempt: Callable[[int, int, int, int, int], int]) -> None:
                 "that is one vector for each query head: a key and a value for each KV head are kept.",
             )
             expect(2 * got != right, "there are two vectors for each token and KV head, a key and a value.")
+            expect(
+                2 * got != 3 * right, "those are three vectors: a query is used once, and only key and value are kept."
+            )
             expect(got * layers != right, "that is one layer: each layer has keys and values of its own.")
             expect(got * size != right, "those are numbers: multiply by the bytes of each.")
         expect(got == right, f"{what}: {right:,} bytes per token, yours says {got!r}.")

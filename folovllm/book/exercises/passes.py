@@ -130,7 +130,7 @@ def _what_is_mixed_up(attempt: Callable[[Tensor, Tensor, Tensor], Tensor], q: Te
     later[-1] += 1  # which only the last query sees
     first[:, 0] += 1  # which only the first group of heads reads
     if got.isnan().any():
-        return "some numbers are nan, as where all scores of a row are -inf: each token sees at least itself"
+        return "some numbers are nan: softmax meets nothing but -inf; it goes over the keys, and each token sees itself"
     if _close(got, with_ones):
         return "v is not used, and the result should be an average of the values"
     if not _close(with_ones, torch.ones_like(with_ones)):

@@ -103,7 +103,7 @@ def _describe(text: str, logits: Tensor, labels: list[str]) -> str:
     u = make_generator(params).random()
     first = ", ".join(f"{label_of(labels[i])} {p:.3f}" for i, p in _likeliest(logits)[:3])
     return (
-        f"Bars of the likeliest tokens after “{text}”: {first} and so on. At temperature 1 the number {u:.3f} of "
+        f"Bars of the likeliest tokens for “{text}”: {first} and so on. At temperature 1 the number {u:.3f} of "
         f"seed 0 hits {label_of(labels[drawn])}."
     )
 
