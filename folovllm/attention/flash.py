@@ -43,6 +43,11 @@ class FlashAttention(KernelBackend):
             return f"torch {torch.__version__} has no FlashAttention with block tables; 2.13 has"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "FlashAttention needs a GPU of compute capability 8.0 or newer"
+        if (other := torch.nn.attention.current_flash_attention_impl()) is not None:
+            return (
+                f"blocks are read by FlashAttention 2, and this process has activated {other}: call "
+                "torch.nn.attention.restore_flash_attention_impl()"
+            )
         return None
 
     @staticmethod

@@ -198,6 +198,7 @@ class ModelRunner:
         # Blocks that the scheduler does not know of.
         self._num_reserved = 0 if self._steps_cls is None else self._steps_cls.num_reserved_blocks
 
+    @without_autocast()  # on a GPU a batch is run to measure its memory
     def count_blocks(self) -> tuple[int, int]:
         """KV blocks that there is memory for (or that the config asks for), and swap blocks in CPU memory.
 

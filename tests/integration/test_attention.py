@@ -155,6 +155,13 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         assert FlashAttention.unsupported(CUDA, torch.float16, 64, 256) is None
 
+    def test_flash_needs_the_version_that_torch_brings(self, monkeypatch):
+        """Versions 3 and 4 want block tables otherwise, or not at all on some GPUs."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4")
+        why = FlashAttention.unsupported(CUDA, torch.float16, 64, 256)
+        assert why is not None and "has activated FA4: call torch.nn.attention.restore_flash_attention_impl()" in why
+
     def test_the_config_knows_all_names(self):
         for name in ("auto", *BACKENDS):
             assert ModelConfig("m", attention_backend=name).attention_backend == name

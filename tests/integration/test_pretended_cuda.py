@@ -295,6 +295,22 @@ class TestSteps:
         assert num_rows == [min(2048, 16 * longest)]  # the budget of a step, or all of its sequences
         assert counts["waits"] <= 2 and counts["loose"] == 0
 
+    def test_a_callers_autocast_does_not_touch_the_largest_batch(self, backend, monkeypatch):
+        """Its queries would have another dtype than the cache."""
+        for name in ("reset_peak_memory_stats", "empty_cache", "memory_allocated", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda *args: 0)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+        found, forward = [], Decoder.__call__
+        monkeypatch.setattr(
+            Decoder, "__call__", lambda *args: found.append(torch.is_autocast_enabled("cpu")) or forward(*args)
+        )
+        with pretended_cuda():
+            runner = make_runner(backend)
+            runner.config.cache_config.num_blocks = None
+            with torch.autocast("cpu", dtype=torch.float16):
+                runner.count_blocks()
+        assert found == [False]
+
     @pytest.mark.parametrize("is_recorded", [False, True])
     def test_the_memory_that_is_left_for_the_cache(self, backend, is_recorded, recording, monkeypatch):
         if is_recorded and not load_backend(backend).capturable:
