@@ -70,7 +70,7 @@ CPU build of torch, 5.4 GB with the CUDA build; Triton, which test adds to the C
 more. PYTHON=... names the Python to make it with.
 
 Flags, with every command: --flash-attn   also Flash Attention 2: needs CUDA, and is long to build
-                           --gptq         also GPTQ support (Linux)
+                           --gptq         also GPTQModel, which nothing here uses (Linux)
                            --triton       also Triton, for attention_backend="triton" (Linux)
                            --cpu-torch    the CPU build of torch: the default on Linux without an NVIDIA GPU
                            --cuda-torch   the CUDA build of torch: the default on Linux with one

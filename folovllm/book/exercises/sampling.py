@@ -9,7 +9,7 @@ from typing import Any
 from folovllm.book.exercises.verdict import Endless, NotYet, exercise, expect
 
 
-@exercise("it moves the largest logit to 0 before it takes the exponential.", gives="a tensor of probabilities")
+@exercise("logits of any size become probabilities, at any temperature.", gives="a tensor of probabilities")
 def check_softmax(attempt: Callable[[Any, float], Any]) -> None:
     """``attempt(logits, temperature)``: probabilities of a tensor of logits ``[vocab_size]``."""
     import torch
