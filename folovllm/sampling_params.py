@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, cast
 
+from folovllm.utils.encoding import encode_whole
 from folovllm.validation import (
     check_bool,
     check_int,
@@ -436,8 +437,7 @@ def tokenize_bad_word(word: str, tokenizer: PreTrainedTokenizerBase | None) -> l
     require(tokenizer is not None, f"bad_words needs a tokenizer to find the tokens of {show(word)}, got None")
     bare = word.lstrip()
     spellings = {word, bare, " " + bare} if bare else {word}
-    encode = cast("PreTrainedTokenizerBase", tokenizer).encode
-    encoded = [encode(text, add_special_tokens=False) for text in sorted(spellings)]
+    encoded = [encode_whole(cast("PreTrainedTokenizerBase", tokenizer), text) for text in sorted(spellings)]
     require(any(encoded), f"bad_words must be spelled in at least one token, got {show(word)}")
     return [token_ids for token_ids in encoded if token_ids]
 

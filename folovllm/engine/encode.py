@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from folovllm.utils.encoding import encode_whole
 from folovllm.validation import check_unicode, require
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 # Each with the number of tokens that it was found for, since a caller may add some.
 _longest_tokens: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, int]] = WeakKeyDictionary()
-_unlimited: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTokenizerBase]] = WeakKeyDictionary()
 
 
 def encode_text(
@@ -39,7 +38,7 @@ def encode_text(
             f"{longest}, the longest token's), got {len(text)}",
         )
     check_unicode("prompt", text)
-    return list(_without_limits(tokenizer).encode(text, add_special_tokens=add_special_tokens, verbose=False))
+    return encode_whole(tokenizer, text, add_special_tokens)
 
 
 def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -47,20 +46,4 @@ def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
     found = _longest_tokens.get(tokenizer)
     if found is None or found[0] != len(tokenizer):
         found = _longest_tokens[tokenizer] = len(tokenizer), max(map(len, tokenizer.get_vocab()))
-    return found[1]
-
-
-def _without_limits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or a copy if its backend pads or truncates.
-
-    ``encode`` would switch both off, while another thread may have just switched them on.
-    """
-    found = _unlimited.get(tokenizer)
-    if found is None or found[0] != len(tokenizer):
-        if (
-            not tokenizer.is_fast
-            or (tokenizer.backend_tokenizer.padding or tokenizer.backend_tokenizer.truncation) is None
-        ):
-            return tokenizer
-        found = _unlimited[tokenizer] = len(tokenizer), copy.deepcopy(tokenizer)
     return found[1]

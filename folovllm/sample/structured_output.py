@@ -10,6 +10,7 @@ The package is imported when the first request asks for a structure.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence, Sized
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, cast
@@ -216,6 +217,10 @@ def _fill_ahead(grammar: StructuredOutputGrammar, bitmask: np.ndarray, row: int,
 def _get_executor() -> LLExecutor:
     """The threads that compute masks, of one process."""
     return LLExecutor()
+
+
+if hasattr(os, "register_at_fork"):  # which Windows has not
+    os.register_at_fork(after_in_child=_get_executor.cache_clear)  # a child has none of its parent's threads
 
 
 def _try(matcher: LLMatcher) -> str:

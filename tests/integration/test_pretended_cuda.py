@@ -75,7 +75,7 @@ class AsciiTokenizer:
 
     is_fast = True
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, add_special_tokens=True, verbose=True):
         return [ord(character) for character in text]
 
     def decode(self, token_ids, **kwargs):

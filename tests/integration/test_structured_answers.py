@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jsonschema
@@ -38,6 +41,32 @@ def make_llm(**kwargs: Any) -> LLM:
 @pytest.fixture(scope="module")
 def llm():
     return make_llm()
+
+
+FORKED = """
+import os
+from folovllm import LLM, SamplingParams, StructuredOutputsParams
+from folovllm.tales import EMBEDDED_MODEL
+
+llm = LLM(str(EMBEDDED_MODEL), device="cpu", max_model_len=64)
+params = SamplingParams(max_tokens=5, structured_outputs=StructuredOutputsParams(regex="[a-z ]{5,30}"))
+for _ in range(2):  # first the parent, then its child
+    assert len(llm.generate(["Once"] * 4, params, use_tqdm=False)) == 4
+    if os.fork():
+        os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_masks_of_several_rows_in_a_child_of_a_fork():
+    """It has none of the threads that computed them for its parent."""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", FORKED], timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ).returncode
+        == 0
+    )
 
 
 def structured(**asked: Any) -> StructuredOutputsParams:

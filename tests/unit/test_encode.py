@@ -14,6 +14,7 @@ from folovllm import CacheConfig, EngineConfig, ModelConfig
 from folovllm.engine.encode import encode_text
 from folovllm.engine.input_processor import InputProcessor
 from folovllm.engine.served_model import ServedModel
+from folovllm.sampling_params import tokenize_bad_word
 
 TOKENIZER = FAST["embedded"]
 
@@ -63,6 +64,30 @@ def test_a_token_that_was_added_later_is_known():
     tokenizer.add_tokens(["<" + "new" * 100 + ">"])
     text = "<" + "new" * 100 + ">"
     assert encode_text(tokenizer, text, 2) == [len(tokenizer) - 1]
+
+
+def test_limits_that_another_thread_sets_meanwhile(monkeypatch):
+    tokenizer = byte_level()
+    encode, want = tokenizer.encode, tokenizer.encode("a fox 🦊")
+    limits = [1]
+
+    def disturbed(*args, **kwargs):
+        if not limits:
+            return encode(*args, **kwargs)
+        tokenizer.backend_tokenizer.enable_truncation(limits.pop())
+        return want[:1]
+
+    monkeypatch.setattr(tokenizer, "encode", disturbed)
+    assert encode_text(tokenizer, "a fox 🦊", 64) == want
+
+
+def test_a_bad_word_is_spelled_whole_and_nothing_is_changed():
+    tokenizer = byte_level()
+    want = tokenize_bad_word("a fox 🦊", tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(1)
+    before = tokenizer.backend_tokenizer.truncation
+    assert tokenize_bad_word("a fox 🦊", tokenizer) == want and min(map(len, want)) > 1
+    assert tokenizer.backend_tokenizer.truncation == before
 
 
 def test_no_padding_nor_truncation_of_the_tokenizer_matters_or_is_changed():

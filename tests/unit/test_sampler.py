@@ -82,7 +82,7 @@ class AsciiTokenizer:
 
     is_fast = True
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, add_special_tokens=True, verbose=True):
         return [0] * add_special_tokens + [ord(character) for character in text if character != "\t"]
 
     def decode(self, token_ids, **kwargs):
@@ -1294,7 +1294,7 @@ class TestAgainstTransformers:
             expected = processor(inputs, expected)
 
         class Words(AsciiTokenizer):
-            def encode(self, text, add_special_tokens=True):
+            def encode(self, text, add_special_tokens=True, verbose=True):
                 return {"four": [4], "last": [context[0][-1], 8]}[text.strip()]
 
         params = SamplingParams(

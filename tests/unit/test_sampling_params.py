@@ -519,7 +519,7 @@ class AsciiTokenizer:
 
     eos_token_id = 0
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, add_special_tokens=True, verbose=True):
         return [0] * add_special_tokens + [ord(character) for character in text if character != "\t"]
 
 
