@@ -59,6 +59,9 @@ MENDED = (
 PARAMETERS = re.compile(r'(<span class="sig-paren">\(</span>)\s*<dl>(.*?)</dl>\s*', re.DOTALL)
 """The parameters of a signature, which Sphinx sets as definitions without a term."""
 
+PERCENT = re.compile(r"(?<=\d) %(?! [\d(])")
+"""Where a line must not end; before a number or a bracket it would be Python's remainder."""
+
 IMAGE = re.compile(r'<img ([^>]*?)src="([^"]*_images/[^"]*\.png)"')
 
 
@@ -78,6 +81,7 @@ def mend(text: str, page: Path) -> str:
     """One page, mended."""
     text = re.sub(SCRIPT.format(re.escape(FONT_AWESOME)), "", text)
     text = PLAIN.sub(r"\1", text)
+    text = PERCENT.sub("\u00a0%", text)
     if page.name != "search.html":
         text = FOR_SEARCH.sub("", text)
     if not FORMULA.search(text):

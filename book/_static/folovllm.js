@@ -45,13 +45,19 @@ function keepFocus() {
 
 /** Characters of a name that there is room for on any screen. */
 const SHORT = 16;
+/** Those of a flag that is kept in one line; the longest here fits beside a word. */
+const LONGEST_FLAG = 28;
 
 /** Lets a long name break after a dot, a slash or an underscore, instead of anywhere, where the room is narrow. */
 function breakNames() {
   const places = [":is(td, th) code", ".cell_output > p > code:only-child", "summary code"];
   for (const name of document.querySelectorAll(places.map((place) => `.bd-article ${place} .pre`).join())) {
     if (name.textContent.length > SHORT) {
-      name.innerHTML = name.innerHTML.replace(/[._/](?=\w)/g, "$&<wbr>");
+      name.innerHTML = name.innerHTML.replace(/[./](?=\w)|(?<=[a-z0-9])_(?=[a-z0-9])/gi, "$&<wbr>");
     }
+  }
+  // A browser breaks after any hyphen, so that nobody could tell whether "--" and "rate" belong together.
+  for (const name of document.querySelectorAll(".bd-article code .pre")) {
+    if (/^[\w-]*-[\w-]*$/.test(name.textContent) && name.textContent.length <= LONGEST_FLAG) name.style.whiteSpace = "nowrap";
   }
 }

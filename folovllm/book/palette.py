@@ -23,5 +23,5 @@ _LIGHTER = tuple(color for color in PALETTE if color != ORANGE)
 REQUEST_COLORS = (*_LIGHTER, *(mix(color, "#000000", 0.4) for color in _LIGHTER))
 """The colours of requests, in the order in which they came, and darker ones; orange says that a prompt is read."""
 
-DARK_REQUEST_COLORS = (*_LIGHTER, *(mix(color, "#ffffff", 0.4) for color in _LIGHTER))
-"""The same on a dark page, where what was darker is as much lighter."""
+DARK_REQUEST_COLORS = (*_LIGHTER, "#9a8fe8", *(mix(color, "#ffffff", 0.4) for color in _LIGHTER[1:]))
+"""The same on a dark page, where what was darker is as much lighter; a lighter blue would be another sky."""

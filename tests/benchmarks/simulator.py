@@ -150,7 +150,7 @@ def cards(folder: Path) -> Iterator[str]:
         columns = [run_card(card, path, efficiency) for efficiency in kinds]
         roofline = Roofline(MODELS["llama-3.1-8b"], GPUS[card])
         yield f"\n{card}: fitted {fitted[card]}; blocks {CARDS[card]['num_blocks']:,}, ours {roofline.num_blocks():,}\n"
-        yield f"| {card} | measured | data sheet | default factors | fitted | other card's |"
+        yield f"| {card} | measured | data sheet | default | fitted | other card's |"
         yield "|---|---|---|---|---|---|"
         for name, value in real.items():
             errors = " | ".join(f"{column[name] / value - 1:+.0%}" for column in columns)

@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import math
 import sys
 import types
@@ -36,6 +37,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from folovllm.book import plotting
+from folovllm.book.palette import DARK_REQUEST_COLORS, REQUEST_COLORS
 from folovllm.book.plotting import PATH, STATUS_COLORS, book_figure, style
 from folovllm.book.plotting.style import PALETTE
 from folovllm.tales import EMBEDDED_MODEL
@@ -582,6 +584,18 @@ def test_colors_of_a_dark_page() -> None:
         darker = [0.6 * part for part in to_rgb(color)]
         assert luminance(book_figure.dark_color(darker)) > luminance(color), "a darker shade becomes a lighter one"
     assert book_figure.dark_color((1, 1, 1, 0.5))[3] == 0.5
+    stripe = book_figure.dark_color((*to_rgb(style.YELLOW), 0.45))[3]
+    ground = [stripe * y + (1 - stripe) * d for y, d in zip(to_rgb(style.YELLOW), to_rgb(book_figure.DARK_PAPER))]
+    assert contrast(style.BLUE, ground) > 2.5, "a line can be seen on a stripe"
+
+
+def test_no_two_requests_have_nearly_the_same_colour():
+    for colors in (REQUEST_COLORS, DARK_REQUEST_COLORS):
+        shades = [np.array(to_rgb(color)) for color in colors]
+        assert min(np.abs(a - b).sum() for a, b in itertools.combinations(shades, 2)) > 0.25
+    assert [to_hex(book_figure.dark_color(color)) for color in REQUEST_COLORS] == [
+        c.lower() for c in DARK_REQUEST_COLORS
+    ]
 
 
 INK = {"#000000", "#111111", "#333333", "#555555", "#cccccc", "#ffffff", style.GREY.lower(), style.LIGHT.lower()}

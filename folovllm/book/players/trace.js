@@ -88,7 +88,7 @@
     const panels = element.querySelector(".fp-panels");
     const picture = element.querySelector("svg.fp-still");
     const left = Number(picture.dataset.left);
-    const width = (100 - left) / states.length;
+    const width = Number(picture.dataset.width);
     const nameOf = (seq) => run.seqs[seq].name;
     const names = (seqs) => seqs.map(nameOf);
     picture.insertAdjacentHTML("beforeend", `<rect class="fp-cursor" y="0" width="${width}%" height="${18 * run.seqs.length}"/>`);

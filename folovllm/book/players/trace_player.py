@@ -44,11 +44,14 @@ def play_trace(trace: Trace, other: Trace | None = None, labels: tuple[str, str]
     names = list(dict.fromkeys(seq.name for each in traces for seq in each.seqs))
     colors = {name: i % len(REQUEST_COLORS) for i, name in enumerate(names)}
     texts: dict[str, int] = {}  # each text is in the data once, and a number elsewhere
+    # In percent, so that a phone's picture has letters of the same size; there a letter is two percent of the width.
+    left = 3 + 2.1 * max(map(len, names))
+    width = (100 - left) / max(len(each.steps) for each in traces)  # the same in both, so that the shorter ends earlier
     runs, stills, told = [], [], []
     for each, label in zip(traces, labels):
         runs.append({"label": label, **_data_of(each, colors, texts)})
         told.append(describe(each, label))
-        stills.append(_still(each, label, colors, told[-1]))
+        stills.append(_still(each, label, colors, told[-1], left, width))
     still = f'{KEY}<div class="fp-runs">{"".join(stills)}</div>\n{HINT}'
     data = {"texts": list(texts), "runs": runs}
     return Player("trace", " ".join(told), still, data, min(len(names), len(REQUEST_COLORS)))
@@ -153,12 +156,11 @@ def _data_of_step(
     return {name: value for name, value in data.items() if value}
 
 
-def _still(trace: Trace, label: str, colors: dict[str, int], description: str) -> str:
-    """All steps at once: a line for each request, grey while it waits, orange while it reads, then in its colour."""
-    num_steps = len(trace.steps)
-    # In percent, so that a phone's picture has letters of the same size; there a letter is two percent of the width.
-    left = 3 + 2.1 * max(len(seq.name) for seq in trace.seqs)
-    width = (100 - left) / num_steps
+def _still(trace: Trace, label: str, colors: dict[str, int], description: str, left: float, width: float) -> str:
+    """All steps at once: a line for each request, grey while it waits, orange while it reads, then in its colour.
+
+    The first step begins at ``left``, and each is as wide as ``width``, in percent.
+    """
     drawn = []
     for row, seq in enumerate(trace.seqs):
         top = row * ROW
@@ -175,11 +177,12 @@ def _still(trace: Trace, label: str, colors: dict[str, int], description: str) -
         ]
     height = len(trace.seqs) * ROW
     drawn.append(f'<text class="fp-axis" x="{left:.2f}%" y="{height + 14}">step 1</text>')
-    drawn.append(f'<text class="fp-axis fp-end" x="100%" y="{height + 14}">{num_steps}</text>')
+    end = left + len(trace.steps) * width
+    drawn.append(f'<text class="fp-axis fp-end" x="{end:.2f}%" y="{height + 14}">{len(trace.steps)}</text>')
     title = f'<p class="fp-label">{html.escape(label)}</p>' if label else ""
     svg = (
         f'<svg class="fp-still" role="img" aria-label="{html.escape(description)}" data-left="{left:.2f}" '
-        f'width="100%" height="{height + 20}">'
+        f'data-width="{width:.4f}" width="100%" height="{height + 20}">'
         f"{''.join(drawn)}</svg>"
     )
     return f'<div class="fp-run">{title}{svg}<div class="fp-panels"></div></div>'

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Annotation, Text
 
-from folovllm.book.palette import BLUE, DARK_PAPER, GREY, PALETTE
+from folovllm.book.palette import BLUE, DARK_PAPER, DARK_REQUEST_COLORS, GREY, PALETTE, REQUEST_COLORS
 
 NEUTRALS = {
     "#ffffff": DARK_PAPER,
@@ -34,6 +34,9 @@ NEUTRALS = {
     "#d9d9d9": "#454c55",
 }
 """Colours of the ground, of letters and of faint lines, and what they become on a dark page."""
+
+EXCHANGED = {**NEUTRALS, **{a: b for a, b in zip(REQUEST_COLORS, DARK_REQUEST_COLORS) if a not in PALETTE}}
+"""All colours that become a certain other one."""
 
 ON_FILLS = ("#ffffff", "#111111")
 """Colours of letters and signs on a filled box, which stay as they are, since the box does."""
@@ -124,14 +127,15 @@ def dark_color(color: Any) -> Any:
     if isinstance(color, str) and color.lower() in ("none", "auto", ON_FILLS[1]):
         return color
     red_green_blue, alpha = np.array(to_rgba(color)[:3]), to_rgba(color)[3]
-    neutral = NEUTRALS.get(to_hex(red_green_blue))
-    if neutral is not None:
-        return (*to_rgba(neutral)[:3], alpha)
+    exchanged = EXCHANGED.get(to_hex(red_green_blue))
+    if exchanged is not None:
+        return (*to_rgba(exchanged)[:3], alpha)
     for full in (np.array(to_rgba(name)[:3]) for name in (*PALETTE, GREY)):
         factor = float(red_green_blue @ full / (full @ full))
         if factor < 0.99 and np.allclose(red_green_blue, factor * full, atol=0.01):
             return (*(full + (1 - factor) * (1 - full)), alpha)
-    return color
+    # A bright colour through which a dark ground is seen stands out more there, and would hide what lies on it.
+    return color if alpha == 1 else (*red_green_blue, alpha / 3)
 
 
 def _dark_letter(color: Any) -> Any:

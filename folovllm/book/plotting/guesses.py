@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from folovllm.book.plotting.style import (
     GREY,
     ON_LIGHT_FILL,
     ORANGE,
-    PALETTE,
     SKY,
     new_figure,
     to_array,
@@ -100,10 +99,11 @@ def plot_tokens_per_pass(measured: Mapping[str, tuple[int, float, float]]) -> Ax
     """
     rates = np.linspace(0, 1, 101)
     with new_figure(3.8) as ax:
-        for num, color in zip(sorted({num for num, _, _ in measured.values()}), (GREY, BLUE, GREEN)):
-            ax.plot(rates, [expected_tokens(rate, num) for rate in rates], color=color, lw=2, label=f"{num} guesses")
-        for (name, (_, rate, tokens)), color in zip(measured.items(), PALETTE[1:]):
-            ax.plot([rate], [tokens], "o", color=color, ms=8, zorder=3, label=name)
+        for num, style in zip(sorted({num for num, _, _ in measured.values()}), ("-", "--")):
+            expected = [expected_tokens(rate, num) for rate in rates]
+            ax.plot(rates, expected, style, color=GREY, lw=2, label=f"{num} guesses")
+        for (name, (_, rate, tokens)), (color, nth) in zip(measured.items(), _colored(measured)):
+            ax.plot([rate], [tokens], "os"[nth], color=color, ms=8, zorder=3, label=name)
         ax.set(xlabel="acceptance rate of a guess", ylabel="tokens per pass", xlim=(0, 1.02), ylim=(1, None))
         ax.legend(loc="upper left", fontsize=10.5)
         said = "; ".join(
@@ -117,12 +117,18 @@ def plot_tokens_per_pass(measured: Mapping[str, tuple[int, float, float]]) -> Ax
     return ax
 
 
+def _colored(names: Iterable[str]) -> list[tuple[str, int]]:
+    """A colour for each: that of a draft model's guesses or of looked-up ones, and whether it is the second of it."""
+    colors = [ORANGE if "draft" in name else BLUE for name in names]
+    return [(color, colors[:i].count(color)) for i, color in enumerate(colors)]
+
+
 def plot_gain(batches: Sequence[int], gains: Mapping[str, Sequence[float]]) -> Axes:
     """How many times as fast an answer comes with guessing, against the sequences in a step; below 1 it is slower."""
     with new_figure(3.8) as ax:
         ax.axhline(1, color=GREY, lw=1.2)
-        for (name, values), color in zip(gains.items(), PALETTE):
-            ax.plot(batches, values, "o-", color=color, ms=4, lw=2, label=name)
+        for (name, values), (color, nth) in zip(gains.items(), _colored(gains)):
+            ax.plot(batches, values, ("o-", "s--")[nth], color=color, ms=4, lw=2, label=name)
         ax.set_xscale("log", base=2)
         marked = [batch for batch in batches if batch & (batch - 1) == 0 and batch.bit_length() % 2]
         ax.set_xticks(marked, [f"{batch:,}" for batch in marked])

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from folovllm.book.plotting.requests import STATUS_COLORS
@@ -56,8 +58,9 @@ def plot_states(runs: Mapping[str, Sequence[StepRecord]]) -> np.ndarray:
         kinds = {"waiting": STATUS_COLORS["waiting"], "prompt, or again": ORANGE, "running": BLUE}
         if any(record.swapped for records in runs.values() for record in records):
             kinds["swapped"] = STATUS_COLORS["swapped"]
-        handles = [Patch(color=color, label=label) for label, color in kinds.items()]
-        axes[0, 0].figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=10, handlelength=1.2)
+        handles: list[Artist] = [Patch(color=color, label=label) for label, color in kinds.items()]
+        handles.append(Line2D([], [], ls="", marker="x", color="#333333", ms=6, mew=1.6, label="has to leave"))
+        axes[0, 0].figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=10, handlelength=1.2)
         axes[0, 0].figure.alt = f"Lines of states along {longest} steps, crosses for preemptions. {'; '.join(told)}."
     return axes
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from folovllm.book.plotting.style import BLUE, GREEN, GREY, LIGHT, ORANGE, PALETTE, PURPLE, RED, YELLOW, new_figure
+from folovllm.book.plotting.style import BLUE, GREEN, GREY, LIGHT, ORANGE, PALETTE, PURPLE, RED, SKY, YELLOW, new_figure
 from folovllm.utils import cdiv
 
 STATUS_COLORS = {
@@ -98,7 +98,8 @@ def plot_timeline(statuses: Mapping[str, Sequence[str]]) -> Axes:
 def plot_cumulative_logprobs(logprobs: Mapping[str, Sequence[float]]) -> Axes:
     """The sum of each sequence's log probabilities, token by token."""
     with new_figure(3.6) as ax:
-        for (name, values), color in zip(logprobs.items(), PALETTE):
+        # None of the colours that statuses have on the same page.
+        for (name, values), color in zip(logprobs.items(), (PURPLE, SKY, GREY, "#333333", *PALETTE)):
             ax.step(range(1, len(values) + 1), np.cumsum(values), where="post", label=name, color=color, lw=2)
         ax.set(xlabel="tokens generated", ylabel="cumulative log probability")
         ax.legend(loc="lower left", fontsize=10.5)
