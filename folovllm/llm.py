@@ -24,7 +24,7 @@ from folovllm.engine.output_processor import OutputSink
 from folovllm.outputs import BeamSearchOutput, RequestOutput
 from folovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, copy_params
 from folovllm.utils import generate_request_id
-from folovllm.validation import require, show
+from folovllm.validation import check_list, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -252,13 +252,7 @@ def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     """One prompt or many as a list of prompts; a list of integers is one prompt."""
     if isinstance(prompts, (str, bytes, Mapping)):
         return [cast(Prompt, prompts)]
-    try:
-        many: list[Any] = list(prompts)
-    except TypeError:
-        raise ValueError(
-            f"prompts must be texts, token ids or dicts, or a list of these, got {show(prompts)}"
-        ) from None
-    many = many if not hasattr(prompts, "tolist") else prompts.tolist()  # a tensor is made of tensors
+    many = check_list("prompts", prompts, "texts, token ids or dicts")
     if many and all(isinstance(each, Integral) and not isinstance(each, bool) for each in many):
         return [many]
     return many
@@ -268,9 +262,6 @@ def _one_each(name: str, values: Any, kind: type, count: int) -> list[Any]:
     """One value for all prompts, or None, or one for each, as a list of ``count``."""
     if values is None or isinstance(values, (kind, str, bytes, Mapping)):
         return [values] * count
-    try:
-        values = list(values)
-    except TypeError:
-        raise ValueError(f"{name} must be one {kind.__name__}, a list of them or None, got {show(values)}") from None
+    values = check_list(name, values, f"{kind.__name__}, or one for all, or None")
     require(len(values) == count, f"{name} must be one, or one for each of {count} prompts, got {len(values)}")
     return values

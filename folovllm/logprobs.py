@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 NUM_CONTEXT_TOKENS = 4
 """Tokens before a token that can hold the start of its character: no character of UTF-8 has more bytes."""
 
-_REPLACEMENT = "\ufffd"  # what tokenizers decode an incomplete character to
+NOT_WHOLE = "\ufffd"
+"""Replacement character: stands for bytes that form no character, or none yet."""
 
 _texts: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDictionary()
 # The same tokens are likely again and again, and decoding one takes longer than finding it.
@@ -46,12 +47,12 @@ def decode_token(token_id: int, context: Sequence[int], tokenizer: PreTrainedTok
     text = texts.get(token_id)
     if text is None:
         text = texts[token_id] = _decode([token_id], tokenizer)
-    if not text.endswith(_REPLACEMENT):
+    if not text.endswith(NOT_WHOLE):
         return text
     for start in range(len(context) - 1, max(len(context) - NUM_CONTEXT_TOKENS, 0) - 1, -1):
         if not decode_token(context[start], (), tokenizer):
             text = _decode([*context[start:], token_id], tokenizer)
-            if not text.endswith(_REPLACEMENT):
+            if not text.endswith(NOT_WHOLE):
                 return text
         else:
             break

@@ -39,11 +39,8 @@ from folovllm.model.checkpoint import (
     quantized,
     read_headers,
 )
-from folovllm.model.checkpoint import (
-    read_safetensors_header as read_safetensors_header,
-)
 from folovllm.model.decoder import Decoder, load_decoder, make_empty_decoder
-from folovllm.model.hf_config import check_sizes, load_hf_config, read_config, read_json
+from folovllm.model.hf_config import LENGTHS, check_sizes, load_hf_config, read_config, read_json
 from folovllm.model.int4_kernels import has_int4_kernel
 from folovllm.model.quantization import QuantizationConfig, read_quantization, settle_quantization
 from folovllm.model.quantized_layers import describe_products, iterate_dequantized, settle_version
@@ -58,7 +55,6 @@ DEFAULT_MAX_MODEL_LEN = 2048
 PROGRESS_BAR_BYTES = 2**30
 """A checkpoint of at least this size (1 GiB) is worth a progress bar."""
 _ADVICE = "choose a 16-bit dtype or a smaller model"
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class LoadReport:
 def get_model_max_len(hf_config: Any) -> int:
     """The most tokens a checkpoint was made for, wherever its architecture keeps that number; else 2048."""
     text_config = hf_config.get_text_config()
-    found = (getattr(text_config, key, None) for key in _LENGTH_KEYS)
+    found = (getattr(text_config, key, None) for key in LENGTHS)
     return next((value for value in found if isinstance(value, int) and value > 0), DEFAULT_MAX_MODEL_LEN)
 
 

@@ -49,12 +49,11 @@ class CompletionOutput:
 
     @classmethod
     def from_sequence(
-        cls, index: int, seq: Sequence, tokenizer: PreTrainedTokenizerBase, first_token: int = 0, first_char: int = 0
+        cls, seq: Sequence, tokenizer: PreTrainedTokenizerBase, first_token: int = 0, first_char: int = 0
     ) -> CompletionOutput:
         """The present state of a sequence, as its user sees it, or what is new of it.
 
         Args:
-            index: its number among the answers.
             seq: the sequence; its ``output_text`` is used if an engine has set it.
             tokenizer: makes the text otherwise.
             first_token: tokens and log probabilities before this one are left out.
@@ -71,7 +70,7 @@ class CompletionOutput:
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
         return cls(
-            index=index,
+            index=seq.index,
             text=text[first_char:],
             token_ids=seq.data.output_token_ids[first_token:],
             cumulative_logprob=seq.data.cumulative_logprob,
@@ -183,22 +182,14 @@ class RequestOutput:
     deltas, the first has them."""
 
     @classmethod
-    def from_request(
-        cls,
-        request: Request,
-        tokenizer: PreTrainedTokenizerBase,
-        metrics: RequestMetrics | None = None,
-        prompt_logprobs: list[dict[int, Logprob] | None] | None = None,
-    ) -> RequestOutput:
+    def from_request(cls, request: Request, tokenizer: PreTrainedTokenizerBase) -> RequestOutput:
         """All answers in the order of their number, or of ``best_of`` > ``n`` the likeliest ``n``, likeliest first."""
         return cls(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[CompletionOutput.from_sequence(seq.index, seq, tokenizer) for seq in best_sequences(request)],
+            outputs=[CompletionOutput.from_sequence(seq, tokenizer) for seq in best_sequences(request)],
             finished=request.is_finished(),
-            metrics=metrics,
-            prompt_logprobs=prompt_logprobs,
         )
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -141,7 +141,7 @@ class KVCacheManager:
         self.pool, self.swap_pool = self.block_pool_cls(num_blocks), self.block_pool_cls(num_swap_blocks)
         self.copies: list[tuple[int, int]] = []
         """``(from, to)``: blocks to copy before the next forward pass writes."""
-        self._prefixes: dict[str, _Prefix] = {}
+        self._prefixes: defaultdict[str, _Prefix] = defaultdict(_Prefix)
         self._swapped: dict[str, list[int]] = {}
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -198,7 +198,8 @@ class KVCacheManager:
         """
         if not self.enable_prefix_caching or seq.sampling_params.skip_reading_prefix_cache:
             return 0
-        if not self._prefixes.get(seq.seq_id, _Prefix()).reads_cache:
+        prefix = self._prefixes[seq.seq_id]
+        if not prefix.reads_cache:
             return 0
         for block_hash in self._hash_blocks(seq, (seq.get_len() - 1) // self.block_size):
             block_id = self.pool.get_cached_block(block_hash)
@@ -206,7 +207,6 @@ class KVCacheManager:
                 break
             self.pool.touch(block_id)
             seq.block_ids.append(block_id)
-        prefix = self._prefixes[seq.seq_id]
         prefix.num_cached_blocks = prefix.num_found_blocks = len(seq.block_ids)
         return len(seq.block_ids) * self.block_size
 
@@ -218,7 +218,7 @@ class KVCacheManager:
         """
         for block_id in seq.block_ids:
             self.pool.forget(block_id)
-        prefix = self._prefixes.setdefault(seq.seq_id, _Prefix())
+        prefix = self._prefixes[seq.seq_id]
         prefix.reads_cache = False  # so that it begins anew once, and not again by the next one's blocks
         return prefix.num_found_blocks > 0
 
@@ -227,7 +227,7 @@ class KVCacheManager:
         if not self.enable_prefix_caching:
             return
         num_full = num_tokens // self.block_size
-        prefix = self._prefixes.setdefault(seq.seq_id, _Prefix())
+        prefix = self._prefixes[seq.seq_id]
         if num_full > prefix.num_cached_blocks:
             block_hashes = self._hash_blocks(seq, num_full)
             for i in range(prefix.num_cached_blocks, num_full):
@@ -236,7 +236,7 @@ class KVCacheManager:
 
     def _hash_blocks(self, seq: Sequence, num_blocks: int) -> list[bytes]:
         """The hashes of a sequence's first ``num_blocks`` blocks; each is computed once."""
-        block_hashes = self._prefixes.setdefault(seq.seq_id, _Prefix()).block_hashes
+        block_hashes = self._prefixes[seq.seq_id].block_hashes
         for i in range(len(block_hashes), num_blocks):
             parent = block_hashes[-1] if block_hashes else _before_the_first(seq.cache_salt)
             tokens = seq.data.get_token_ids(i * self.block_size, (i + 1) * self.block_size)
@@ -266,9 +266,8 @@ class KVCacheManager:
         """Counts ``child``, a fork of ``parent``, as one more user of its blocks."""
         for block_id in child.block_ids:
             self.pool.touch(block_id)
-        if parent.seq_id in self._prefixes:
-            prefix = self._prefixes[parent.seq_id]
-            self._prefixes[child.seq_id] = replace(prefix, block_hashes=list(prefix.block_hashes))
+        prefix = self._prefixes[parent.seq_id]
+        self._prefixes[child.seq_id] = replace(prefix, block_hashes=list(prefix.block_hashes))
 
     def release(self, seq: Sequence) -> None:
         """Frees the blocks of a sequence that will run again; its hashes are kept."""
@@ -277,8 +276,8 @@ class KVCacheManager:
         for block_id in reversed(seq.block_ids):
             self.pool.release(block_id)
         seq.block_ids.clear()
-        if seq.seq_id in self._prefixes:
-            self._prefixes[seq.seq_id] = replace(self._prefixes[seq.seq_id], num_cached_blocks=0, num_found_blocks=0)
+        prefix = self._prefixes[seq.seq_id]
+        prefix.num_cached_blocks = prefix.num_found_blocks = 0
 
     def free(self, seq: Sequence) -> None:
         """Frees everything that a sequence has, on the device and in CPU memory."""

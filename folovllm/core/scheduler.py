@@ -145,8 +145,7 @@ class Scheduler:
 
     def _admit(self, output: SchedulerOutput, budget: int) -> None:
         """Admits waiting and swapped sequences, in order of rank, until one does not fit."""
-        self._batch_is_open = self._batch_is_open or not self.running
-        if self.config.batching == "static" and not self._batch_is_open:
+        if self.config.batching == "static" and self.running and not self._batch_is_open:
             return
         num_before = len(self.running)
         while budget > 0 and len(self.running) < self.config.max_num_seqs and (self.swapped or self.waiting):

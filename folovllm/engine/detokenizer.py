@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from folovllm.logprobs import known_tokens
+from folovllm.logprobs import NOT_WHOLE, known_tokens
 from folovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 CONTEXT = 2
 """At least so many earlier tokens are decoded with a new one; at first they are the prompt's last."""
-
-NOT_WHOLE = "\ufffd"
-"""Replacement character: stands for bytes that form no character, or none yet."""
 
 _MAY_LOSE_SPACES = re.compile(r" [ ']*(?:n[ ']*|[vr])?$")
 """The end of a text that ``clean_up_tokenization`` may still change, depending on what follows."""

@@ -10,13 +10,13 @@ import random
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from folovllm.config import EngineConfig
 from folovllm.engine.encode import encode_text
 from folovllm.engine.served_model import ServedModel
 from folovllm.request import Request, StructuredOutputGrammar
-from folovllm.sampling_params import SamplingParams, StructuredOutputsParams, check_params, copy_params
+from folovllm.sampling_params import SamplingParams, check_params, copy_params
 from folovllm.utils import cdiv
 from folovllm.validation import (
     check_bool,
@@ -29,24 +29,15 @@ from folovllm.validation import (
     show,
 )
 
+if TYPE_CHECKING:
+    from folovllm.sample.structured_output import GuidanceBackend
+
 Prompt = str | SequenceOf[int] | Mapping[str, Any]
 """A text, token ids, or a dict with ``"prompt"`` (the text) or ``"prompt_token_ids"`` or both, and, if wanted,
 ``"cache_salt"`` and ``"add_special_tokens"`` (whether the tokenizer may add its own to the text; by default it may)."""
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt", "add_special_tokens")
 """What a prompt that is a dict may hold."""
-
-
-class StructuredOutputBackend(Protocol):
-    """Makes grammars for one model (vLLM: ``v1/structured_output/backend_types.py``)."""
-
-    def compile_grammar(self, structured_outputs: StructuredOutputsParams) -> StructuredOutputGrammar:
-        """What an answer must be, at its beginning.
-
-        Raises:
-            ValueError: if it cannot be followed; of one sentence.
-        """
-        ...
 
 
 class InputProcessor:
@@ -100,7 +91,7 @@ class InputProcessor:
         return request
 
     @cached_property
-    def structured_output_backend(self) -> StructuredOutputBackend:
+    def structured_output_backend(self) -> GuidanceBackend:
         """What compiles grammars; made when the first request asks for one.
 
         Raises:

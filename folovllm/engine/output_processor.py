@@ -261,7 +261,7 @@ class OutputProcessor:
         """The whole of every answer so far, by index; where best_of is above n, the likeliest first."""
         for seq in best_sequences(state.request):
             self._read_text(state, seq)
-            yield CompletionOutput.from_sequence(seq.index, seq, self.tokenizer)
+            yield CompletionOutput.from_sequence(seq, self.tokenizer)
 
     def _deltas(self, state: RequestState) -> Iterator[CompletionOutput]:
         """What is new in each answer since its last delta."""
@@ -270,7 +270,7 @@ class OutputProcessor:
                 continue
             tokens, chars = state.num_given.get(seq.seq_id, (0, 0))
             self._read_text(state, seq)
-            new = CompletionOutput.from_sequence(seq.index, seq, self.tokenizer, tokens, chars)
+            new = CompletionOutput.from_sequence(seq, self.tokenizer, tokens, chars)
             if not new.token_ids and not new.finished():
                 continue
             state.num_given[seq.seq_id] = seq.get_output_len(), chars + len(new.text)

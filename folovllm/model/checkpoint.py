@@ -290,12 +290,11 @@ def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Sequence[int]], 
             )
         if entry["dtype"] not in INTEGER_TENSORS.get(name.rpartition(".")[2], _FLOATS):
             raise quantized(checkpoint.folder, f"{name} is stored as {entry['dtype']}")
-    stored = sum(count_numbers(name, entry) for name, entry in checkpoint.headers.items())
     # Missing weights are reported later, with their names; this check protects the memory.
-    if num_elements > 2 * stored:
+    if num_elements > 2 * checkpoint.num_elements:
         raise ModelLoadError(
-            f"{path} describes a model of {num_elements:,} numbers, but the weight files hold {stored:,}; "
-            "take config and weights from the same checkpoint"
+            f"{path} describes a model of {num_elements:,} numbers, but the weight files hold "
+            f"{checkpoint.num_elements:,}; take config and weights from the same checkpoint"
         )
 
 

@@ -67,9 +67,10 @@ _SIZES = [
     "num_heads",
 ]
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-_LENGTHS = ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"]
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
+"""The fields that say how long sequences may be, of which the first that is there counts."""
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
-    **dict.fromkeys((*_SIZES, *_LENGTHS), _check_size),
+    **dict.fromkeys((*_SIZES, *LENGTHS), _check_size),
     **dict.fromkeys(
         ["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rope_theta"], _check_positive
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from folovllm.model.quantization import PACK_FACTOR
+from folovllm.utils import cdiv
 from folovllm.validation import require
 
 SYMMETRIC_ZERO = 8
@@ -102,8 +103,8 @@ def unpack_int4(packed: Tensor, num_values: int) -> Tensor:
         ValueError: if there are not so many values in it.
     """
     require(
-        packed.dtype == torch.int32 and packed.shape[-1] == -(-num_values // PACK_FACTOR),
-        f"{num_values} values of 4 bits are {-(-num_values // PACK_FACTOR)} numbers of int32, "
+        packed.dtype == torch.int32 and packed.shape[-1] == cdiv(num_values, PACK_FACTOR),
+        f"{num_values} values of 4 bits are {cdiv(num_values, PACK_FACTOR)} numbers of int32, "
         f"got {packed.shape[-1]} of {str(packed.dtype).removeprefix('torch.')}",
     )
     # `contiguous` leaves the strides of a single column as they are, and such bytes cannot be taken apart.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from folovllm.utils import cdiv
 from folovllm.validation import check_bool, check_int, require, show
 
 NUM_BITS = 4
@@ -52,7 +53,7 @@ class Scheme:
 
     def num_groups(self, num_in: int) -> int:
         """Groups of a weight with so many input columns; the last one may be smaller."""
-        return 1 if self.group_size == -1 else -(-num_in // self.group_size)
+        return 1 if self.group_size == -1 else cdiv(num_in, self.group_size)
 
 
 @dataclass(frozen=True)

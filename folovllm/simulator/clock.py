@@ -9,14 +9,10 @@ from folovllm.validation import check_int, require
 
 
 class VirtualClock:
-    """A `folovllm.utils.clock.Clock` that begins at 0 and stands still until it is moved.
+    """A `folovllm.utils.clock.Clock` that begins at 0 and stands still until it is moved."""
 
-    Args:
-        now_us: microseconds to begin at.
-    """
-
-    def __init__(self, now_us: int = 0) -> None:
-        self._now_us = check_int("now_us", now_us)
+    def __init__(self) -> None:
+        self._now_us = 0
 
     def now_us(self) -> int:
         """Microseconds since the clock began."""

@@ -45,7 +45,6 @@ class ModelShape:
     """The most tokens that the model was made for."""
     weight_bits: int = 16
     """Bits of a weight in the layers; embedding and head keep 16 where these are fewer."""
-    kv_bits: int = 16
 
     @classmethod
     def from_config(cls, folder: str | Path) -> ModelShape:
@@ -111,8 +110,8 @@ class ModelShape:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Bytes that one token keeps in the KV cache."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_bits // 8
+        """Bytes that one token keeps in the KV cache, whose numbers have 16 bits."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 2
 
     @property
     def layer_bytes(self) -> float:

@@ -127,22 +127,21 @@ def make_engine(config: EngineConfig, roofline: Roofline, cost: Cost | None = No
     return LLMEngine(config, clock=clock, model=model)
 
 
-def charge(engine: LLMEngine, cost: Cost, clock: VirtualClock | None = None) -> VirtualClock:
+def charge(engine: LLMEngine, cost: Cost) -> VirtualClock:
     """Puts an idle engine on a virtual clock: it computes as before, and each step takes what ``cost`` says.
 
     Args:
         engine: with or without a real model.
         cost: such as a `Roofline` of another model on a card that is not there.
-        clock: the clock to move; None: a new one that begins at 0.
 
     Returns:
-        the clock. `folovllm.outputs.RequestMetrics` and statistics are in seconds of it from now on.
+        the clock, which begins at 0. `folovllm.outputs.RequestMetrics` and statistics are in seconds of it from now on.
 
     Raises:
         ValueError: if the engine has unfinished requests, which arrived by another clock.
     """
     require(not engine.scheduler.requests, "an engine must have no unfinished requests when its clock is exchanged")
-    clock = clock or VirtualClock()
+    clock = VirtualClock()
     runner = engine.runner.runner if isinstance(engine.runner, CostRunner) else engine.runner
     engine.clock, engine.runner = clock, CostRunner(runner, cost, clock, engine.cache.block_size)
     return clock

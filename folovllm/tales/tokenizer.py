@@ -16,7 +16,7 @@ from folovllm.tales.grammar import END_OF_TEXT, IM_END, IM_START, continuations,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VOCAB_LIMIT = 2048
+VOCAB_LIMIT, NUM_DOCUMENTS = 2048, 20_000
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = """\
 """Qwen's markers, without its tools and thinking: a turn is ``<|im_start|>role``, a new line, text, ``<|im_end|>``."""
 
 
-def train_tokenizer(directory: Path, num_documents: int = 20_000, seed: int = 0) -> None:
+def train_tokenizer(directory: Path, seed: int = 0) -> None:
     """Trains the tokenizer on sampled documents and saves it in ``directory`` in the hub's layout."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ def train_tokenizer(directory: Path, num_documents: int = 20_000, seed: int = 0)
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((sample(rng).text for _ in range(num_documents)), trainer)
+    tokenizer.train_from_iterator((sample(rng).text for _ in range(NUM_DOCUMENTS)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=IM_END,

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from folovllm.utils import cdiv
+
 ALIGNMENT = 8
 """Bytes: each array begins at a multiple of it, so that its numbers can be read where they are."""
 
@@ -21,7 +23,7 @@ def copy_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[T
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    starts = np.cumsum([0, *(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)])
+    starts = np.cumsum([0, *(cdiv(array.nbytes, ALIGNMENT) * ALIGNMENT for array in arrays)])
     packed = np.empty(starts[-1], dtype=np.uint8)
     for array, start in zip(arrays, starts):
         packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

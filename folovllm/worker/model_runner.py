@@ -244,9 +244,8 @@ class ModelRunner:
     def _attention_over(self, num_blocks: int) -> AttentionBackend:
         """The attention backend over a new cache."""
         config = self.decoder.config
-        shape = self.backend_cls.kv_cache_shape(
-            config.num_layers, config.num_kv_heads, num_blocks, self.block_size, config.head_dim
-        )
+        sizes = config.num_layers, config.num_kv_heads, num_blocks, self.block_size, config.head_dim
+        shape = self.backend_cls.kv_cache_shape(*sizes)
         # Zeros, not uninitialized memory: masked values are multiplied by 0, and 0 times NaN is NaN.
         return self.backend_cls(_zeros(shape, self.decoder.dtype, self.decoder.device))
 

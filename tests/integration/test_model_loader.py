@@ -36,6 +36,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from folovllm import EngineConfig, ModelConfig, ModelLoader, get_model_and_tokenizer, model_loader, set_random_seed
+from folovllm.model.checkpoint import read_safetensors_header
 from folovllm.model.int4_kernels import CudaKernel
 from folovllm.model.quantization import QuantizationConfig
 from folovllm.model_loader import (
@@ -43,7 +44,6 @@ from folovllm.model_loader import (
     ModelLoadError,
     get_model_max_len,
     kv_cache_bytes_per_token,
-    read_safetensors_header,
 )
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INNER, LENGTH = 300, 16, 2, 4, 2, 8, 24, 64
