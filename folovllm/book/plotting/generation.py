@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 
 from folovllm.book.plotting.style import BLUE, DARK_RED, GREY, PALETTE, RED, YELLOW, new_figure
 
@@ -57,7 +58,7 @@ def plot_along_text(values: Mapping[str, Sequence[float]], ylabel: str, choices:
     """Numbers along a text, one per token; ``choices`` marks the tokens at which the grammar had a choice."""
     with new_figure(3.2) as ax:
         for place in choices:
-            ax.axvspan(place - 0.5, place + 0.5, color=YELLOW, alpha=0.45, lw=0)
+            ax.axvspan(place - 0.5, place + 0.5, color=to_rgba(YELLOW, 0.45), lw=0)
         for (name, series), color in zip(values.items(), PALETTE):
             ax.plot(range(len(series)), series, "o-", color=color, ms=3.5, lw=1, label=name)
         ax.set(xlabel="token of the text", ylabel=ylabel)
