@@ -260,7 +260,8 @@ def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
 
 def _one_each(name: str, values: Any, kind: type, count: int) -> list[Any]:
     """One value for all prompts, or None, or one for each, as a list of ``count``."""
-    if values is None or isinstance(values, (kind, str, bytes, Mapping)):
+    is_number = getattr(values, "ndim", None) == 0  # of NumPy's or torch's
+    if values is None or is_number or isinstance(values, (kind, str, bytes, Mapping)):
         return [values] * count
     values = check_list(name, values, f"{kind.__name__}, or one for all, or None")
     require(len(values) == count, f"{name} must be one, or one for each of {count} prompts, got {len(values)}")

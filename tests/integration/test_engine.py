@@ -7,6 +7,7 @@ import random
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from devices import BACKENDS, DEVICE, HERE, cpu_only, default_dtype
@@ -455,7 +456,8 @@ class TestBadInput:
 
     def test_a_priority_is_one_for_all_or_one_for_each(self, checkpoint):
         llm = LLM(str(checkpoint), **HERE, max_model_len=MAX_MODEL_LEN, policy="priority")
-        assert len(llm.generate([[5, 6], [7]], SamplingParams(max_tokens=1), use_tqdm=False, priority=5)) == 2
+        for five in (5, np.int64(5), torch.tensor(5)):
+            assert len(llm.generate([[5, 6], [7]], SamplingParams(max_tokens=1), use_tqdm=False, priority=five)) == 2
         with pytest.raises(ValueError, match="priority must be one, or one for each of 2 prompts, got 3"):
             llm.generate([[5, 6], [7]], use_tqdm=False, priority=[0, 5, 5])
         assert not llm.engine.has_unfinished_requests()
