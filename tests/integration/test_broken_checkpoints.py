@@ -171,6 +171,10 @@ class TestFields:
         refusal(copy, "config.json", name)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
+    def test_a_model_more_than_twice_as_large_as_its_files(self, copy):
+        edit(copy, num_hidden_layers=20)
+        refusal(copy, "config.json describes a model of", ways=(load_model, decode))
+
     @pytest.mark.parametrize("change", [{"vocab_size": 1300}, {"intermediate_size": 50}, {"vocab_size": 7}])
     def test_a_shape_that_differs_names_the_field(self, copy, change):
         ((name, value),) = change.items()

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from folovllm import SamplingParams, StructuredOutputsParams
-from folovllm.__main__ import CONFIGS, DEFAULT_MAX_TOKENS, SAMPLING_OPTIONS, main
+from folovllm.__main__ import CONFIGS, DEFAULT_MAX_TOKENS, SAMPLING_OPTIONS, _fit, main
 from folovllm.llm import LLM
 from folovllm.tales import EMBEDDED_MODEL
 
@@ -98,6 +98,11 @@ class TestTrace:
         (data,) = re.findall(r'<script type="application/json">(.*?)</script>', page)
         (run,) = json.loads(data)["runs"]
         assert len(run["steps"]) == 6 and all("bars" in step for step in run["steps"])
+
+    def test_an_engine_that_gives_few_log_probabilities(self, tmp_path, capsys):
+        file = tmp_path / "run.html"
+        assert main([*self.COMMAND, "--max-logprobs", "2", "--trace", str(file)]) == 0, capsys.readouterr().err
+        assert file.exists()
 
     def test_what_has_run_before_ctrl_c_is_on_it(self, tmp_path, monkeypatch, capsys):
         stream = LLM.stream
@@ -239,6 +244,10 @@ class TestChat:
         assert all(len(TOKENIZER.encode(prompt)) <= 96 and "Be kind." in prompt for prompt in llm.prompts)
         assert "number 5." in llm.prompts[5] and "number 4." in llm.prompts[5] and "number 0." not in llm.prompts[5]
         assert "oldest messages no longer fit in" in capsys.readouterr().err
+
+    def test_the_system_message_and_the_last_question_stay_though_they_do_not_fit(self):
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}]
+        assert _fit(lambda kept: [0] * 9 * len(kept), messages, 1, 5)[0] == messages
 
     def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(self, llm, monkeypatch, capsys):
         llm.answers = [["first"], [ValueError("prompt has 99 tokens")], ["third"]]

@@ -446,6 +446,13 @@ def test_a_compiled_product_of_8_bits(num_in) -> None:
     assert expected[2].isnan().all() and expected[[0, 1, 3]].isfinite().all() and torch.equal(expected[1], linear.bias)
 
 
+def test_what_a_subclass_of_an_attention_does_is_not_compiled() -> None:
+    class Other(GatherAttention):
+        pass
+
+    assert "the engine has Other" in CompiledSteps.unsupported(Other)
+
+
 @pytest.mark.usefixtures("_compiler")
 def test_a_machine_without_a_cpp_compiler():
     config = make_engine_config(str(EMBEDDED_MODEL), enforce_eager=False)

@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from folovllm import ModelConfig, SamplingParams
+from folovllm import ModelConfig, SamplingParams, Sequence, SequenceData
 from folovllm.book import judges
+from folovllm.core.scheduler import SchedulerOutput
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.engine.llm_engine import LLMEngine
-from folovllm.engine.stats import MAX_STEPS
+from folovllm.engine.stats import MAX_STEPS, count_requests
 from folovllm.llm import LLM, make_engine_config
-from folovllm.outputs import RunnerOutput
+from folovllm.outputs import RequestMetrics, RunnerOutput
 from folovllm.tales import EMBEDDED_MODEL
 from folovllm.worker import model_runner
 
@@ -248,6 +249,11 @@ class TestSharing:
             assert output.metrics.num_cached_tokens == cached
             assert output.outputs[0].token_ids == greedy_tokens[6]
 
+    def test_what_is_found_again_after_a_preemption_is_not_cached(self):
+        seq, metrics = Sequence("a", "r", SequenceData([1]), SamplingParams(), num_preemptions=1), RequestMetrics(0.0)
+        count_requests(SchedulerOutput(admitted=[(seq, 16)]), lambda request_id: metrics)
+        assert metrics.num_cached_tokens == 0
+
     @cpu_only
     @pytest.mark.parametrize("num_heads", [1, 2])
     def test_key_heads_computed_apart_or_together_give_the_same_tokens(
@@ -405,6 +411,11 @@ class TestParams:
         assert llm.engine.default_params == SamplingParams(temperature=1.0, min_p=0.01)
         assert len(llm.generate("Long ago", use_tqdm=False)[0].outputs[0].token_ids) == 16
 
+    def test_whoever_changes_the_recommended_params_changes_a_copy(self, llm):
+        params = llm.get_default_sampling_params()
+        params.max_tokens += 1
+        assert llm.get_default_sampling_params().max_tokens == params.max_tokens - 1
+
     def test_special_tokens_are_text_when_asked_for(self, llm):
         answer = self.tell(llm, skip_special_tokens=False, include_stop_str_in_output=True).outputs[0]
         assert answer.text.endswith("<|endoftext|>")
@@ -447,6 +458,12 @@ class TestBadInput:
             engine.add_request("good" if name == "duplicate" else "bad", prompt, SamplingParams(**kwargs))
         assert run_all(engine)["good"].outputs[0].token_ids == greedy_tokens[1]
 
+    def test_a_request_that_just_fits_the_cache_is_served(self, checkpoint):
+        """Its last token is never computed, so it needs no slot."""
+        engine = make_engine(checkpoint, num_blocks=2)
+        output = run_one(engine, [5], SamplingParams(**{**GREEDY, "max_tokens": 32}))
+        assert len(output.outputs[0].token_ids) == 32
+
     def test_a_bad_prompt_in_a_list_takes_nothing_with_it(self, checkpoint):
         llm = LLM(str(checkpoint), **HERE, max_model_len=MAX_MODEL_LEN)
         with pytest.raises(ValueError, match="at least one token"):
@@ -462,9 +479,10 @@ class TestBadInput:
             llm.generate([[5, 6], [7]], use_tqdm=False, priority=[0, 5, 5])
         assert not llm.engine.has_unfinished_requests()
 
-    def test_an_unknown_argument_names_the_nearest(self, checkpoint):
-        with pytest.raises(ValueError, match="no argument 'blocksize'; the nearest is 'block_size'"):
-            LLM(str(checkpoint), blocksize=4)
+    @pytest.mark.parametrize("name, nearest", [("blocksize", "block_size"), ("devise", "device")])
+    def test_an_unknown_argument_names_the_nearest(self, checkpoint, name, nearest):
+        with pytest.raises(ValueError, match=f"no argument '{name}'; the nearest is '{nearest}'"):
+            LLM(str(checkpoint), **{name: 4})
 
     @cpu_only
     @pytest.mark.parametrize("num_blocks", [10**9, 2**62])
@@ -763,6 +781,13 @@ class TestFailure:
         assert reasons == dict.fromkeys("abcd", "abort")
         with pytest.raises(ValueError, match="request_id must be a non-empty string, got 5"):
             engine.abort_request(5)
+
+    def test_answers_that_never_started_have_the_reason_of_the_abort(self, checkpoint):
+        engine = make_engine(checkpoint)
+        engine.add_request("a", [5, 6, 7], SamplingParams(n=3))
+        engine.abort_request("a", "too late")
+        (output,) = engine.step()
+        assert [answer.stop_reason for answer in output.outputs] == ["too late"] * 3
 
     def test_abort_of_an_unknown_request_is_nothing(self, checkpoint):
         make_engine(checkpoint).abort_request("nobody")

@@ -300,14 +300,17 @@ class TestOneCaller:
         (whole,) = llm.generate([[5, 6, 7, 8]], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), False)
         stop = whole.outputs[0].text[12:15]
 
-        def answers(spoil: bool) -> list[tuple[list[int], str, float]]:
+        def answers(spoil: bool) -> list[tuple[list[int], str, float, int]]:
             for name in ("a", "b"):
                 engine.add_request(name, [5, 6, 7, 8], SamplingParams(**params, stop=[stop]))
             found = []
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        found += [(each.token_ids, each.text, each.cumulative_logprob) for each in output.outputs]
+                        found += [
+                            (each.token_ids, each.text, each.cumulative_logprob, len(output.prompt_logprobs))
+                            for each in output.outputs
+                        ]
                     elif spoil:
                         output.prompt_token_ids.append(9)
                         output.prompt_logprobs.clear()
@@ -395,6 +398,10 @@ class TestOneCaller:
         with pytest.raises(ValueError) as caught:
             llm.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
         assert "\n" not in str(caught.value)
+
+    def test_bools_are_no_token_ids(self, llm):
+        with pytest.raises(ValueError, match="prompt must be a list of token ids, got True"):
+            llm.generate([True, 5], use_tqdm=False)
 
     @pytest.mark.parametrize(
         "prompt",

@@ -7,6 +7,7 @@ import logging
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,8 @@ from folovllm.book import judges
 from folovllm.model.checkpoint import ModelLoadError
 from folovllm.model.int4_kernels import has_int4_kernel
 from folovllm.model.int8_kernels import OneDnnInt8, has_int8_kernel
-from folovllm.model.packing import GPTQ_SYMMETRIC_ZEROS
+from folovllm.model.packing import GPTQ_SYMMETRIC_ZEROS, GPTQ_ZEROS_OFFSET
+from folovllm.model.quantized_layers import iterate_dequantized
 from folovllm.tales import EMBEDDED_MODEL
 
 CPU = torch.device("cpu")
@@ -55,6 +57,13 @@ def round_in_floats(source: Path, folder: Path, **scheme) -> Path:
             tensors[name] = round_weight(tensors[name], **scheme).dequantize(torch.float32)
         save_file(tensors, path, metadata={"format": "pt"})
     return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +124,42 @@ class TestWeights:
         wrong = quantize(floats["qwen2"], tmp_path / "wrong", "gptq", version=2, config=config)
         assert torch.equal(logits(right, dtype="float32"), logits(wrong, dtype="float32"))
 
-    @pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
-    def test_groups_that_do_not_divide_the_columns(self, floats, tmp_path, method):
+    def test_one_weight_whose_zeros_look_otherwise_says_nothing(self, floats, tmp_path):
+        folder = quantize(floats["qwen2"], tmp_path / "bits", "gptq", version=1)
+
+        def change(tensors):  # zeros of 9, which version 1 stores as 8
+            tensors["model.layers.0.mlp.down_proj.qzeros"] += GPTQ_ZEROS_OFFSET
+
+        edit(folder, change)
+        assert ModelLoader(ModelConfig(str(folder))).open("cpu").quantization.version == 1
+
+    def test_zeros_of_asymmetric_modules_are_not_compared(self, floats, tmp_path):
+        config = config_of("gptq", version=1, dynamic={r"+:.*down_proj": {"sym": False}})
+        folder = quantize(floats["qwen2"], tmp_path / "bits", "gptq", version=2, config=config)
+
+        def change(tensors):
+            for name in [name for name in tensors if name.endswith("down_proj.qzeros")]:
+                tensors[name] -= 2 * GPTQ_ZEROS_OFFSET
+
+        edit(folder, change)
+        assert ModelLoader(ModelConfig(str(folder))).open("cpu").quantization.version == 2
+
+    @pytest.mark.parametrize(
+        "method, is_unset", [("gptq", False), ("compressed-tensors", False), ("compressed-tensors", True)]
+    )
+    def test_groups_that_do_not_divide_the_columns(self, floats, tmp_path, method, is_unset):
+        """Without an order of the columns, or with one that is unset: -1 for each."""
         config = config_of(method, group_size=96)  # 128 columns in two groups of 64 would be read otherwise
         which = re.compile(r".*mlp\.(gate|up)_proj\.weight").match
         folder = quantize(floats["qwen2"], tmp_path / "bits", method, which=which, config=config, group_size=64)
-        tensors = load_file(folder / "model.safetensors")
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("g_idx")}
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+        def change(tensors):
+            for name in [name for name in tensors if name.endswith("g_idx")]:
+                del tensors[name]
+            for name in [name for name in tensors if is_unset and name.endswith("weight_packed")]:
+                tensors[name.replace("weight_packed", "weight_g_idx")] = torch.full((128,), -1, dtype=torch.int32)
+
+        edit(folder, change)
         with pytest.raises(ModelLoadError, match="128 input columns cannot be shared out among groups of 96"):
             load(folder, dtype="float32")
 
@@ -133,6 +170,17 @@ class TestWeights:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelLoadError, match=f"has a weight {name}, which the model"):
             ModelLoader(ModelConfig(str(folder), dtype="float32")).load_model("cpu")
+
+    def test_a_weight_that_is_there_in_bits_and_in_floats(self, floats, tmp_path):
+        folder = quantize(floats["qwen2"], tmp_path / "bits", "gptq")
+        whole = {}
+        for path in floats["qwen2"].glob("*.safetensors"):
+            whole |= load_file(path)
+        name = "model.layers.0.mlp.down_proj"
+        edit(folder, lambda tensors: tensors.update({f"{name}.weight": whole[f"{name}.weight"]}))
+        checkpoint = ModelLoader(ModelConfig(str(folder), dtype="float32")).open("cpu")
+        with pytest.raises(ModelLoadError, match=f"has a quantized weight {name}, which the model does not"):
+            dict(iterate_dequantized(checkpoint, {each: tuple(tensor.shape) for each, tensor in whole.items()}))
 
     def test_shards_whose_columns_are_grouped_differently_stay_apart(self, floats, tmp_path):
         folder = quantize(floats["qwen2"], tmp_path / "bits", "gptq", desc_act=True)

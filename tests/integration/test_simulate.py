@@ -6,13 +6,14 @@ import importlib.util
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from folovllm.__main__ import main
 from folovllm.llm import LLM, make_engine_config
 from folovllm.sampling_params import SamplingParams
-from folovllm.simulator.cluster import ROUTERS, serve, simulate
+from folovllm.simulator.cluster import MIN_IMBALANCE, ROUTERS, Replica, prefix_aware, serve, simulate
 from folovllm.simulator.cost import Efficiency, Roofline, StepCost
 from folovllm.simulator.presets import GPUS, MODELS
 from folovllm.simulator.runner import charge, make_engine, record_steps
@@ -37,6 +38,14 @@ def small(**kwargs):
 
 def times(report) -> list[object]:
     return [(r.request_id, r.replica, r.admitted, r.token_times) for r in report.requests]
+
+
+def crowded(**kwargs):
+    """Three requests in a cache that has no room for them all."""
+    workload = from_list(TimedRequest(0.0, [i] * 16, 40) for i in range(3))
+    report = simulate(workload, num_blocks=7, max_model_len=64, **kwargs)
+    assert report.num_preemptions > 0
+    return report
 
 
 class Noisy(Roofline):
@@ -80,6 +89,18 @@ class TestCounts:
         assert all(bill.kv_bytes_read > 0 and bill.block_steps > 0 for bill in bills)
         assert max(bill.steps_waited for bill in bills) > 0
 
+    def test_a_request_waits_in_each_step_that_gives_it_no_token(self):
+        report = crowded()
+        for request in report.requests:
+            took_part = sum(request.arrival <= step.start < request.finished for step in report.steps)
+            assert request.bill.steps_waited == took_part - request.num_output_tokens
+
+    def test_there_are_as_many_blocks_as_are_asked_for(self):
+        """Also more than fit into the usual share of the memory."""
+        num_blocks = H100.num_blocks(16, 0.9, 2048) + 1
+        stats = simulate(from_list([TimedRequest(0.0, [1, 2], 2)]), num_blocks=num_blocks).steps[0].stats
+        assert stats.num_used_blocks + stats.num_free_blocks == num_blocks
+
     def test_littles_law(self):
         """Requests in the system on average = arrivals per second times seconds in it, counted in two ways."""
         report = simulate(small(num_requests=100))
@@ -115,6 +136,14 @@ class TestTime:
         ends = list(itertools.accumulate((round(cost.total * 1e6) for cost in costs), initial=1_000_000))
         assert request.token_times == [end / 1e6 for end in ends[1:]]
         assert request.queue == 0 and [step.cost for step in report.steps] == costs
+
+    def test_who_arrives_together_starts_together(self):
+        report = simulate(from_list(TimedRequest(1.0, [7] * 20, 3) for _ in range(4)))
+        assert [request.queue for request in report.requests] == [0.0] * 4
+
+    def test_the_way_back_from_the_cpu_costs_too(self):
+        report = crowded(preemption_mode="swap")
+        assert any(step.cost.swap > 0 and not step.stats.num_preempted for step in report.steps)
 
     def test_steps_of_a_replica_do_not_overlap(self):
         for replica in range(2):
@@ -169,6 +198,20 @@ class TestSwitches:
         }
         assert found["prefix_aware"].hit_rate > found["round_robin"].hit_rate + 0.1
         assert {r.replica for r in found["prefix_aware"].requests} == set(range(4))
+
+    @pytest.mark.parametrize("num_more, chosen", [(MIN_IMBALANCE, 1), (MIN_IMBALANCE + 1, 0)])
+    def test_a_prefix_is_followed_until_the_requests_are_too_unevenly_shared_out(self, num_more, chosen):
+        replicas = [
+            SimpleNamespace(index=i, num_unfinished=num, count_cached_tokens=lambda ids, num=num: 100 * (num > 0))
+            for i, num in enumerate((0, num_more))
+        ]
+        assert prefix_aware(TimedRequest(0.0, [1, 2], 3), replicas) == chosen
+
+    def test_a_router_is_told_of_all_blocks_of_a_prompt(self):
+        """The last token is computed again in any case; the block that holds it is there all the same."""
+        engine = make_engine(make_engine_config("qwen3-8b", enable_prefix_caching=True), H100)
+        serve([engine], from_list([TimedRequest(0.0, list(range(64)), 2)]))
+        assert Replica(0, engine, None).count_cached_tokens(list(range(64))) == 64
 
     def test_a_router_may_be_a_function(self):
         report = simulate(small(), replicas=3, router=lambda request, replicas: 2)

@@ -24,9 +24,10 @@ from folovllm.logprobs import Logprob
 from folovllm.model import decoder
 from folovllm.model.checkpoint import ModelLoadError
 from folovllm.outputs import RunnerOutput
-from folovllm.request import MAX_GUESSED_ROWS, Request
+from folovllm.request import MAX_GUESSED_ROWS, NUM_RECENT_GUESSES, Request
 from folovllm.tales import EMBEDDED_MODEL, draft_model
 from folovllm.tales.tokenizer import next_token_probs
+from folovllm.worker.model_runner import CPU_CACHE_BYTES, token_bytes
 
 LOOKUP = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
@@ -206,6 +207,12 @@ class TestRefusedGuesses:
         assert seq.recent_guesses == [i < num_accepted for i in range(5)]
         scheduler.cache.check_integrity([seq])
 
+    def test_only_the_newest_are_remembered(self):
+        scheduler, seq = make_scheduler()
+        seq.recent_guesses, seq.spec_token_ids = [False] * NUM_RECENT_GUESSES, [60, 61]
+        scheduler.update_from_output(scheduler.schedule(), RunnerOutput([[60, 61, 62]], [None]))
+        assert seq.recent_guesses == [False] * (NUM_RECENT_GUESSES - 2) + [True, True]
+
     def test_no_block_is_found_by_guesses(self):
         scheduler, seq = make_scheduler()
         seq.spec_token_ids = [60, 61, 62]
@@ -343,6 +350,12 @@ class TestTheEmbeddedDraft:
         assert 5 * sizes[0] <= sizes[1] and small.decoder.config.num_layers == 2
         assert small.tokenizer.get_vocab() == large.tokenizer.get_vocab()
         assert small.tokenizer.chat_template == large.tokenizer.chat_template
+
+    def test_the_memory_for_the_cache_is_shared_by_both_models(self):
+        config = {"method": "draft_model", "model": draft_model(), "num_speculative_tokens": 2}
+        engine = make_llm(speculative_config=config, max_num_seqs=10**6).engine
+        block_bytes = 16 * (token_bytes(engine.decoder) + token_bytes(engine.runner.draft.decoder))
+        assert engine.cache.pool.num_blocks == CPU_CACHE_BYTES // block_bytes
 
     def test_it_guesses_well_and_greedy_answers_stay_as_they_are(self, llm, drafting):
         greedy = {"temperature": 0, "max_tokens": 60}

@@ -169,6 +169,11 @@ def test_a_text_ends_only_from_a_place_within_the_width():
     assert [output_of(text) for text in search.beams] == [(1,), (2,)]
 
 
+def test_beside_all_ends_there_is_a_candidate_that_goes_on():
+    """Also where there are more ends than the beam is wide."""
+    assert BeamSearch(PROMPT, BeamSearchParams(1, 5), (6, 7, 8)).num_candidates >= 4
+
+
 def test_it_is_over_once_as_many_texts_have_ended_as_the_beam_is_wide():
     table = Written({(): [0.5, 0.4, 0.1], (1,): [0.7, 0.2, 0.1], (2,): [0.1, 0.1, 0.8]})
     search = run(table, BeamSearchParams(2, 9), (0,))

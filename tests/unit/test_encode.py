@@ -66,6 +66,13 @@ def test_a_token_that_was_added_later_is_known():
     assert encode_text(tokenizer, text, 2) == [len(tokenizer) - 1]
 
 
+def test_a_token_that_was_added_later_may_be_the_longest():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    assert "must have at most" in error_of(encode_text, tokenizer, "é" * 5000, 10)
+    tokenizer.add_tokens(["é" * 1000])
+    assert encode_text(tokenizer, "é" * 5000, 10) == [len(tokenizer) - 1] * 5
+
+
 def test_limits_that_another_thread_sets_meanwhile(monkeypatch):
     tokenizer = byte_level()
     encode, want = tokenizer.encode, tokenizer.encode("a fox 🦊")
@@ -90,11 +97,13 @@ def test_a_bad_word_is_spelled_whole_and_nothing_is_changed():
     assert tokenizer.backend_tokenizer.truncation == before
 
 
-def test_no_padding_nor_truncation_of_the_tokenizer_matters_or_is_changed():
+@pytest.mark.parametrize("truncates", [True, False])
+def test_no_padding_nor_truncation_of_the_tokenizer_matters_or_is_changed(truncates):
     tokenizer = byte_level()
     want = tokenizer.encode("a fox 🦊")
     tokenizer.backend_tokenizer.enable_padding(length=50)
-    tokenizer.backend_tokenizer.enable_truncation(2)
+    if truncates:
+        tokenizer.backend_tokenizer.enable_truncation(2)
     before = (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation)
     with ThreadPoolExecutor(4) as pool:
         assert set(map(tuple, pool.map(lambda _: encode_text(tokenizer, "a fox 🦊", 64), range(64)))) == {tuple(want)}

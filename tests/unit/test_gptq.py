@@ -80,6 +80,14 @@ def test_it_is_the_textbooks(
     assert found.dequantize(torch.float64).isfinite().all()
 
 
+@pytest.mark.parametrize("group_size", [96, 192])
+def test_groups_that_do_not_fill_blocks_of_128_columns_are_not_cut(group_size: int) -> None:
+    weight, x = make(64, 2 * group_size, 0, num_tokens=1024)
+    hessian = compute_hessian(x + 3 * x.roll(1, 1))
+    found, wanted = quantize_weight(weight, hessian, 4, group_size), textbook(weight, hessian, 4, group_size)
+    assert (found.values != wanted).double().mean() < 0.001
+
+
 @settings(max_examples=25)
 @given(num_out=st.integers(1, 5), num_groups=st.integers(1, 4), bits=st.integers(2, 8), seed=st.integers(0, 2**31))
 def test_without_a_hessian_each_number_goes_to_the_nearest(num_out: int, num_groups: int, bits: int, seed: int) -> None:

@@ -24,6 +24,7 @@ from folovllm.sample.speculative import (
     rejection_sample,
     verify,
 )
+from folovllm.worker.draft_model import _Draft, _metadata
 
 VOCAB_SIZE = 11
 
@@ -157,6 +158,13 @@ def test_a_row_without_a_token_ends_the_run_before_it():
     logits[1] = -torch.inf
     output = verify(Sampler(), logits[[1, 0, 2, 3]], metadata, [[3], [5]])
     assert set(output.errors) == {0} and output.not_finite == set()
+
+
+def test_each_answer_of_a_seeded_request_is_guessed_with_numbers_of_its_own():
+    params = SamplingParams(n=2, seed=0)
+    seqs = [Sequence(f"a-{i}", "a", SequenceData([1]), params, index=i) for i in range(2)]
+    first, second = _metadata([_Draft(seq, [-1], 0, None) for seq in seqs], 0).generators
+    assert first.random() != second.random()
 
 
 NUM_DRAWS = 20_000

@@ -175,6 +175,11 @@ class TestManager:
         cache.free(seq)
         assert cache.reset_prefix_cache() and cache.get_computed_blocks(make("b")) == 0
 
+    def test_nor_while_a_swapped_sequence_has_its_blocks_elsewhere(self):
+        cache = KVCacheManager(2, 4, enable_prefix_caching=True, num_swap_blocks=2)
+        assert cache.swap_out(computed(cache, make(num_tokens=4))) is not None
+        assert not cache.reset_prefix_cache()
+
     def test_a_tail_is_reused_before_its_head(self):
         cache = KVCacheManager(4, 4, enable_prefix_caching=True)
         cache.free(computed(cache, make(num_tokens=12)))

@@ -8,7 +8,7 @@ import pytest
 
 from folovllm import CompletionOutput, Request, RequestOutput, SamplingParams, SequenceStatus
 from folovllm.logprobs import Logprob
-from folovllm.outputs import RequestMetrics
+from folovllm.outputs import RequestMetrics, SpecDecodingStats
 
 EOS, STOP = 0, 50
 
@@ -48,6 +48,20 @@ def test_of_the_likeliest_a_whole_answer_comes_before_one_that_was_aborted():
     ended, aborted = SequenceStatus.FINISHED_LENGTH_CAPPED, SequenceStatus.FINISHED_ABORTED
     request = make_request([[1], [1, 2], [1, 2]], [aborted, ended, ended], [-0.1, -3.0, -2.0], n=2)
     assert [answer.index for answer in output_of(request).outputs] == [2, 1]
+
+
+class TestMetrics:
+    def test_a_snapshot_does_not_move(self):
+        metrics = RequestMetrics(0.0, spec_decoding=SpecDecodingStats())
+        kept = metrics.snapshot()
+        metrics.spec_decoding.observe(3, 1)
+        assert kept.spec_decoding == SpecDecodingStats()
+
+    def test_accepted_guesses_are_counted_by_their_places(self):
+        stats = SpecDecodingStats()
+        stats.observe(2, 1)
+        stats.observe(3, 3)
+        assert stats.num_accepted_tokens_per_pos == [2, 1, 1]
 
 
 class TestCompletionOutput:
@@ -212,6 +226,12 @@ class TestRequestOutput:
         assert (joined.text, joined.token_ids, joined.cumulative_logprob) == ("ab", [1, 2], -3.0)
         assert (joined.finish_reason, joined.stop_reason) == ("stop", "b") and len(joined.logprobs) == 2
         assert added is newer[0] and first.finished and first.num_cached_tokens == 4
+
+    def test_joining_changes_no_list_of_whoever_made_the_first_delta(self):
+        token_ids = [1]
+        first = RequestOutput("r", "p", [1], [CompletionOutput(0, "a", token_ids)], False)
+        first.add(RequestOutput("r", "p", [1], [CompletionOutput(0, "b", [2])], True))
+        assert first.outputs[0].token_ids == [1, 2] and token_ids == [1]
 
     def test_without_an_engine_nobody_counts_cached_tokens(self):
         assert RequestOutput("r", "p", [1], [], True).num_cached_tokens is None

@@ -165,6 +165,7 @@ class TestRefused:
             ({"g_idx": torch.zeros(63, dtype=torch.int32)}, "g_idx must have shape [64], got [63]"),
             ({"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "g_idx must name groups from 0 to 1, got 2"),
             ({"g_idx": torch.arange(-1, 63, dtype=torch.int32)}, "got -1"),
+            ({"g_idx": torch.arange(-1, 63, dtype=torch.int32).clamp(max=1)}, "groups from 0 to 1, got -1"),
         ],
     )
     def test_what_does_not_belong_together(self, change, part):

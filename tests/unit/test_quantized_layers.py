@@ -82,6 +82,10 @@ class TestInt4:
         assert torch.allclose(plain(x), x @ weight.dequantize(torch.float32).T, atol=1e-4)
         assert plain.num_bytes < weight.values.numel()  # half a byte each, and the scales
 
+    def test_the_order_of_its_columns_is_counted(self):
+        ordered, shuffled = (PlainInt4(make_weight(desc_act=desc_act)) for desc_act in (False, True))
+        assert shuffled.num_bytes - ordered.num_bytes == shuffled.g_idx.nbytes > 0
+
     @needs_int4
     @given(weight=WEIGHTS, num_rows=st.sampled_from([1, 5, 40, 300]))
     def test_packed_is_plain_within_the_rounding_of_bfloat16(self, weight, num_rows):

@@ -84,6 +84,12 @@ class TestSequenceData:
         data.add_token_id(1, 0.0)
         assert data.cumulative_logprob == 0.0
 
+    def test_where_all_are_dropped_nothing_has_been_reported(self):
+        data = SequenceData([5])
+        data.add_token_id(1, -0.5)
+        data.drop_newest(1)
+        assert data.cumulative_logprob is None
+
     def test_two_share_no_default_list(self):
         a, b = SequenceData([1]), SequenceData([1])
         a.add_token_id(2)
@@ -164,6 +170,22 @@ class TestFork:
         child.logprobs.append({5: None})
         assert child.data.cumulative_logprob == -3.0 and len(child.logprobs) == 2
         assert parent.data.cumulative_logprob == -1.0 and len(parent.logprobs) == 1
+
+    def test_dropping_tokens_of_one_changes_no_sum_of_the_other(self):
+        parent = make_sequence()
+        parent.add_token_id(4, -1.0)
+        child = parent.fork("r-1")
+        parent.add_token_id(5, -2.0)
+        child.add_token_id(6, -5.0)
+        child.truncate_output(1)
+        parent.add_token_id(7, -1.0)
+        parent.truncate_output(2)
+        assert (child.data.cumulative_logprob, parent.data.cumulative_logprob) == (-1.0, -3.0)
+
+    def test_it_guesses_at_once(self):
+        parent = make_sequence()
+        parent.next_guess = 70
+        assert parent.fork("r-1").next_guess == 0
 
     def test_the_status_goes_its_own_way(self):
         parent = make_sequence()

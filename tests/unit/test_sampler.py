@@ -1181,10 +1181,11 @@ class TestRowsThatCannotBeSampled:
         metadata = metadata_of(SamplingParams(), SamplingParams(**fields))
         assert Sampler(AsciiTokenizer()).sample(torch.zeros(2, 128), metadata).errors == {1: reason}
 
-    def test_a_forward_pass_that_went_wrong(self):
+    @pytest.mark.parametrize("temperature", [0, 1])
+    def test_a_forward_pass_that_went_wrong(self, temperature):
         logits = torch.zeros(3, 5)
         logits[0, 1], logits[2, 4] = math.nan, INF
-        found = Sampler().sample(logits, metadata_of(*[SamplingParams()] * 3))
+        found = Sampler().sample(logits, metadata_of(*[SamplingParams(temperature=temperature)] * 3))
         assert list(found.errors) == [0, 2] and found.not_finite == {0, 2}
         reason = "the request has a logit of nan: a weight is no number, 16 bits have no room for"
         assert found.errors[0].startswith(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
@@ -210,6 +211,12 @@ class TestSamplingParams:
         assert SamplingParams(n=3).best_of == 3
         assert SamplingParams(n=2, best_of=5).best_of == 5
 
+    def test_a_best_of_that_is_set_later_stays(self):
+        params = SamplingParams(n=2)
+        params.best_of = 5
+        params.check()
+        assert params.best_of == 5
+
     def test_what_followed_from_a_field_follows_it_when_that_is_changed(self):
         params, told = SamplingParams(), SamplingParams(best_of=2, skip_reading_prefix_cache=False, prompt_logprobs=1)
         for each in (params, told, params.clone()):
@@ -392,7 +399,7 @@ class TestSamplingParams:
         assert clone is not self.FILLED and clone == self.FILLED and type(clone) is SamplingParams
 
     def test_a_clone_shares_nothing_that_can_change(self):
-        original = self.FILLED.clone()
+        original = copy.deepcopy(self.FILLED)
         clone = original.clone()
         for f in fields(clone):
             value = getattr(clone, f.name)
@@ -594,6 +601,7 @@ class TestTokenizeBadWord:
 
     def test_white_space_as_it_is(self):
         assert tokenize_bad_word("\n", AsciiTokenizer()) == [[10]]
+        assert [10, 97, 98] in tokenize_bad_word("\nab", AsciiTokenizer())
 
 
 BEAM_DEFAULTS = {

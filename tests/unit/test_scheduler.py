@@ -94,6 +94,14 @@ def test_a_static_batch_that_holds_all_who_waited_takes_nobody_who_comes_later()
     assert step(scheduler) == {"0": 1}
 
 
+def test_a_static_batch_that_nobody_joined_for_want_of_room_is_closed():
+    scheduler = make([16, 40], num_blocks=12, batching="static")
+    assert [step(scheduler) for _ in range(2)] == [{"0": 16}, {"0": 1}]
+    scheduler.forget("1")
+    scheduler.add_request(make_request("late", 2))
+    assert step(scheduler) == {"0": 1}
+
+
 @pytest.mark.parametrize("mode, queue", [("recompute", "waiting"), ("swap", "swapped")])
 def test_the_last_makes_room_and_the_first_comes_back_first(mode, queue):
     scheduler = make([4, 4, 4], num_blocks=3, num_swap_blocks=3, preemption_mode=mode)
@@ -132,6 +140,13 @@ def test_the_lowest_priority_is_served_first_and_the_highest_makes_room():
 def test_priorities_mean_nothing_to_first_come_first_served():
     scheduler = make([4, 4, 4], max_num_seqs=2, priorities=[5, 1, 3])
     assert list(step(scheduler)) == ["0", "1"]
+
+
+def test_first_come_is_who_was_added_first():
+    scheduler = make([], max_num_seqs=1)
+    for name, arrival in (("late", 9.0), ("early", 1.0)):
+        scheduler.add_request(make_request(name, 4, arrival_time=arrival))
+    assert list(step(scheduler)) == ["late"]
 
 
 def test_who_came_first_among_equals():

@@ -87,6 +87,11 @@ class TestShape:
         assert ModelShape.from_config(EMBEDDED_MODEL).weight_bits == 16
         assert ModelShape.from_config(tmp_path).weight_bits == 4
 
+    def test_one_expert_is_no_mixture(self, tmp_path):
+        raw = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**raw, "num_local_experts": 1}))
+        assert ModelShape.from_config(tmp_path).num_params == ModelShape.from_config(EMBEDDED_MODEL).num_params
+
     @pytest.mark.parametrize(
         ("text", "why"),
         [

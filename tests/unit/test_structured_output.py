@@ -15,6 +15,7 @@ from tokenizer_kinds import byte_fallback, byte_level, unigram_with_bytes
 from transformers import AutoTokenizer
 from unit_helpers import error_of
 
+from folovllm.core.guesses import fit_guesses
 from folovllm.request import StructuredOutputGrammar
 from folovllm.sample import structured_output
 from folovllm.sample.sampler import Sampler, SamplingMetadata, apply_grammar_bitmask
@@ -135,6 +136,7 @@ class TestMasks:
             ({"json_object": True}, '{"x": [1, null, {"y": "狐"}]}'),
             ({"grammar": 'start: "a" inner "b"\ninner: start | "-"'}, "aaa-bbb"),
             ({"regex": "[0-9]{4}-[0-9]{2}"}, "2026-11"),
+            ({"regex": r"a\\"}, "a\\"),
             ({"choice": ["lost", "found"]}, "found"),
         ],
     )
@@ -216,6 +218,11 @@ class TestPlaces:
         ]:
             assert grammar.validate_tokens(guesses) == guesses[:fit]
         assert allowed(grammar) == allowed(grammar_of(regex="ab?"))
+
+    def test_of_guesses_that_a_grammar_refuses_the_first_that_fit_stay(self):
+        """Though more tokens were guessed than it says must follow."""
+        good, bad = encode("ab"), encode("zz")
+        assert fit_guesses(grammar_of(choice=["ab", "ca"]), [*good, *bad, *bad]) == good
 
     def test_nothing_more_fits_where_it_has_ended(self):
         grammar = grammar_of(regex="a")

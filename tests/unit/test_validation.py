@@ -16,6 +16,7 @@ from unit_helpers import ANYTHING, HUGE, UNPRINTABLE, error_of
 
 from folovllm.sampling_params import SamplingParams
 from folovllm.validation import (
+    MAX_SHOWN,
     check_bool,
     check_int,
     check_number,
@@ -24,6 +25,7 @@ from folovllm.validation import (
     check_token_ids,
     check_unicode,
     require,
+    shorten,
     show,
 )
 
@@ -219,6 +221,10 @@ class TestShow:
 
     def test_long_values_are_cut(self):
         assert len(show(list(range(100_000)))) < 600
+
+    @pytest.mark.parametrize("length, end", [(MAX_SHOWN, "x"), (MAX_SHOWN + 1, "x...")])
+    def test_a_text_is_cut_where_it_is_longer_than_may_be_shown(self, length, end):
+        assert shorten("x" * length) == "x" * (MAX_SHOWN - 1) + end
 
     def test_what_python_will_not_print(self):
         nested: list = []
