@@ -22,6 +22,9 @@ from folovllm.book.plotting.style import (
 )
 from folovllm.book.recording import CheckedGuesses
 
+STYLES, MARKERS = ("-", "--", ":", "-."), "os^D"
+"""Of lines and dots that have one colour."""
+
 LINE_WIDTH = 52
 """Characters in a line of `plot_guesses`."""
 
@@ -32,7 +35,7 @@ def expected_tokens(acceptance_rate: float, num_guesses: int) -> float:
 
 
 def plot_guesses(passes: Sequence[CheckedGuesses], tokenizer: Any) -> Axes:
-    """A text as the passes gave it: a line begins each pass, accepted guesses are filled, the model's own not."""
+    """A text as the passes gave it: a line begins each pass, accepted guesses are green, the model's own light blue."""
     num_guessed = sum(found.num_accepted for found in passes)
     num_tokens = sum(len(found.tokens) for found in passes)
     boxes, column, row = [], 0, 0
@@ -99,11 +102,11 @@ def plot_tokens_per_pass(measured: Mapping[str, tuple[int, float, float]]) -> Ax
     """
     rates = np.linspace(0, 1, 101)
     with new_figure(3.8) as ax:
-        for num, style in zip(sorted({num for num, _, _ in measured.values()}), ("-", "--")):
+        for num, style in zip(sorted({num for num, _, _ in measured.values()}), STYLES):
             expected = [expected_tokens(rate, num) for rate in rates]
             ax.plot(rates, expected, style, color=GREY, lw=2, label=f"{num} guesses")
         for (name, (_, rate, tokens)), (color, nth) in zip(measured.items(), _colored(measured)):
-            ax.plot([rate], [tokens], "os"[nth], color=color, ms=8, zorder=3, label=name)
+            ax.plot([rate], [tokens], MARKERS[nth % 4], color=color, ms=8, zorder=3, label=name)
         ax.set(xlabel="acceptance rate of a guess", ylabel="tokens per pass", xlim=(0, 1.02), ylim=(1, None))
         ax.legend(loc="upper left", fontsize=10.5)
         said = "; ".join(
@@ -118,7 +121,7 @@ def plot_tokens_per_pass(measured: Mapping[str, tuple[int, float, float]]) -> Ax
 
 
 def _colored(names: Iterable[str]) -> list[tuple[str, int]]:
-    """A colour for each: that of a draft model's guesses or of looked-up ones, and whether it is the second of it."""
+    """A colour for each: that of a draft model's guesses or of looked-up ones, and how many before it have it."""
     colors = [ORANGE if "draft" in name else BLUE for name in names]
     return [(color, colors[:i].count(color)) for i, color in enumerate(colors)]
 
@@ -128,7 +131,8 @@ def plot_gain(batches: Sequence[int], gains: Mapping[str, Sequence[float]]) -> A
     with new_figure(3.8) as ax:
         ax.axhline(1, color=GREY, lw=1.2)
         for (name, values), (color, nth) in zip(gains.items(), _colored(gains)):
-            ax.plot(batches, values, ("o-", "s--")[nth], color=color, ms=4, lw=2, label=name)
+            style = MARKERS[nth % 4] + STYLES[nth % 4]
+            ax.plot(batches, values, style, color=color, ms=4, lw=2, label=name)
         ax.set_xscale("log", base=2)
         marked = [batch for batch in batches if batch & (batch - 1) == 0 and batch.bit_length() % 2]
         ax.set_xticks(marked, [f"{batch:,}" for batch in marked])
