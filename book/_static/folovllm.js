@@ -48,7 +48,7 @@ const SHORT = 16;
 /** Those of a flag that is kept in one line; the longest here fits beside a word. */
 const LONGEST_FLAG = 28;
 
-/** Lets a long name break after a dot, a slash or an underscore, instead of anywhere, where the room is narrow. */
+/** Lets a long name break after a dot, a slash or an underscore, instead of anywhere, and a flag nowhere. */
 function breakNames() {
   const places = [":is(td, th) code", ".cell_output > p > code:only-child", "summary code"];
   for (const name of document.querySelectorAll(places.map((place) => `.bd-article ${place} .pre`).join())) {

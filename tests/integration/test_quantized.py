@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,10 +60,11 @@ def round_in_floats(source: Path, folder: Path, **scheme) -> Path:
     return folder
 
 
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Changes the tensors of a checkpoint."""
+@contextlib.contextmanager
+def edited(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a checkpoint, which are saved as they are at the end of the block."""
     tensors = load_file(folder / "model.safetensors")
-    change(tensors)
+    yield tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -126,22 +128,16 @@ class TestWeights:
 
     def test_one_weight_whose_zeros_look_otherwise_says_nothing(self, floats, tmp_path):
         folder = quantize(floats["qwen2"], tmp_path / "bits", "gptq", version=1)
-
-        def change(tensors):  # zeros of 9, which version 1 stores as 8
+        with edited(folder) as tensors:  # zeros of 9, which version 1 stores as 8
             tensors["model.layers.0.mlp.down_proj.qzeros"] += GPTQ_ZEROS_OFFSET
-
-        edit(folder, change)
         assert ModelLoader(ModelConfig(str(folder))).open("cpu").quantization.version == 1
 
     def test_zeros_of_asymmetric_modules_are_not_compared(self, floats, tmp_path):
         config = config_of("gptq", version=1, dynamic={r"+:.*down_proj": {"sym": False}})
         folder = quantize(floats["qwen2"], tmp_path / "bits", "gptq", version=2, config=config)
-
-        def change(tensors):
+        with edited(folder) as tensors:
             for name in [name for name in tensors if name.endswith("down_proj.qzeros")]:
                 tensors[name] -= 2 * GPTQ_ZEROS_OFFSET
-
-        edit(folder, change)
         assert ModelLoader(ModelConfig(str(folder))).open("cpu").quantization.version == 2
 
     @pytest.mark.parametrize(
@@ -152,22 +148,19 @@ class TestWeights:
         config = config_of(method, group_size=96)  # 128 columns in two groups of 64 would be read otherwise
         which = re.compile(r".*mlp\.(gate|up)_proj\.weight").match
         folder = quantize(floats["qwen2"], tmp_path / "bits", method, which=which, config=config, group_size=64)
-
-        def change(tensors):
+        with edited(folder) as tensors:
             for name in [name for name in tensors if name.endswith("g_idx")]:
                 del tensors[name]
             for name in [name for name in tensors if is_unset and name.endswith("weight_packed")]:
                 tensors[name.replace("weight_packed", "weight_g_idx")] = torch.full((128,), -1, dtype=torch.int32)
-
-        edit(folder, change)
         with pytest.raises(ModelLoadError, match="128 input columns cannot be shared out among groups of 96"):
             load(folder, dtype="float32")
 
     @pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.bias", "model.foo.weight"])
     def test_nothing_is_lost_on_the_way_to_transformers(self, floats, tmp_path, name):
         folder = quantize(floats["llama, llama3 RoPE, tied"], tmp_path / "bits", "gptq")
-        tensors = load_file(folder / "model.safetensors") | {name: torch.ones(128)}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with edited(folder) as tensors:
+            tensors[name] = torch.ones(128)
         with pytest.raises(ModelLoadError, match=f"has a weight {name}, which the model"):
             ModelLoader(ModelConfig(str(folder), dtype="float32")).load_model("cpu")
 
@@ -177,7 +170,8 @@ class TestWeights:
         for path in floats["qwen2"].glob("*.safetensors"):
             whole |= load_file(path)
         name = "model.layers.0.mlp.down_proj"
-        edit(folder, lambda tensors: tensors.update({f"{name}.weight": whole[f"{name}.weight"]}))
+        with edited(folder) as tensors:
+            tensors[f"{name}.weight"] = whole[f"{name}.weight"]
         checkpoint = ModelLoader(ModelConfig(str(folder), dtype="float32")).open("cpu")
         with pytest.raises(ModelLoadError, match=f"has a quantized weight {name}, which the model does not"):
             dict(iterate_dequantized(checkpoint, {each: tuple(tensor.shape) for each, tensor in whole.items()}))
@@ -185,13 +179,12 @@ class TestWeights:
     def test_shards_whose_columns_are_grouped_differently_stay_apart(self, floats, tmp_path):
         folder = quantize(floats["qwen2"], tmp_path / "bits", "gptq", desc_act=True)
         expected = logits(folder, dtype="float32")
-        tensors = load_file(folder / "model.safetensors")
         name = "model.layers.0.self_attn.k_proj"
-        for part in ("qweight", "scales", "qzeros"):  # the same weight, its groups in another order
-            tensor = tensors[f"{name}.{part}"]
-            tensors[f"{name}.{part}"] = tensor if part == "qweight" else tensor.flip(0).contiguous()
-        tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].max() - tensors[f"{name}.g_idx"]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with edited(folder) as tensors:
+            for part in ("qweight", "scales", "qzeros"):  # the same weight, its groups in another order
+                tensor = tensors[f"{name}.{part}"]
+                tensors[f"{name}.{part}"] = tensor if part == "qweight" else tensor.flip(0).contiguous()
+            tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].max() - tensors[f"{name}.g_idx"]
         assert torch.allclose(logits(folder, dtype="float32"), expected, atol=1e-4)
         decoder, _ = load(folder, dtype="float32")
         assert [len(linear.products) for linear in decoder.linears[:5]] == [3, 1, 1, 1, 1]
@@ -209,12 +202,11 @@ class TestWeights:
     def test_zeros_that_a_symmetric_weight_need_not_have(self, floats, tmp_path):
         folder = quantize(floats["qwen2"], tmp_path / "bits", "compressed-tensors")
         expected = logits(folder, dtype="float32")
-        tensors = load_file(folder / "model.safetensors")
-        for name in [name for name in tensors if name.endswith("weight_scale")]:
-            num_out, num_groups = tensors[name].shape
-            zeros = torch.full((num_out // 8, num_groups), GPTQ_SYMMETRIC_ZEROS, dtype=torch.int32)
-            tensors[name.replace("weight_scale", "weight_zero_point")] = zeros
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with edited(folder) as tensors:
+            for name in [name for name in tensors if name.endswith("weight_scale")]:
+                num_out, num_groups = tensors[name].shape
+                zeros = torch.full((num_out // 8, num_groups), GPTQ_SYMMETRIC_ZEROS, dtype=torch.int32)
+                tensors[name.replace("weight_scale", "weight_zero_point")] = zeros
         assert torch.equal(logits(folder, dtype="float32"), expected)
 
     def test_modules_that_were_left_in_floats(self, floats, tmp_path):
@@ -225,9 +217,8 @@ class TestWeights:
     def test_a_bias_of_zeros_that_the_architecture_does_not_have(self, floats, tmp_path):
         folder = quantize(floats["llama, llama3 RoPE, tied"], tmp_path / "bits", "gptq")
         expected = logits(folder, dtype="float32")
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.layers.0.mlp.down_proj.bias"] = torch.zeros(128)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with edited(folder) as tensors:
+            tensors["model.layers.0.mlp.down_proj.bias"] = torch.zeros(128)
         assert torch.equal(logits(folder, dtype="float32"), expected)
 
     @pytest.mark.parametrize("name", ["qwen3 with a bias", "qwen2", "llama, llama3 RoPE, tied"])

@@ -96,7 +96,9 @@ def check_finish_status(attempt: Callable[[Any, int], Any]) -> None:
     for output, eos, stop, most in itertools.product(
         ([1], [1, 1], [3, 1], [1, 3], [1, 1, 3], [1, 6, 4]), (3, 4), ((), (4,), (6, 1)), (1, 2, 3)
     ):
-        for least in range(most + 1) if len(output) <= most else ():  # it has ended before it is longer
+        if len(output) > most:
+            continue  # it has ended before
+        for least in range(most + 1):
             fields = {"eos": eos, "stop": stop, "most": most, "least": least}
             _expect_status(attempt, output, fields, why="")
 
